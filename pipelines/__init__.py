@@ -1,0 +1,1 @@
+"""The contracts every stage obeys, and the data stages: LAION subset, image download, WebDataset shards."""

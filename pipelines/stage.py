@@ -1,0 +1,446 @@
+"""The stage runner: fingerprint, reuse, resume after a kill, conservation, and the manifest that is written last.
+
+An output root looks like this::
+
+    <root>/<stage>/<data_version>/            finished and immutable: files, dropped.parquet, manifest.json
+    <root>/<stage>/fingerprints/<fingerprint> names the data version that this fingerprint gave
+    <root>/<stage>/work/<fingerprint>/        a run under way or killed: out/ (files), units/ (journal), scratch/
+
+A stage's work is split into units (one shard, one file, one table). A unit's journal entry is written when all its
+files are in place, so a run that was killed at any line goes on at the first unit without an entry.
+"""
+
+import argparse
+import errno
+import fcntl
+import json
+import shutil
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Generic, Literal, TypeVar
+
+from pydantic import ValidationError
+
+from pipelines.atomic import atomic_writer, sync_folder, write_bytes, write_json
+from pipelines.config import FrozenConfig, ModelRef, identity_of
+from pipelines.digest import HashingWriter, digest_json, file_sha256
+from pipelines.environment import Clock
+from pipelines.errors import ThroughlineError
+from pipelines.manifest import (
+    DROPPED_NAME,
+    MANIFEST_NAME,
+    Conservation,
+    FileEntry,
+    InputRef,
+    Manifest,
+    ModelRecord,
+    SourceFile,
+    damaged_files,
+    read_manifest,
+)
+from pipelines.progress import Progress
+
+ConfigT = TypeVar("ConfigT", bound=FrozenConfig)
+Verify = Literal["size", "digest"]
+
+
+@dataclass(frozen=True)
+class StageOutput:
+    """A finished output: its manifest, and the folder that holds it and its files."""
+
+    folder: Path
+    manifest: Manifest
+
+    @classmethod
+    def load(cls, manifest_path: Path) -> "StageOutput":
+        """Read a manifest; raises ThroughlineError where it is missing or altered."""
+        return cls(manifest_path.parent, read_manifest(manifest_path))
+
+    @property
+    def data_version(self) -> str:
+        return self.manifest.data_version
+
+    @property
+    def ref(self) -> InputRef:
+        manifest = self.manifest
+        return InputRef(stage=manifest.stage, partition=manifest.partition, data_version=manifest.data_version)
+
+    @property
+    def manifest_path(self) -> Path:
+        return self.folder / MANIFEST_NAME
+
+    def path(self, name: str) -> Path:
+        """Return the path of a file that the manifest lists."""
+        return self.folder / self.manifest.file(name).path
+
+    def files(self, suffix: str) -> list[Path]:
+        """Return the listed files whose name ends with `suffix`, sorted by name."""
+        return sorted(self.folder / entry.path for entry in self.manifest.files if entry.path.endswith(suffix))
+
+
+Inputs = Mapping[str, Sequence[StageOutput]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageResult:
+    """What a stage says of itself at its end, beside its files.
+
+    `conservation` is summed from the units unless given here. `summary` and `seeds` must be the same on every run of
+    the same fingerprint; rates, seconds and memory belong into `measurements`.
+    """
+
+    summary: Mapping[str, Any] = field(default_factory=dict)
+    measurements: Mapping[str, Any] = field(default_factory=dict)
+    seeds: Mapping[str, int] = field(default_factory=dict)
+    sources: Sequence[SourceFile] = ()
+    conservation: Conservation | None = None
+
+
+class Unit:
+    """One piece of a stage's work, such as a shard: its files, its row counts, its dropped keys, its notes."""
+
+    def __init__(self, name: str, out_folder: Path) -> None:
+        self.name = name
+        self._out_folder = out_folder
+        self._files: list[FileEntry] = []
+        self._dropped: list[tuple[str, str, str]] = []
+        self._rows: tuple[int, int] | None = None
+        self.notes: dict[str, Any] = {}
+        """JSON values that the stage wants back when it sums up its units; deterministic."""
+
+    @contextmanager
+    def open(self, path: str, *, num_rows: int | None = None) -> Iterator[HashingWriter]:
+        """Yield a stream for the output file `path` (relative); it is hashed while it is written."""
+        target = self._out_folder / path
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_writer(target) as stream:
+            yield stream
+        self._files.append(FileEntry(path=path, sha256=stream.sha256, num_bytes=stream.num_bytes, num_rows=num_rows))
+
+    def write(self, path: str, data: bytes, *, num_rows: int | None = None) -> None:
+        """Write the output file `path` whole."""
+        with self.open(path, num_rows=num_rows) as stream:
+            stream.write(data)
+
+    def adopt(self, source: Path, path: str, *, num_rows: int | None = None) -> None:
+        """Move a file that another library wrote into the output; it is read once, to be hashed."""
+        target = self._out_folder / path
+        target.parent.mkdir(parents=True, exist_ok=True)
+        entry = FileEntry(path=path, sha256=file_sha256(source), num_bytes=source.stat().st_size, num_rows=num_rows)
+        source.replace(target)
+        sync_folder(target.parent)
+        self._files.append(entry)
+
+    def drop(self, sample_key: str, reason: str, detail: str = "") -> None:
+        """Record that a row ends here, and why: `reason` is a short snake_case word, `detail` says more."""
+        self._dropped.append((sample_key, reason, detail))
+
+    def account(self, *, rows_in: int, rows_out: int) -> None:
+        """State the rows that entered and left; with the drops they must balance.
+
+        Raises ThroughlineError where they do not.
+        """
+        if rows_in != rows_out + len(self._dropped):
+            raise ThroughlineError(
+                f"unit {self.name}: {rows_in} rows in, but {rows_out} out and {len(self._dropped)} dropped; "
+                "every lost row needs a reason"
+            )
+        self._rows = (rows_in, rows_out)
+
+    def journal(self) -> dict[str, Any]:
+        return {
+            "files": [entry.model_dump() for entry in self._files],
+            "rows": self._rows,
+            "dropped": self._dropped,
+            "notes": self.notes,
+        }
+
+
+@dataclass(frozen=True)
+class FinishedUnit:
+    """A unit's journal entry, as read back."""
+
+    name: str
+    files: tuple[FileEntry, ...]
+    rows: tuple[int, int] | None
+    dropped: tuple[tuple[str, str, str], ...]
+    notes: dict[str, Any]
+
+
+class StageRun(Generic[ConfigT]):
+    """What a stage's function works with: its configuration, its inputs, and the way to its output."""
+
+    def __init__(
+        self, stage_name: str, config: ConfigT, partition: str | None, inputs: Inputs, work_folder: Path
+    ) -> None:
+        self.stage_name = stage_name
+        self.config = config
+        self.partition = partition
+        self.inputs = inputs
+        self._out = work_folder / "out"
+        self._units = work_folder / "units"
+        self.scratch = work_folder / "scratch"
+        """A folder for checkpoints of unfinished work; it survives a kill and goes when the stage finishes."""
+        for folder in (self._out, self._units, self.scratch):
+            folder.mkdir(parents=True, exist_ok=True)
+
+    def input(self, name: str) -> StageOutput:
+        """Return the one input of that name."""
+        outputs = self.inputs.get(name, ())
+        if len(outputs) != 1:
+            raise ThroughlineError(f"stage {self.stage_name}: expected one input {name!r}, got {len(outputs)}")
+        return outputs[0]
+
+    @property
+    def label(self) -> str:
+        return f"{self.stage_name} {self.partition}" if self.partition else self.stage_name
+
+    def progress(self, total: int | None, noun: str, *, initial: int = 0) -> Progress:
+        return Progress(self.label, total, noun, initial=initial)
+
+    def is_finished(self, unit_name: str) -> bool:
+        """Whether an earlier, interrupted run already finished this unit."""
+        return (self._units / f"{unit_name}.json").exists()
+
+    @contextmanager
+    def unit(self, name: str) -> Iterator[Unit]:
+        """Yield a unit to fill; when the block ends without error it is journalled as finished."""
+        unit = Unit(name, self._out)
+        yield unit
+        write_bytes(self._units / f"{name}.json", json.dumps(unit.journal(), allow_nan=False).encode())
+
+    def finished_units(self) -> list[FinishedUnit]:
+        """Return the journal of all finished units, sorted by name."""
+        units = []
+        for path in sorted(self._units.glob("*.json")):
+            entry = json.loads(path.read_bytes())
+            units.append(
+                FinishedUnit(
+                    name=path.stem,
+                    files=tuple(FileEntry(**item) for item in entry["files"]),
+                    rows=tuple(entry["rows"]) if entry["rows"] else None,
+                    dropped=tuple((key, reason, detail) for key, reason, detail in entry["dropped"]),
+                    notes=entry["notes"],
+                )
+            )
+        return units
+
+    def out_path(self, path: str) -> Path:
+        """Return where an already written output file lies while the stage runs."""
+        return self._out / path
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage(Generic[ConfigT]):
+    """A step of the graph: a plain function with a name, a code version and a type of configuration.
+
+    `code_version` is raised by hand whenever the same inputs would give other bytes. `produce` must import heavy
+    libraries inside, so that the graph can know its stages without loading them.
+    """
+
+    name: str
+    code_version: str
+    config_type: type[ConfigT]
+    produce: Callable[[StageRun[ConfigT]], StageResult | None]
+
+    def fingerprint(self, config: ConfigT, inputs: Inputs, partition: str | None = None) -> str:
+        """Return the digest of all that the output is computed from."""
+        return digest_json(
+            {
+                "stage": self.name,
+                "code_version": self.code_version,
+                "partition": partition,
+                "config": identity_of(config),
+                "inputs": {name: [item.data_version for item in items] for name, items in sorted(inputs.items())},
+            }
+        )
+
+    def find_finished(
+        self, config: ConfigT, inputs: Inputs, output_root: Path, partition: str | None = None, verify: Verify = "size"
+    ) -> StageOutput | None:
+        """Return the finished output of the same fingerprint, if there is one and it verifies."""
+        pointer = output_root / self.name / "fingerprints" / self.fingerprint(config, inputs, partition)
+        try:
+            folder = output_root / self.name / pointer.read_text().strip()
+            output = StageOutput.load(folder / MANIFEST_NAME)
+        except (FileNotFoundError, ThroughlineError):
+            return None
+        if damaged_files(folder, output.manifest, read_bytes=verify == "digest"):
+            return None
+        return output
+
+    def run(
+        self, config: ConfigT, inputs: Inputs, output_root: Path, partition: str | None = None, verify: Verify = "size"
+    ) -> StageOutput:
+        """Return the output for this configuration and these inputs: reused, resumed or computed.
+
+        A second process that asks for the same output waits for the first and then reuses its result. Raises
+        ThroughlineError for what the user can mend; whatever is raised, finished units stay for the next try.
+        """
+        fingerprint = self.fingerprint(config, inputs, partition)
+        stage_root = output_root / self.name
+        work_folder = stage_root / "work" / fingerprint
+        (stage_root / "work").mkdir(parents=True, exist_ok=True)
+        with _exclusive(stage_root / "work" / f"{fingerprint}.lock"):
+            finished = self.find_finished(config, inputs, output_root, partition, verify)
+            if finished is not None:
+                return finished
+            clock = Clock()
+            stage_run = StageRun(self.name, config, partition, inputs, work_folder)
+            result = self.produce(stage_run) or StageResult()
+            manifest = self._manifest(stage_run, result, fingerprint, clock)
+            return _publish(manifest, work_folder, stage_root)
+
+    def _manifest(self, stage_run: StageRun[ConfigT], result: StageResult, fingerprint: str, clock: Clock) -> Manifest:
+        units = stage_run.finished_units()
+        files = [entry for unit in units for entry in unit.files]
+        conservation = result.conservation or _conservation(units)
+        if conservation is not None and not conservation.holds:
+            raise ThroughlineError(f"{stage_run.label}: rows are not conserved: {conservation.model_dump()}")
+        dropped = sorted((key, reason, detail, unit.name) for unit in units for key, reason, detail in unit.dropped)
+        if dropped:
+            files.append(_write_dropped(stage_run, dropped))
+        return Manifest(
+            stage=self.name,
+            partition=stage_run.partition,
+            code_version=self.code_version,
+            fingerprint=fingerprint,
+            config=identity_of(stage_run.config),
+            models=tuple(_models_of(stage_run.config)),
+            inputs={name: tuple(item.ref for item in items) for name, items in sorted(stage_run.inputs.items())},
+            sources=tuple(result.sources),
+            files=tuple(sorted(files, key=lambda entry: entry.path)),
+            conservation=conservation,
+            seeds=dict(result.seeds),
+            summary=dict(result.summary),
+            execution=stage_run.config.model_dump(mode="json"),
+            measurements=dict(result.measurements),
+            environment=clock.environment(),
+        ).sealed()
+
+    def main(self, argv: Sequence[str] | None = None) -> None:
+        """Run as ``python -m <module> --config resolved.json [--config ...]``.
+
+        Several configurations run one after the other in this process, so that a model is loaded once. Prints the path
+        of each manifest on standard output; a failure is one sentence on standard error and exit status 1.
+        """
+        parser = argparse.ArgumentParser(description=f"Run stage {self.name}.")
+        parser.add_argument("--config", type=Path, action="append", required=True, help="resolved request (JSON)")
+        for request_path in parser.parse_args(argv).config:
+            try:
+                request = StageRequest.read(request_path)
+                print(self.run_request(request).manifest_path, flush=True)
+            except ThroughlineError as error:
+                sys.exit(f"error: {error}")
+            except OSError as error:
+                if error.errno != errno.ENOSPC:
+                    raise
+                sys.exit(
+                    f"error: {self.name}: the disk is full ({error.filename or request_path}); free space or choose "
+                    "another output root, then run again: it goes on at the first unfinished shard"
+                )
+
+    def run_request(self, request: "StageRequest") -> StageOutput:
+        """Run what a resolved request asks for."""
+        if request.stage != self.name:
+            raise ThroughlineError(f"request is for stage {request.stage!r}, this is {self.name!r}")
+        try:
+            config = self.config_type.model_validate(request.config)
+        except ValidationError as error:
+            raise ThroughlineError(f"configuration of {self.name}: {error}") from error
+        inputs = {name: [StageOutput.load(Path(path)) for path in paths] for name, paths in request.inputs.items()}
+        return self.run(config, inputs, Path(request.output_root), request.partition, request.verify)
+
+
+class StageRequest(FrozenConfig):
+    """A resolved request to run a stage: everything a fresh process needs, as JSON."""
+
+    stage: str
+    partition: str | None = None
+    config: dict[str, Any]
+    inputs: dict[str, list[str]] = {}
+    """Input name -> paths of manifests."""
+    output_root: str
+    verify: Verify = "size"
+
+    @classmethod
+    def read(cls, path: Path) -> "StageRequest":
+        try:
+            return cls.model_validate_json(path.read_bytes())
+        except FileNotFoundError as error:
+            raise ThroughlineError(f"{path}: no such request file") from error
+        except ValidationError as error:
+            raise ThroughlineError(f"{path}: not a stage request: {error}") from error
+
+
+@contextmanager
+def _exclusive(path: Path) -> Iterator[None]:
+    """Hold a lock that the operating system lets go when the process dies, however it dies."""
+    with path.open("a") as stream:
+        fcntl.flock(stream, fcntl.LOCK_EX)
+        yield
+
+
+def _conservation(units: Sequence[FinishedUnit]) -> Conservation | None:
+    counted = [unit for unit in units if unit.rows is not None]
+    if not counted:
+        return None
+    reasons = Counter(reason for unit in counted for _, reason, _ in unit.dropped)
+    return Conservation(
+        rows_in=sum(unit.rows[0] for unit in counted if unit.rows),
+        rows_out=sum(unit.rows[1] for unit in counted if unit.rows),
+        dropped=dict(sorted(reasons.items())),
+    )
+
+
+def _write_dropped(stage_run: StageRun[Any], rows: list[tuple[str, str, str, str]]) -> FileEntry:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    table = pa.table(dict(zip(("sample_key", "reason", "detail", "unit"), map(list, zip(*rows)), strict=True)))
+    with atomic_writer(stage_run.out_path(DROPPED_NAME)) as stream:
+        pq.write_table(table, stream)
+    return FileEntry(path=DROPPED_NAME, sha256=stream.sha256, num_bytes=stream.num_bytes, num_rows=len(rows))
+
+
+def _models_of(config: FrozenConfig) -> Iterator[ModelRecord]:
+    for role in type(config).model_fields:
+        value = getattr(config, role)
+        if isinstance(value, ModelRef):
+            yield ModelRecord(role=role, id=value.id, revision=value.revision)
+        elif isinstance(value, FrozenConfig):
+            yield from _models_of(value)
+
+
+def _publish(manifest: Manifest, work_folder: Path, stage_root: Path) -> StageOutput:
+    out_folder = work_folder / "out"
+    _remove_strays(out_folder, manifest)
+    manifest.write(out_folder)
+    folder = stage_root / manifest.data_version
+    if folder.exists():
+        # The same content was published before and then damaged, or its pointer was lost: the fresh copy replaces it.
+        shutil.rmtree(folder)
+    out_folder.rename(folder)
+    sync_folder(stage_root)
+    pointers = stage_root / "fingerprints"
+    pointers.mkdir(exist_ok=True)
+    write_bytes(pointers / manifest.fingerprint, manifest.data_version.encode())
+    shutil.rmtree(work_folder)
+    return StageOutput(folder, manifest)
+
+
+def _remove_strays(out_folder: Path, manifest: Manifest) -> None:
+    listed = {entry.path for entry in manifest.files}
+    for path in out_folder.rglob("*"):
+        name = path.relative_to(out_folder).as_posix()
+        if path.is_file() and name not in listed and name != MANIFEST_NAME:
+            path.unlink()  # left by a unit that was killed before its journal entry
+
+
+def write_request(path: Path, request: StageRequest) -> None:
+    """Write a request where a stage's process can read it."""
+    write_json(path, request.model_dump(mode="json"))
