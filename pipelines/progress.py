@@ -1,4 +1,4 @@
-"""Progress for people and for the graph: a bar on a terminal, plain lines elsewhere, JSON lines for a parent process."""
+"""Progress for people and for the graph: a terminal bar, plain lines elsewhere, JSON lines for a parent process."""
 
 import json
 import os

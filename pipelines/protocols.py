@@ -57,7 +57,10 @@ def unified_reward_prompt(prompt: str) -> str:
 
 def unified_reward_answer(alignment: float, coherence: float, style: float) -> str:
     """Return an answer in UnifiedReward-2.0's format, scores from 1 to 5 with two decimals."""
-    return f"Alignment Score (1-5): {alignment:.2f}\nCoherence Score (1-5): {coherence:.2f}\nStyle Score (1-5): {style:.2f}"
+    return (
+        f"Alignment Score (1-5): {alignment:.2f}\nCoherence Score (1-5): {coherence:.2f}\n"
+        f"Style Score (1-5): {style:.2f}"
+    )
 
 
 def caption_prompt(version: str) -> str:

@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar
 
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 
 from pipelines.atomic import atomic_writer, sync_folder, write_bytes, write_json
 from pipelines.config import FrozenConfig, ModelRef, identity_of
@@ -187,6 +187,14 @@ class StageRun(Generic[ConfigT]):
         """A folder for checkpoints of unfinished work; it survives a kill and goes when the stage finishes."""
         for folder in (self._out, self._units, self.scratch):
             folder.mkdir(parents=True, exist_ok=True)
+        self._forget_incomplete_units()
+
+    def _forget_incomplete_units(self) -> None:
+        """Take back the journal entry of each unit whose files are no longer all there, so that it is done again."""
+        for unit in self.finished_units():
+            paths = [(self.out_path(entry.path), entry.num_bytes) for entry in unit.files]
+            if not all(path.is_file() and path.stat().st_size == num_bytes for path, num_bytes in paths):
+                (self._units / f"{unit.name}.json").unlink()
 
     def input(self, name: str) -> StageOutput:
         """Return the one input of that name."""
@@ -288,6 +296,7 @@ class Stage(Generic[ConfigT]):
         with _exclusive(stage_root / "work" / f"{fingerprint}.lock"):
             finished = self.find_finished(config, inputs, output_root, partition, verify)
             if finished is not None:
+                shutil.rmtree(work_folder, ignore_errors=True)  # left where a kill fell between rename and clean-up
                 return finished
             clock = Clock()
             stage_run = StageRun(self.name, config, partition, inputs, work_folder)
@@ -351,7 +360,7 @@ class Stage(Generic[ConfigT]):
         try:
             config = self.config_type.model_validate(request.config)
         except ValidationError as error:
-            raise ThroughlineError(f"configuration of {self.name}: {error}") from error
+            raise ThroughlineError(f"configuration of {self.name}: {_sentence(error)}") from error
         inputs = {name: [StageOutput.load(Path(path)) for path in paths] for name, paths in request.inputs.items()}
         return self.run(config, inputs, Path(request.output_root), request.partition, request.verify)
 
@@ -362,7 +371,7 @@ class StageRequest(FrozenConfig):
     stage: str
     partition: str | None = None
     config: dict[str, Any]
-    inputs: dict[str, list[str]] = {}
+    inputs: dict[str, list[str]] = Field(default_factory=dict)
     """Input name -> paths of manifests."""
     output_root: str
     verify: Verify = "size"
@@ -374,7 +383,12 @@ class StageRequest(FrozenConfig):
         except FileNotFoundError as error:
             raise ThroughlineError(f"{path}: no such request file") from error
         except ValidationError as error:
-            raise ThroughlineError(f"{path}: not a stage request: {error}") from error
+            raise ThroughlineError(f"{path}: not a stage request: {_sentence(error)}") from error
+
+
+def _sentence(error: ValidationError) -> str:
+    """Say in one line what is wrong with which field."""
+    return "; ".join(f"{'.'.join(map(str, item['loc'])) or 'value'}: {item['msg']}" for item in error.errors())
 
 
 @contextmanager
@@ -401,7 +415,8 @@ def _write_dropped(stage_run: StageRun[Any], rows: list[tuple[str, str, str, str
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    table = pa.table(dict(zip(("sample_key", "reason", "detail", "unit"), map(list, zip(*rows)), strict=True)))
+    names = ("sample_key", "reason", "detail", "unit")
+    table = pa.table({name: [row[index] for row in rows] for index, name in enumerate(names)})
     with atomic_writer(stage_run.out_path(DROPPED_NAME)) as stream:
         pq.write_table(table, stream)
     return FileEntry(path=DROPPED_NAME, sha256=stream.sha256, num_bytes=stream.num_bytes, num_rows=len(rows))
@@ -420,15 +435,17 @@ def _publish(manifest: Manifest, work_folder: Path, stage_root: Path) -> StageOu
     out_folder = work_folder / "out"
     _remove_strays(out_folder, manifest)
     manifest.write(out_folder)
+    pointers = stage_root / "fingerprints"
+    pointers.mkdir(exist_ok=True)
+    # The pointer comes before the folder: a kill in between leaves a pointer to nothing, which counts as unfinished
+    # while all files still lie in the work folder. The other way round they would be gone from it and not yet found.
+    write_bytes(pointers / manifest.fingerprint, manifest.data_version.encode())
     folder = stage_root / manifest.data_version
     if folder.exists():
         # The same content was published before and then damaged, or its pointer was lost: the fresh copy replaces it.
         shutil.rmtree(folder)
     out_folder.rename(folder)
     sync_folder(stage_root)
-    pointers = stage_root / "fingerprints"
-    pointers.mkdir(exist_ok=True)
-    write_bytes(pointers / manifest.fingerprint, manifest.data_version.encode())
     shutil.rmtree(work_folder)
     return StageOutput(folder, manifest)
 
