@@ -135,6 +135,12 @@ class Unit:
         sync_folder(target.parent)
         self._files.append(entry)
 
+    def count_rows(self, path: str, num_rows: int) -> None:
+        """State the rows of a file of this unit that was opened before they were known."""
+        self._files = [
+            entry.model_copy(update={"num_rows": num_rows}) if entry.path == path else entry for entry in self._files
+        ]
+
     def drop(self, sample_key: str, reason: str, detail: str = "") -> None:
         """Record that a row ends here, and why: `reason` is a short snake_case word, `detail` says more."""
         self._dropped.append((sample_key, reason, detail))

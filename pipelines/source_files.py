@@ -1,0 +1,117 @@
+"""Files from outside the graph: finding them, digesting each once, finding them again by content."""
+
+import glob
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from pipelines.atomic import write_json
+from pipelines.digest import file_sha256
+from pipelines.errors import ThroughlineError
+from pipelines.stage_configs import SourceContent
+
+SUFFIX = ".parquet"
+
+
+def find_sources(sources: Sequence[str]) -> dict[str, Path]:
+    """Return name -> path of the parquet files of folders, globs and files, sorted by name.
+
+    Hidden files and files named like unfinished writes (``_``, ``.tmp``) are left out, as Spark and Hadoop do.
+    Raises ThroughlineError where a source is missing, holds no parquet file, or two files share a name.
+    """
+    found: dict[str, Path] = {}
+    for source in sources:
+        for name, path in _expand(source):
+            if name in found and found[name] != path:
+                raise ThroughlineError(
+                    f"{path} and {found[name]}: two metadata files share the name {name}; "
+                    "name their common folder as the source instead"
+                )
+            found[name] = path
+    return dict(sorted(found.items()))
+
+
+def _expand(source: str) -> list[tuple[str, Path]]:
+    path = Path(source)
+    if path.is_dir():
+        files = sorted(item for item in path.rglob(f"*{SUFFIX}") if item.is_file() and not _is_hidden(item, path))
+        if not files:
+            contents = "is empty" if not any(path.iterdir()) else f"holds no {SUFFIX} file"
+            raise ThroughlineError(f"{source}: the folder {contents}; put LAION metadata there or name another source")
+        return [(item.relative_to(path).as_posix(), item.absolute()) for item in files]
+    if path.is_file():
+        if path.suffix.lower() != SUFFIX:
+            raise ThroughlineError(f"{source}: expected a {SUFFIX} file of LAION metadata")
+        return [(path.name, path.absolute())]
+    if glob.has_magic(source):
+        files = sorted(Path(item) for item in glob.glob(source, recursive=True) if Path(item).is_file())  # noqa: PTH207 - absolute patterns
+        if not files:
+            raise ThroughlineError(f"{source}: no file matches this pattern; check the path")
+        return [(item.name, item.absolute()) for item in files]
+    raise ThroughlineError(f"{source}: no such file or folder; name LAION metadata as a folder, glob or parquet file")
+
+
+def _is_hidden(path: Path, root: Path) -> bool:
+    return any(part.startswith((".", "_")) for part in path.relative_to(root).parts)
+
+
+def digest_sources(files: dict[str, Path], cache_file: Path | None = None) -> tuple[SourceContent, ...]:
+    """Return names, digests and sizes, reading only the files that `cache_file` doesn't know unchanged."""
+    cache = _DigestCache(cache_file)
+    content = []
+    for name, path in files.items():
+        sha256 = cache.digest(path)
+        content.append(SourceContent(name=name, sha256=sha256, num_bytes=path.stat().st_size))
+    cache.save()
+    return tuple(content)
+
+
+def locate_source(content: SourceContent, sources: Sequence[str], cache_file: Path | None = None) -> Path:
+    """Return where the file of that name and content lies.
+
+    Raises ThroughlineError where it is gone, or where it is no longer the file that the index registered.
+    """
+    path = find_sources(sources).get(content.name)
+    if path is None:
+        raise ThroughlineError(f"{content.name}: registered in the index, but not found under {', '.join(sources)}")
+    found = digest_sources({content.name: path}, cache_file)[0]
+    if found.sha256 != content.sha256:
+        raise ThroughlineError(
+            f"{path}: SHA-256 {found.sha256[:12]}..., the index registered {content.sha256[:12]}...; "
+            "the file was changed, run laion_index again"
+        )
+    return path
+
+
+class _DigestCache:
+    """Digests by path, valid while size, modification time and inode stay the same."""
+
+    def __init__(self, cache_file: Path | None) -> None:
+        self._file = cache_file
+        self._changed = False
+        self._entries: dict[str, list] = {}
+        if cache_file is not None and cache_file.exists():
+            try:
+                self._entries = json.loads(cache_file.read_bytes())
+            except ValueError as error:
+                raise ThroughlineError(f"{cache_file}: not a digest cache ({error}); delete it") from error
+
+    def digest(self, path: Path) -> str:
+        stat = path.stat()
+        state = [stat.st_size, stat.st_mtime_ns, stat.st_ino]
+        entry = self._entries.get(str(path))
+        if entry is not None and entry[:3] == state:
+            return entry[3]
+        sha256 = file_sha256(path)
+        self._entries[str(path)] = [*state, sha256]
+        self._changed = True
+        return sha256
+
+    def save(self) -> None:
+        if self._file is not None and self._changed:
+            self._file.parent.mkdir(parents=True, exist_ok=True)
+            # Parts may be read by several processes at once: each writes a file of its own, the last rename wins.
+            own = self._file.with_name(f"{self._file.name}.{os.getpid()}")
+            write_json(own, self._entries)
+            own.replace(self._file)

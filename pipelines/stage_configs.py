@@ -1,0 +1,168 @@
+"""Configurations of the data stages, from LAION metadata to the data set."""
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from pipelines.config import FrozenConfig, execution_field
+
+
+class SourceContent(FrozenConfig):
+    """One metadata file by content: what makes it the same file on another machine."""
+
+    name: str = Field(min_length=1)
+    """Path relative to the source folder, or the file's name where the source is a list or a glob."""
+    sha256: str = Field(pattern="^[0-9a-f]{64}$")
+    num_bytes: int = Field(ge=0)
+
+
+class LaionIndexConfig(FrozenConfig):
+    """Which LAION metadata files there are. Build it with `scan`, which digests them."""
+
+    source: tuple[str, ...] = execution_field(min_length=1)
+    """Folders (searched for ``*.parquet`` at any depth), globs, or files."""
+    content: tuple[SourceContent, ...] = Field(min_length=1)
+    """The files by name and digest, sorted by name; their order numbers the parts."""
+    digest_cache: str | None = execution_field(None)
+    """JSON file that remembers digests by path, size and modification time, so that no file is hashed twice."""
+
+    @classmethod
+    def scan(cls, source: str | Path | tuple[str, ...] | list[str], digest_cache: Path | None = None) -> Self:
+        """Find and digest the parquet files of `source`; each is read once, and never again while it is unchanged.
+
+        Raises ThroughlineError where a folder or file is missing or empty, or no parquet file is found.
+        """
+        from pipelines.source_files import digest_sources, find_sources
+
+        sources = (str(source),) if isinstance(source, (str, Path)) else tuple(map(str, source))
+        content = digest_sources(find_sources(sources), digest_cache)
+        return cls(source=sources, content=content, digest_cache=str(digest_cache) if digest_cache else None)
+
+
+class LaionSubsetConfig(FrozenConfig):
+    """Rules for keeping a LAION row; a rule set to None is off, and a row counts under the first rule that drops it.
+
+    The order of the rules is the order of `pipelines.laion_rules.REASONS`. The URL must always be there and be http or
+    https. A row whose value for an active rule is null or NaN is dropped as ``<column>_missing`` unless `keep_missing`.
+    """
+
+    min_similarity: float | None = Field(None, ge=-1, le=1)
+    """CLIP similarity of picture and text; LAION-400M's own threshold is 0.3, applied before publication."""
+    nsfw_allowed: tuple[str, ...] | None = None
+    """NSFW labels to keep, in any case: ``UNLIKELY``, ``UNSURE``, ``NSFW``."""
+    min_side_px: int | None = Field(None, ge=1)
+    """Least of width and height as LAION states them."""
+    max_aspect: float | None = Field(None, ge=1)
+    """Longer side over shorter side as LAION states them."""
+    min_text_chars: int | None = Field(None, ge=1)
+    max_text_chars: int | None = Field(None, ge=1)
+    """Length of the alt-text in characters (code points)."""
+    keep_empty_text: bool = False
+    """Whether rows with null or blank alt-text stay; null then becomes the empty string."""
+    keep_missing: bool = False
+    """Whether a null or NaN passes a rule instead of failing it."""
+    drop_duplicate_urls: bool = True
+    """Keep the first row of each URL within the part. Rows of equal sample key are always reduced to the first."""
+    source: tuple[str, ...] = execution_field(())
+    """Where the metadata files lie; empty: where the index found them."""
+    digest_cache: str | None = execution_field(None)
+    """See `LaionIndexConfig.digest_cache`; empty: the index's."""
+
+    @model_validator(mode="after")
+    def _lengths_in_order(self) -> Self:
+        if self.min_text_chars and self.max_text_chars and self.min_text_chars > self.max_text_chars:
+            raise ValueError(f"min_text_chars {self.min_text_chars} exceeds max_text_chars {self.max_text_chars}")
+        return self
+
+
+class ImageFormat(StrEnum):
+    """A picture format, recognised by its first bytes and never by its content type."""
+
+    JPEG = "jpeg"
+    PNG = "png"
+    WEBP = "webp"
+    GIF = "gif"
+
+
+class FetchConfig(FrozenConfig):
+    """How pictures are asked for. Time-outs and retries count towards the result: they decide which rows arrive."""
+
+    user_agent: str = Field("Mozilla/5.0 (compatible; throughline/0.1)", min_length=1)
+    opt_out_agent: str | None = None
+    """Agent name whose opt-out directives are obeyed as well (``X-Robots-Tag: <agent>: noai``)."""
+    opt_out_directives: tuple[str, ...] = ("noai", "noimageai", "noindex", "noimageindex")
+    """Directives of X-Robots-Tag that drop a picture; the default is img2dataset's. Empty: none are honoured."""
+    connect_seconds: float = Field(10.0, gt=0)
+    read_seconds: float = Field(10.0, gt=0)
+    """Longest silence of a server."""
+    total_seconds: float = Field(30.0, gt=0)
+    """Longest time for one attempt at one hop, from connecting to the last byte."""
+    retries: int = Field(2, ge=0, le=10)
+    """Further attempts after a failure that can heal: no connection, 429, 5xx, a broken body, time-outs."""
+    retry_timeouts: bool = True
+    backoff_seconds: float = execution_field(0.5, ge=0)
+    """Mean wait before the first retry, doubled for each further one; jitter is half to one and a half of it."""
+    max_retry_after_seconds: float = Field(30.0, ge=0)
+    """A server that asks for a longer wait (Retry-After) is not asked again."""
+    max_redirects: int = Field(5, ge=0)
+    max_body_bytes: int = Field(20 << 20, ge=1)
+    """Limit while streaming, after content decoding."""
+    allowed_private_hosts: tuple[str, ...] = ()
+    """``host:port`` pairs that may resolve to private or loopback addresses; for the demo's web alone."""
+    total_connections: int = execution_field(64, ge=1)
+    connections_per_host: int = execution_field(16, ge=1)
+
+
+class ImageTransform(FrozenConfig):
+    """How a downloaded picture becomes a training picture: limits, then short side resized, centre crop, RGB."""
+
+    formats: tuple[ImageFormat, ...] = tuple(ImageFormat)
+    animation: Literal["drop", "first_frame"] = "drop"
+    """What becomes of a picture with more than one frame (GIF, APNG, WebP); other frames are never decoded."""
+    max_source_pixels: int = Field(64_000_000, ge=1)
+    """Checked on the header, before anything is decoded."""
+    min_source_side_px: int = Field(1, ge=1)
+    max_source_aspect: float | None = Field(None, ge=1)
+    size_px: int = Field(256, ge=8)
+    resample: Literal["bilinear", "bicubic", "lanczos", "box"] = "bicubic"
+    """Filter of the resize; Pillow's filters widen their support when they shrink, so none of them aliases."""
+    jpeg_quality: int = Field(95, ge=1, le=100)
+    jpeg_subsampling: Literal["4:4:4", "4:2:0"] = "4:2:0"
+
+
+class ImagesConfig(FrozenConfig):
+    """The download stage: what is fetched, how it is decoded, and how much failure is normal."""
+
+    fetch: FetchConfig = FetchConfig()
+    transform: ImageTransform = ImageTransform()
+    rows_per_shard: int = Field(1000, ge=1)
+    """Subset rows per shard; those that fail are missing from it."""
+    max_failure_share: float = execution_field(0.9, gt=0, le=1)
+    """A longer share of failures than this over `failure_window` rows in a row stops the stage; 1 never stops it."""
+    failure_window: int = execution_field(100, ge=1)
+    """Rows over which failures are counted; in a shard of fewer rows, all of it, if it has at least 20."""
+    decode_workers: int = execution_field(2, ge=1)
+    decode_seconds: float = Field(30.0, gt=0)
+    """A picture that keeps a decoder busy for longer is given up."""
+    shards_in_flight: int = execution_field(4, ge=1)
+    """Shards fetched at the same time, so that one slow host doesn't idle the rest; costs their pictures' memory."""
+
+
+class ShardsConfig(FrozenConfig):
+    """The WebDataset stage."""
+
+    drop_truncated: bool = True
+    """Drop captions that did not end by themselves (finish reason other than ``stop``)."""
+    min_caption_chars: int = Field(1, ge=1)
+    """Shorter captions, blank ends not counted, are dropped as empty."""
+
+
+class DatasetConfig(FrozenConfig):
+    """The roll-up over all parts."""
+
+    validation_share: float = Field(0.0, ge=0, lt=1)
+    """Share of samples held out, chosen by sample key: the same samples whatever else is in the set."""
+    validation_salt: str = "validation-1"
+    """Another salt gives another choice."""
