@@ -1,0 +1,82 @@
+"""Which samples a step consumes, and the record of what was consumed."""
+
+import hashlib
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+class DataOrder:
+    """Training order as a pure function of (data version of the dataset, seed, batch size, step).
+
+    Each pass over the samples is a permutation of its own; a batch may span two passes, so every sample is seen equally
+    often. Nothing has to be saved or restored: step k of a resumed run is step k.
+    """
+
+    def __init__(self, data_version: str, seed: int, batch_size: int, num_samples: int) -> None:
+        if num_samples < 1:
+            raise ValueError("the dataset has no training samples")
+        self._data_version, self._seed = data_version, seed
+        self.batch_size, self.num_samples = batch_size, num_samples
+        self._passes: dict[int, np.ndarray] = {}
+
+    def indices(self, step: int) -> np.ndarray:
+        """Return the sample indices (B,) int64 of a step, in the order of their positions in the global batch."""
+        places = np.arange(step * self.batch_size, (step + 1) * self.batch_size, dtype=np.int64)
+        passes, offsets = np.divmod(places, self.num_samples)
+        needed = range(int(passes[0]), int(passes[-1]) + 1)
+        self._passes = {index: self._permutation(index) for index in needed}
+        return np.concatenate([self._passes[index][offsets[passes == index]] for index in needed])
+
+    def _permutation(self, pass_index: int) -> np.ndarray:
+        if pass_index in self._passes:
+            return self._passes[pass_index]
+        words = f"order:{self._data_version}:{self._seed}:{pass_index}".encode()
+        key = int.from_bytes(hashlib.blake2b(words, digest_size=16).digest(), "little")
+        # Raw Philox words are the same in every numpy version; Generator.permutation promises no such thing.
+        return np.argsort(np.random.Philox(key=key).random_raw(self.num_samples), kind="stable").astype(np.int64)
+
+
+class Ledger:
+    """What a run consumed: for each sample the first step and how often, and one rolling digest over all.
+
+    digest_0 = SHA-256(data version, seed, batch size), digest_k+1 = SHA-256(digest_k, step k, keys of step k in order).
+    Two runs with equal digests saw the same samples in the same order.
+    """
+
+    def __init__(self, sample_keys: np.ndarray, data_version: str, seed: int, batch_size: int) -> None:
+        """`sample_keys` is uint8 (num_samples, 16)."""
+        self._keys = sample_keys
+        self._digest = hashlib.sha256(f"ledger:{data_version}:{seed}:{batch_size}".encode()).digest()
+        self.first_step = np.full(len(sample_keys), -1, dtype=np.int64)
+        self.times_seen = np.zeros(len(sample_keys), dtype=np.int64)
+
+    def record(self, step: int, indices: np.ndarray) -> None:
+        """Record the samples of a step, in the order of their positions in the global batch."""
+        first_seen = indices[self.first_step[indices] < 0]
+        self.first_step[first_seen] = step
+        np.add.at(self.times_seen, indices, 1)
+        words = self._digest + step.to_bytes(8, "little") + np.ascontiguousarray(self._keys[indices]).tobytes()
+        self._digest = hashlib.sha256(words).digest()
+
+    @property
+    def consumption_digest(self) -> str:
+        """The rolling digest as hex digits."""
+        return self._digest.hex()
+
+    @property
+    def num_samples_seen(self) -> int:
+        """Samples consumed, repetitions counted."""
+        return int(self.times_seen.sum())
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the counts for a snapshot; `consumption_digest` goes beside them."""
+        return {"first_step": torch.from_numpy(self.first_step), "times_seen": torch.from_numpy(self.times_seen)}
+
+    def restore(self, tensors: Mapping[str, Tensor], consumption_digest: str) -> None:
+        """Take up what `tensors` and `consumption_digest` said when a snapshot was made."""
+        self.first_step = tensors["first_step"].numpy().copy()
+        self.times_seen = tensors["times_seen"].numpy().copy()
+        self._digest = bytes.fromhex(consumption_digest)

@@ -1,0 +1,233 @@
+"""The diffusion transformer with cross-attention to fused text, the backbone of every strategy but fuse_dit.
+
+Shapes: B batch, N image tokens, S text tokens, L LLM layers, D blocks, C channels, h and w latent height and width;
+K rows of prepared text. The backbone is that of arXiv 2602.03510: a block is x += SA(norm x); x += CA(x);
+x += MLP(norm x), with no timestep conditioning unless the configuration adds it.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from training.config import ModelConfig, Strategy
+from training.fusion import Fusion
+from training.layers import (
+    CrossAttention,
+    KeysValues,
+    Projection,
+    RMSNorm,
+    SelfAttention,
+    SwiGLU,
+    grid_angles,
+    initialise,
+    sinusoids,
+)
+
+_TIME_EMBEDDING_SIZE = 256
+_NUM_MODULATIONS = 6
+"""Scale, shift and gate for attention and for the MLP."""
+
+
+class TimestepModulation(nn.Module):
+    """adaLN-single (PixArt-alpha, arXiv 2310.00426): one map of t for all blocks, beside a table in each block.
+
+    Differs from PixArt: it starts at the identity (last layer and tables zero, gates 1 + g), so that with and without
+    it a model starts as the same function.
+    """
+
+    def __init__(self, hidden_size: int) -> None:
+        super().__init__()
+        self.inner = Projection(_TIME_EMBEDDING_SIZE, (hidden_size,), bias=True)
+        self.outer = Projection(hidden_size, (hidden_size,), bias=True)
+        self.modulations = Projection(hidden_size, (hidden_size,) * (_NUM_MODULATIONS + 2), bias=True, zero=True)
+
+    def forward(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """t (B,) -> modulations of the blocks (B, 6, C) and of the output (B, 2, C)."""
+        embedding = self.outer(F.silu(self.inner(sinusoids(1000 * t, _TIME_EMBEDDING_SIZE))))
+        values = self.modulations(F.silu(embedding)).unflatten(-1, (_NUM_MODULATIONS + 2, -1))
+        return values[:, :_NUM_MODULATIONS], values[:, _NUM_MODULATIONS:]
+
+
+class ModulationTable(nn.Module):
+    """What one block adds to the shared modulations; starts at zero."""
+
+    def __init__(self, hidden_size: int) -> None:
+        super().__init__()
+        self.values = nn.Parameter(torch.empty(_NUM_MODULATIONS, hidden_size))
+
+    @torch.no_grad()
+    def initialise_parameters(self, generator: torch.Generator) -> None:
+        self.values.zero_()
+
+    def forward(self, shared: Tensor) -> list[Tensor]:
+        return list((shared + self.values)[:, :, None].unbind(1))
+
+
+class Block(nn.Module):
+    """x += SA(norm x); x += CA(x) where there is cross-attention; x += MLP(norm x)."""
+
+    def __init__(self, config: ModelConfig, *, cross_attention: bool) -> None:
+        super().__init__()
+        self.attention_norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.attention = SelfAttention(config)
+        self.cross_attention = CrossAttention(config) if cross_attention else None
+        self.mlp_norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.mlp = SwiGLU(config)
+        has_table = config.timestep_conditioning == "adaln"
+        self.modulation = ModulationTable(config.hidden_size) if has_table else None
+
+    def forward(
+        self,
+        x: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        text: KeysValues,
+        mask: Tensor | None,
+        modulations: Tensor | None,
+    ) -> Tensor:
+        if self.modulation is None or modulations is None:
+            x = x + self._attend(self.attention_norm(x), rotary, text, mask)
+            if self.cross_attention is not None:
+                x = x + self.cross_attention(x, text, mask)
+            return x + self.mlp(self.mlp_norm(x))
+        scale_sa, shift_sa, gate_sa, scale_mlp, shift_mlp, gate_mlp = self.modulation(modulations)
+        modulated = self.attention_norm(x) * (1 + scale_sa) + shift_sa
+        x = x + self._attend(modulated, rotary, text, mask) * (1 + gate_sa)
+        if self.cross_attention is not None:
+            x = x + self.cross_attention(x, text, mask)
+        return x + self.mlp(self.mlp_norm(x) * (1 + scale_mlp) + shift_mlp) * (1 + gate_mlp)
+
+    def _attend(self, x: Tensor, rotary: tuple[Tensor, Tensor], text: KeysValues, mask: Tensor | None) -> Tensor:
+        if self.cross_attention is None:
+            return self.attention(x, *rotary, text=text, mask=mask)
+        return self.attention(x, *rotary)
+
+
+class Backbone(nn.Module):
+    """What DiT and FuseDiT have in common: patches in, blocks, patches out."""
+
+    def __init__(self, config: ModelConfig, *, cross_attention: bool) -> None:
+        super().__init__()
+        self.config = config
+        patch_values = config.latent_channels * config.patch_size**2
+        self.patch_in = Projection(patch_values, (config.hidden_size,), bias=True)
+        self.blocks = nn.ModuleList(Block(config, cross_attention=cross_attention) for _ in range(config.num_blocks))
+        self.norm_out = RMSNorm(config.hidden_size, config.norm_eps)
+        self.patch_out = Projection(config.hidden_size, (patch_values,), bias=True, zero=True)
+        has_time = config.timestep_conditioning == "adaln"
+        self.time = TimestepModulation(config.hidden_size) if has_time else None
+
+    def prepare_text(self, hidden_states: Tensor) -> Tensor:
+        """The frozen part of the text path, done once per text: (L, S, C) -> (K, S, C')."""
+        raise NotImplementedError
+
+    def text_keys_values(self, prepared: Tensor, t: Tensor) -> list[KeysValues]:
+        """The trained part of the text path: prepared (K, B, S, C'), t (B,) -> keys and values of each block."""
+        raise NotImplementedError
+
+    @property
+    def text_depends_on_time(self) -> bool:
+        """Whether `text_keys_values` depends on t, so that sampling has to repeat it at each scheduled time."""
+        return False
+
+    def rotary(self, height: int, width: int, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosines and sines for h / patch x w / patch image tokens behind texts of the given lengths (B,)."""
+        raise NotImplementedError
+
+    def attention_mask(self, text_mask: Tensor | None, num_image_tokens: int) -> Tensor | None:
+        """Turn a text mask (B, S), True for real tokens, into the mask of the attention that sees text."""
+        raise NotImplementedError
+
+    def forward(
+        self, latents: Tensor, t: Tensor, prepared: Tensor, lengths: Tensor, text_mask: Tensor | None = None
+    ) -> Tensor:
+        """Velocity at latents (B, C, h, w) and flow times t (B,), given prepared text (K, B, S, C').
+
+        `lengths` (B,) are the texts' real lengths; `text_mask` (B, S) is None where no text is padded.
+        """
+        return self.velocity(latents, t, self.text_keys_values(prepared, t), lengths, text_mask)
+
+    def velocity(
+        self, latents: Tensor, t: Tensor, text: list[KeysValues], lengths: Tensor, text_mask: Tensor | None = None
+    ) -> Tensor:
+        """Velocity (B, C, h, w), given keys and values of the text for each block."""
+        height, width = latents.shape[-2:]
+        patch = self.config.patch_size
+        if height % patch or width % patch:
+            raise ValueError(f"latents of {height} x {width} are not divisible by the patch size {patch}")
+        rotary = self.rotary(height // patch, width // patch, lengths)
+        x = self.patch_in(self._to_patches(latents))
+        mask = self.attention_mask(text_mask, x.shape[1])
+        modulations, modulation_out = self.time(t) if self.time is not None else (None, None)
+        for block, keys_values in zip(self.blocks, text, strict=True):
+            x = block(x, rotary, keys_values, mask, modulations)
+        x = self.norm_out(x)
+        if modulation_out is not None:
+            scale, shift = modulation_out[:, :, None].unbind(1)
+            x = x * (1 + scale) + shift
+        return self._to_latents(self.patch_out(x), height, width)
+
+    def _to_patches(self, latents: Tensor) -> Tensor:
+        """(B, C, h, w) -> (B, N, C * patch * patch)."""
+        batch, channels, height, width = latents.shape
+        p = self.config.patch_size
+        patches = latents.reshape(batch, channels, height // p, p, width // p, p).permute(0, 2, 4, 1, 3, 5)
+        return patches.reshape(batch, (height // p) * (width // p), channels * p * p)
+
+    def _to_latents(self, patches: Tensor, height: int, width: int) -> Tensor:
+        """(B, N, C * patch * patch) -> (B, C, h, w)."""
+        p = self.config.patch_size
+        grid = patches.reshape(patches.shape[0], height // p, width // p, -1, p, p)
+        return grid.permute(0, 3, 1, 4, 2, 5).reshape(patches.shape[0], -1, height, width)
+
+
+class DiT(Backbone):
+    """The backbone that reads fused text by cross-attention."""
+
+    def __init__(self, config: ModelConfig, strategy: Strategy) -> None:
+        super().__init__(config, cross_attention=True)
+        self.fusion = Fusion(
+            strategy,
+            config.num_text_layers,
+            config.num_blocks,
+            gate_embedding_size=config.gate_embedding_size,
+            gate_width=config.gate_width,
+            gate_time_scale=config.gate_time_scale,
+        )
+        self.text_norm = RMSNorm(config.text_width, config.norm_eps)
+        self.text_projection = Projection(config.text_width, (config.text_width,), bias=True, std=0.02)
+
+    def prepare_text(self, hidden_states: Tensor) -> Tensor:
+        return self.fusion.prepare(hidden_states)
+
+    @property
+    def text_depends_on_time(self) -> bool:
+        return self.fusion.gate is not None
+
+    def text_keys_values(self, prepared: Tensor, t: Tensor) -> list[KeysValues]:
+        conditioning = self.text_projection(self.text_norm(self.fusion.fuse(prepared, t)))
+        shared = conditioning.shape[0] == 1
+        return [
+            block.cross_attention.keys_values(conditioning[0 if shared else index])
+            for index, block in enumerate(self.blocks)
+        ]
+
+    def rotary(self, height: int, width: int, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        angles = grid_angles(height, width, self.config.head_dim, self.config.rope_theta, lengths.device)[:, None]
+        return angles.cos(), angles.sin()
+
+    def attention_mask(self, text_mask: Tensor | None, num_image_tokens: int) -> Tensor | None:
+        return None if text_mask is None else text_mask[:, None, None]
+
+
+def build_model(config: ModelConfig, strategy: Strategy, *, seed: int | None = 0) -> Backbone:
+    """Build the model of a strategy with starting values from `seed`; None leaves them unset, for loading or counting.
+
+    Models of different strategies start equal in every parameter they share. fuse_dit prepares text only once it was
+    given the encoder's weights (`FuseDiT.share_attention`).
+    """
+    from training.fuse_dit import FuseDiT
+
+    model: Backbone = FuseDiT(config) if strategy is Strategy.FUSE_DIT else DiT(config, strategy)
+    if seed is not None:
+        initialise(model, seed)
+    return model

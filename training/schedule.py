@@ -1,0 +1,38 @@
+"""The one place where the paper's flow time meets diffusers: sigma = 1 - t, scheduler timestep = 1000 * sigma.
+
+Everywhere else t = 0 is noise and t = 1 is data. The scheduler integrates d x / d sigma = noise - data, which is the
+velocity with its sign changed.
+"""
+
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+NUM_TRAIN_TIMESTEPS = 1000
+
+
+def shift_time(t: Tensor, shift: float) -> Tensor:
+    """Static shift of the noise schedule, sigma' = shift * sigma / (1 + (shift - 1) * sigma), written in t."""
+    return t / (t + shift * (1 - t))
+
+
+def build_scheduler(num_steps: int, shift: float) -> "FlowMatchEulerDiscreteScheduler":
+    """Return diffusers' Euler scheduler, set to `num_steps` steps from noise to data."""
+    from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
+
+    scheduler = FlowMatchEulerDiscreteScheduler(num_train_timesteps=NUM_TRAIN_TIMESTEPS, shift=shift)
+    scheduler.set_timesteps(num_steps)
+    return scheduler
+
+
+def flow_time(timestep: Tensor) -> Tensor:
+    """Return t of a scheduler timestep."""
+    return 1 - timestep / NUM_TRAIN_TIMESTEPS
+
+
+def euler_step(scheduler: "FlowMatchEulerDiscreteScheduler", x_t: Tensor, velocity: Tensor, timestep: Tensor) -> Tensor:
+    """Return x at the next, less noisy time of the scheduler."""
+    return scheduler.step(-velocity, timestep, x_t, return_dict=False)[0]
