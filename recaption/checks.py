@@ -1,0 +1,74 @@
+"""What is wrong with a caption, as far as its text and token counts tell: flags per row, counts per stage output."""
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from pipelines.stage import StageOutput
+from recaption.config import CaptionCheckConfig
+
+EMPTY = "empty"
+TRUNCATED = "truncated"
+REFUSAL = "refusal"
+REPETITION = "repetition"
+TOO_SHORT = "too_short"
+FLAGS = (EMPTY, TRUNCATED, REFUSAL, REPETITION, TOO_SHORT)
+
+_WORD = re.compile(r"\w+")
+# How instruction-tuned models begin when they decline. Only the beginning counts: a picture may show such words.
+_REFUSAL = re.compile(
+    r"^\W*(?:(?:i(?:'|’)?m|i am) (?:sorry|unable|not able)|sorry\b|i apologi[sz]e|i (?:can(?:'|’)?t|cannot|can not)\b"
+    r"|as an ai\b|unfortunately,? i\b|i (?:do not|don(?:'|’)?t) (?:have|see) (?:the ability|an image|any image))",
+    re.IGNORECASE,
+)
+
+
+def caption_flags(caption: str, finish_reason: str, config: CaptionCheckConfig) -> list[str]:
+    """Return the flags of one caption, in the order of `FLAGS`; an empty list is a good caption."""
+    words = [word.lower() for word in _WORD.findall(caption)]
+    if not words:
+        return [EMPTY]
+    checks = {
+        TRUNCATED: finish_reason == "length",
+        REFUSAL: _REFUSAL.match(caption) is not None,
+        REPETITION: repeated_share(words, config.ngram_words) > config.max_repeated_share,
+        TOO_SHORT: len(words) < config.min_words,
+    }
+    return [flag for flag, holds in checks.items() if holds]
+
+
+def repeated_share(words: list[str], ngram_words: int) -> float:
+    """Return the share of a text's word n-grams that occurred in it before, in [0, 1]; 0 where there is none."""
+    ngrams = [tuple(words[start : start + ngram_words]) for start in range(len(words) - ngram_words + 1)]
+    return 1.0 - len(set(ngrams)) / len(ngrams) if ngrams else 0.0
+
+
+@dataclass(frozen=True)
+class CaptionQuality:
+    """How many captions an output holds, and how many carry each flag of `FLAGS`."""
+
+    num_captions: int
+    num_flagged: Mapping[str, int]
+
+    def share(self, flag: str) -> float:
+        return self.num_flagged[flag] / self.num_captions if self.num_captions else 0.0
+
+
+def count_flags(rows: Iterable[Iterable[str]]) -> dict[str, int]:
+    """Return how many rows carry each flag, every flag named."""
+    counts = Counter(flag for flags in rows for flag in flags)
+    return {flag: counts[flag] for flag in FLAGS}
+
+
+def caption_quality(captions: StageOutput) -> CaptionQuality:
+    """Count flags over the tables of a finished `captions` output."""
+    import pyarrow.parquet as pq
+
+    flags = [
+        row
+        for path in captions.files(".parquet")
+        if path.name.startswith("captions-")
+        for row in pq.read_table(path, columns=["flags"]).column("flags").to_pylist()
+    ]
+    return CaptionQuality(num_captions=len(flags), num_flagged=count_flags(flags))

@@ -1,0 +1,132 @@
+"""vLLM as a vision-language engine, inside the process that asks; `recaption.vllm_environment` owns its variables."""
+
+import io
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pipelines.errors import ThroughlineError
+from recaption.config import VllmEngineConfig
+from recaption.engine import VisionAnswer, VisionRequest
+from recaption.vllm_environment import vllm_environment
+
+
+class VllmEngine:
+    """A model loaded by vLLM; greedy, one generate call per `generate`."""
+
+    def __init__(self, config: VllmEngineConfig) -> None:
+        os.environ.update(vllm_environment(config))
+        try:
+            import vllm
+        except ImportError as error:
+            raise ThroughlineError(
+                f"vLLM cannot be imported ({error}); install the extra 'cpu' or 'gpu' of this project"
+            ) from error
+        _check_model_folder(config)
+        self._sampling_params = vllm.SamplingParams
+        self._request_error: type[Exception] = vllm.exceptions.VLLMValidationError
+        self._llm = vllm.LLM(config.model.source, **engine_arguments(config))
+        self._tokenizer = self._llm.get_tokenizer()
+        self._token_ids: dict[str, int] = {}
+
+    def generate(self, requests: Sequence[VisionRequest]) -> list[VisionAnswer]:
+        """Answer all requests in one call, so that the batches are a function of the list alone.
+
+        Where vLLM refuses one for its length, the list is asked again one by one and the refused ones fail.
+        """
+        answers: list[VisionAnswer | None] = [None] * len(requests)
+        chats, params, places = [], [], []
+        for place, request in enumerate(requests):
+            try:
+                chats.append(_chat(request))
+            except (OSError, ValueError, SyntaxError) as error:  # what Pillow raises for broken files
+                answers[place] = VisionAnswer.failed(f"unreadable image ({type(error).__name__})")
+                continue
+            params.append(self._params(request))
+            places.append(place)
+        for place, answer in zip(places, self._answer(requests, places, chats, params), strict=True):
+            answers[place] = answer
+        return [answer for answer in answers if answer is not None]
+
+    def _answer(
+        self, requests: Sequence[VisionRequest], places: list[int], chats: list[Any], params: list[Any]
+    ) -> list[VisionAnswer]:
+        if not chats:
+            return []
+        try:
+            outputs = self._llm.chat(chats, params, use_tqdm=False)
+        except self._request_error as error:
+            if len(chats) == 1:
+                return [VisionAnswer.failed(str(error))]
+            return [
+                self._answer(requests, [place], [chat], [param])[0]
+                for place, chat, param in zip(places, chats, params, strict=True)
+            ]
+        return [self._read(output, requests[place]) for output, place in zip(outputs, places, strict=True)]
+
+    def _read(self, output: Any, request: VisionRequest) -> VisionAnswer:
+        completion = output.outputs[0]
+        logprobs = {}
+        if request.want_logprobs_of:
+            first = completion.logprobs[0]
+            logprobs = {word: first[self._token_id(word)].logprob for word in request.want_logprobs_of}
+        return VisionAnswer(
+            text=completion.text.strip(),
+            finish_reason=completion.finish_reason,
+            num_prompt_tokens=len(output.prompt_token_ids),
+            num_answer_tokens=len(completion.token_ids),
+            logprobs=logprobs,
+        )
+
+    def _params(self, request: VisionRequest) -> Any:
+        wanted = [self._token_id(word) for word in request.want_logprobs_of]
+        return self._sampling_params(temperature=0.0, max_tokens=request.max_tokens, logprob_token_ids=wanted or None)
+
+    def _token_id(self, word: str) -> int:
+        if word not in self._token_ids:
+            ids = self._tokenizer.encode(word, add_special_tokens=False)
+            if len(ids) != 1:
+                raise ThroughlineError(f"{word!r} is {len(ids)} tokens of this model; a log-probability needs one")
+            self._token_ids[word] = ids[0]
+        return self._token_ids[word]
+
+
+def engine_arguments(config: VllmEngineConfig) -> dict[str, Any]:
+    """Return the keyword arguments of ``vllm.LLM`` for this configuration."""
+    arguments: dict[str, Any] = {
+        "revision": config.model.hub_revision,
+        "dtype": config.dtype,
+        "quantization": config.quantization,
+        "tensor_parallel_size": config.tensor_parallel_size,
+        "max_model_len": config.max_model_len,
+        "max_num_seqs": config.max_num_seqs,
+        "max_num_batched_tokens": config.max_num_batched_tokens,
+        "enforce_eager": config.enforce_eager,
+        "seed": config.seed,
+        "gpu_memory_utilization": config.gpu_memory_utilization,
+        "kv_cache_memory_bytes": config.kv_cache_memory_bytes,
+        "limit_mm_per_prompt": {"image": 1, "video": 0},
+        # What an earlier batch left in a cache must not shape the arithmetic of this one.
+        "enable_prefix_caching": False,
+        # Each image comes once; the cache of processed images would hold 4 GiB for nothing.
+        "mm_processor_cache_gb": 0,
+        "disable_log_stats": True,
+    }
+    if config.max_image_px is not None:
+        arguments["mm_processor_kwargs"] = {"size": {"shortest_edge": 1, "longest_edge": config.max_image_px}}
+    return arguments
+
+
+def _chat(request: VisionRequest) -> list[dict[str, Any]]:
+    from PIL import Image
+
+    image = Image.open(io.BytesIO(request.image_bytes)).convert("RGB")
+    content = [{"type": "image_pil", "image_pil": image}, {"type": "text", "text": request.text}]
+    return [{"role": "user", "content": content}]
+
+
+def _check_model_folder(config: VllmEngineConfig) -> None:
+    path = config.model.path
+    if path is not None and not (Path(path) / "config.json").is_file():
+        raise ThroughlineError(f"{config.model.id}: no model at {path} (no config.json); check the profile's path")
