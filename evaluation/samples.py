@@ -1,0 +1,107 @@
+"""Owns the samples: the images of one arm for the prompts of one benchmark."""
+
+import hashlib
+import io
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from evaluation.config import SamplesConfig, parse_partition
+from evaluation.prompt_files import EvaluationPrompt
+from evaluation.prompt_sets import read_prompts
+from pipelines.errors import ThroughlineError
+from pipelines.stage import Stage, StageResult, StageRun
+from training.config import Arm
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+
+def png_bytes(image: "Image.Image") -> bytes:
+    """Return the image as PNG without metadata, so that equal pixels give equal bytes."""
+    stream = io.BytesIO()
+    image.convert("RGB").save(stream, "PNG", compress_level=6)
+    return stream.getvalue()
+
+
+def produce(run: StageRun[SamplesConfig]) -> StageResult:
+    """Write ``images/<prompt_id>-<k>.png`` and ``samples.parquet`` (prompt_id, sample_index, path, sha256, prompt).
+
+    Inputs: the checkpoint of the arm's strategy, prompt_sets. Rows are images: prompts x images per prompt.
+    """
+    arm_name, benchmark = parse_partition(run.partition)
+    try:
+        arm = Arm.parse(arm_name)
+    except ValueError as error:
+        raise ThroughlineError(f"samples {run.partition}: {error}") from error
+    checkpoint = run.input("checkpoint")
+    if checkpoint.manifest.partition != arm.strategy.value:
+        raise ThroughlineError(
+            f"samples {run.partition}: got the checkpoint of {checkpoint.manifest.partition}, "
+            f"expected that of {arm.strategy}"
+        )
+    config = run.config
+    prompts = read_prompts(run.input("prompt_sets"), benchmark)
+    per_prompt = config.images_per_prompt[benchmark]
+    size = config.prompts_per_unit
+    units = [(f"{start // size:05d}", prompts[start : start + size]) for start in range(0, len(prompts), size)]
+    todo = [(name, chunk) for name, chunk in units if not run.is_finished(name)]
+    num_done = (len(prompts) - sum(len(chunk) for _, chunk in todo)) * per_prompt
+    if todo:
+        from training.sampling import load_sampler
+
+        sampler = load_sampler(checkpoint, config.text_encoder, config.autoencoder)
+        settings = config.sampler.model_copy(update={"gate_shift": arm.gate_shift})
+        with run.progress(len(prompts) * per_prompt, "images", initial=num_done) as progress:
+            for name, chunk in todo:
+                with run.unit(name) as unit:
+                    images = _sample(sampler, chunk, per_prompt, config.seed, settings)
+                    rows = []
+                    for prompt, sample_index, image in images:
+                        data = png_bytes(image)
+                        path = f"images/{prompt.prompt_id}-{sample_index}.png"
+                        unit.write(path, data)
+                        rows.append(_row(prompt, sample_index, path, data))
+                    unit.account(rows_in=len(chunk) * per_prompt, rows_out=len(rows))
+                    unit.notes["rows"] = rows
+                progress.advance(len(rows))
+    rows = [row for unit in run.finished_units() if unit.name != "table" for row in unit.notes["rows"]]
+    if not run.is_finished("table"):
+        _write_table(run, rows)
+    summary = {"num_images": len(rows), "num_prompts": len(prompts), "images_per_prompt": per_prompt}
+    return StageResult(summary=summary, seeds={"noise": config.seed})
+
+
+def _sample(
+    sampler: Any, prompts: Sequence[EvaluationPrompt], per_prompt: int, seed: int, settings: Any
+) -> list[tuple[EvaluationPrompt, int, "Image.Image"]]:
+    wanted = [(prompt, index) for prompt in prompts for index in range(per_prompt)]
+    images = sampler.generate([prompt.prompt for prompt, _ in wanted], [index for _, index in wanted], seed, settings)
+    return [(prompt, index, image) for (prompt, index), image in zip(wanted, images, strict=True)]
+
+
+def _row(prompt: EvaluationPrompt, sample_index: int, path: str, data: bytes) -> dict[str, Any]:
+    return {
+        "prompt_id": prompt.prompt_id,
+        "sample_index": sample_index,
+        "path": path,
+        "sha256": hashlib.sha256(data).hexdigest(),
+        "prompt": prompt.prompt,
+    }
+
+
+def _write_table(run: StageRun[SamplesConfig], rows: Sequence[dict[str, Any]]) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    text = pa.string()
+    schema = pa.schema({"prompt_id": text, "sample_index": pa.int32(), "path": text, "sha256": text, "prompt": text})
+    with run.unit("table") as unit, unit.open("samples.parquet", num_rows=len(rows)) as stream:
+        pq.write_table(pa.Table.from_pylist(list(rows), schema=schema), stream)
+
+
+STAGE = Stage(name="samples", code_version="1", config_type=SamplesConfig, produce=produce)
+
+if __name__ == "__main__":
+    from evaluation.samples import STAGE as stage
+
+    stage.main()
