@@ -1,0 +1,338 @@
+"""What training reads instead of words and pixels: latents and text features of the dataset, by sample.
+
+Shapes: B batch, L LLM layers, S text tokens, C channels, h and w latent height and width; K rows of prepared text, as
+the model's `prepare_text` makes them.
+"""
+
+import tarfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipelines.errors import ThroughlineError
+from pipelines.stage import Inputs, StageOutput
+from training.config import CheckpointConfig
+from training.mapped_tensors import MappedTensors, to_tensor
+
+TRAIN, VALIDATION = "train", "validation"
+_KEY_BYTES = 16
+_ENCODE_BATCH = 32
+
+
+class Rows:
+    """Where each sample's row lies in a list of files: found by key, once, for a whole split."""
+
+    def __init__(self, paths: Sequence[Path], wanted: np.ndarray, what: str) -> None:
+        """`wanted` is uint8 (n, 16). Raises ThroughlineError that names a key no file holds."""
+        self.files = [MappedTensors(path) for path in paths]
+        keys = [file.array("sample_keys") for file in self.files]
+        file_of = np.repeat(np.arange(len(keys)), [len(part) for part in keys])
+        row_of = np.concatenate([np.arange(len(part)) for part in keys]) if keys else np.zeros(0, dtype=np.int64)
+        flat = _as_words(np.concatenate([np.array(part) for part in keys]) if keys else wanted[:0])
+        order = np.argsort(flat, kind="stable")
+        places = np.searchsorted(flat[order], _as_words(wanted))
+        found = places < len(order)
+        found[found] = flat[order[places[found]]] == _as_words(wanted)[found]
+        if not found.all():
+            missing = bytes(wanted[int(np.argmin(found))]).hex()
+            raise ThroughlineError(
+                f"{what}: nothing for sample {missing} and {int((~found).sum())} samples in all that the dataset "
+                f"names; re-run {what} for the part that holds them"
+            )
+        self.file_of, self.row_of = file_of[order[places]], row_of[order[places]]
+
+    def __getitem__(self, index: int) -> tuple[MappedTensors, int]:
+        return self.files[self.file_of[index]], int(self.row_of[index])
+
+
+def _as_words(keys: np.ndarray) -> np.ndarray:
+    """(n, 16) uint8 -> (n,) of two big-endian words, which sort and compare as the keys do."""
+    return np.ascontiguousarray(keys).view(np.dtype([("high", ">u8"), ("low", ">u8")])).reshape(-1)
+
+
+@dataclass(frozen=True)
+class Split:
+    """The samples of one split, sorted by key."""
+
+    sample_keys: np.ndarray
+    """uint8 (n, 16)"""
+    parts: list[str]
+    shards: list[str]
+
+    def __len__(self) -> int:
+        return len(self.sample_keys)
+
+    def key(self, index: int) -> str:
+        return bytes(self.sample_keys[index]).hex()
+
+
+def read_splits(dataset: StageOutput) -> dict[str, Split]:
+    """Return the training and the validation split of a dataset."""
+    import pyarrow.parquet as pq
+
+    table = pq.read_table(dataset.path("samples.parquet"), columns=["sample_key", "part", "shard", "split"])
+    columns = {name: table.column(name).to_pylist() for name in table.column_names}
+    splits = {}
+    for name in (TRAIN, VALIDATION):
+        rows = [row for row, split in enumerate(columns["split"]) if split == name]
+        key_bytes = b"".join(_key_bytes(columns["sample_key"][row]) for row in rows)
+        splits[name] = Split(
+            sample_keys=np.frombuffer(key_bytes, dtype=np.uint8).reshape(-1, _KEY_BYTES),
+            parts=[columns["part"][row] for row in rows],
+            shards=[columns["shard"][row] for row in rows],
+        )
+    if not len(splits[TRAIN]):
+        raise ThroughlineError(f"dataset {dataset.data_version}: no training samples; lower its share of validation")
+    return splits
+
+
+def _key_bytes(key: str | bytes) -> bytes:
+    return key if isinstance(key, bytes) else bytes.fromhex(key)
+
+
+class LatentReader:
+    """Latents of one split: draws from the autoencoder's posterior, scaled for training."""
+
+    def __init__(self, outputs: Sequence[StageOutput], split: Split) -> None:
+        paths = [path for output in outputs for path in output.files(".safetensors")]
+        self._rows = Rows(paths, split.sample_keys, "latents")
+        self.metadata = _common_metadata(self._rows.files, "latents")
+        self.scaling_factor = float(self.metadata.get("scaling_factor", 1.0))
+        self.shift_factor = float(self.metadata.get("shift_factor") or 0.0)
+        self.shape: tuple[int, ...] = tuple(self._rows.files[0].array("mean").shape[1:])
+
+    def read(self, index: int, posterior_noise: np.ndarray | None) -> np.ndarray:
+        """Return (mean + std * noise - shift) * scale as (C, h, w) fp32; without noise the posterior's mean."""
+        file, row = self._rows[index]
+        latents = file.array("mean")[row].astype(np.float32)
+        if posterior_noise is not None:
+            latents += file.array("std")[row].astype(np.float32) * posterior_noise
+        return (latents - self.shift_factor) * self.scaling_factor
+
+
+class CachedText:
+    """Text features of one split from the stage `text_features`."""
+
+    def __init__(self, outputs: Sequence[StageOutput], split: Split) -> None:
+        paths = [path for output in outputs for path in output.files(".safetensors")]
+        self._rows = Rows(paths, split.sample_keys, "text_features")
+        self.metadata = _common_metadata(self._rows.files, "text_features")
+
+    def hidden_states(self, index: int) -> Tensor:
+        """Return (L, S, C) as stored."""
+        file, row = self._rows[index]
+        start, end = (int(value) for value in file.array("offsets")[row : row + 2])
+        return to_tensor(file.array("hidden_states")[:, start:end], bfloat16=file.is_bfloat16("hidden_states"))
+
+
+def _common_metadata(files: Sequence[MappedTensors], what: str) -> dict[str, str]:
+    if not files:
+        raise ThroughlineError(f"{what}: no files among the inputs")
+    for file in files[1:]:
+        if file.metadata != files[0].metadata:
+            raise ThroughlineError(
+                f"{file.path}: {what} were made as {file.metadata}, those of {files[0].path} as {files[0].metadata}; "
+                f"re-run {what} with one configuration"
+            )
+    return files[0].metadata
+
+
+def read_captions(shards: Sequence[StageOutput], split: Split) -> list[str]:
+    """Return the caption of every sample of a split, from the shards."""
+    wanted = {split.key(index): index for index in range(len(split))}
+    captions: dict[int, str] = {}
+    for path in (path for output in shards for path in output.files(".tar")):
+        with tarfile.open(path) as tar:
+            for member in tar:
+                key, _, extension = member.name.rpartition(".")
+                if extension == "txt" and key in wanted and (stream := tar.extractfile(member)) is not None:
+                    captions[wanted[key]] = stream.read().decode()
+    for key, index in wanted.items():
+        if index not in captions:
+            raise ThroughlineError(f"shards: no caption for sample {key}, which the dataset names; re-run shards")
+    return [captions[index] for index in range(len(split))]
+
+
+PrepareText = Callable[[Tensor], Tensor]
+"""A model's `prepare_text`: hidden states (L, S, C) -> prepared text (K, S, C')."""
+
+
+class PreparedText:
+    """Prepared text of one split, made once per caption and kept as far as memory goes."""
+
+    def __init__(
+        self, hidden_states: Callable[[int], Tensor], prepare: PrepareText, dtype: torch.dtype, memory_bytes: int
+    ) -> None:
+        self._hidden_states, self._prepare, self._dtype = hidden_states, prepare, dtype
+        self._kept: dict[int, Tensor] = {}
+        self._free_bytes = memory_bytes
+
+    def read(self, index: int) -> Tensor:
+        """Return (K, S, C'). Raises ThroughlineError for a text without tokens or with non-finite features."""
+        kept = self._kept.get(index)
+        if kept is not None:
+            return kept
+        prepared = prepare_text(self._prepare, self._hidden_states(index), self._dtype)
+        num_bytes = prepared.numel() * prepared.element_size()
+        if num_bytes <= self._free_bytes:
+            self._kept[index] = prepared
+            self._free_bytes -= num_bytes
+        return prepared
+
+
+@torch.no_grad()
+def prepare_text(prepare: PrepareText, hidden_states: Tensor, dtype: torch.dtype) -> Tensor:
+    """Apply a model's `prepare_text` in fp32 and keep the result as `dtype`."""
+    if hidden_states.shape[1] == 0:
+        raise ThroughlineError("a text of no tokens cannot condition an image; give it a caption or a template")
+    prepared = prepare(hidden_states.float()).to(dtype)
+    if not prepared.isfinite().all():
+        raise ThroughlineError(f"text features hold NaN or exceed the range of {dtype}; encode the text again")
+    return prepared
+
+
+def pad_texts(texts: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Stack prepared texts (K, S_i, C') to (K, B, S, C') fp32, with lengths (B,) and a mask (B, S) where padded.
+
+    The mask is True for real tokens, and None where all texts are equally long.
+    """
+    lengths = torch.tensor([text.shape[1] for text in texts])
+    longest = int(lengths.max())
+    rows, _, channels = texts[0].shape
+    stacked = torch.zeros(rows, len(texts), longest, channels)
+    for place, text in enumerate(texts):
+        stacked[:, place, : text.shape[1]] = text
+    padded = bool((lengths < longest).any())
+    return stacked, lengths, torch.arange(longest) < lengths[:, None] if padded else None
+
+
+@dataclass
+class Batch:
+    """The input of one training step of one process."""
+
+    sample_indices: Tensor
+    """(B,) int64, into the training split."""
+    latents: Tensor
+    """(B, C, h, w) fp32, scaled."""
+    noise: Tensor
+    t: Tensor
+    """(B,) fp32"""
+    prepared: Tensor
+    """(K, B, S, C')"""
+    lengths: Tensor
+    text_mask: Tensor | None
+
+    def to(self, device: torch.device) -> "Batch":
+        moved = {name: None if value is None else value.to(device) for name, value in vars(self).items()}
+        return Batch(**moved)
+
+
+class FeatureSource:
+    """Latents and prepared text of both splits, and the prepared unconditional text."""
+
+    def __init__(self, config: CheckpointConfig, inputs: Inputs, prepare: PrepareText) -> None:
+        """Maps the files; encodes the unconditional text, and the captions too where no text features are cached.
+
+        Raises ThroughlineError where inputs are not those that the dataset was rolled up from, or were made with
+        another encoder or template than the configuration says.
+        """
+        dataset = inputs["dataset"][0]
+        check_inputs(dataset, inputs)
+        self.data_version = dataset.data_version
+        self.splits = read_splits(dataset)
+        self.latents = {
+            name: LatentReader(inputs["latents"], split) for name, split in self.splits.items() if len(split)
+        }
+        self._check_latents(config)
+        dtype = getattr(torch, config.training.text_dtype)
+        encoder = TextSource(config, inputs)
+        self.text_metadata = encoder.metadata
+        self.unconditional = prepare_text(prepare, encoder.unconditional(), dtype)
+        self._text = {
+            name: PreparedText(encoder.reader(split), prepare, dtype, config.training.text_memory_bytes)
+            for name, split in self.splits.items()
+            if len(split)
+        }
+
+    def text(self, split: str, index: int) -> Tensor:
+        """Return the prepared text (K, S, C') of a sample; errors name its key."""
+        try:
+            return self._text[split].read(index)
+        except ThroughlineError as error:
+            raise ThroughlineError(f"sample {self.splits[split].key(index)}: {error}") from error
+
+    def _check_latents(self, config: CheckpointConfig) -> None:
+        found = self.latents[TRAIN].shape
+        expected = (config.model.latent_channels, config.model.latent_size, config.model.latent_size)
+        if found != expected:
+            raise ThroughlineError(
+                f"latents are {found}, the model was configured for {expected} (channels, height, width); "
+                "set latent_channels and latent_size, or re-run latents"
+            )
+
+
+class TextSource:
+    """Hidden states of captions: from the cache, or from the encoder, run once per caption at the start."""
+
+    def __init__(self, config: CheckpointConfig, inputs: Inputs) -> None:
+        self._config, self._inputs = config, inputs
+        self._cached = list(inputs.get("text_features", ()))
+        self._encoder: Any = None
+        self.metadata: dict[str, str] = {}
+        if self._cached:
+            self._check_cached()
+
+    def reader(self, split: Split) -> Callable[[int], Tensor]:
+        """Return the function that gives the hidden states (L, S, C) of the split's samples by index."""
+        if self._cached:
+            return CachedText(self._cached, split).hidden_states
+        encoded = list(self._encode(read_captions(self._inputs["shards"], split)))
+        return encoded.__getitem__
+
+    def unconditional(self) -> Tensor:
+        """Return the hidden states (L, S, C) of the empty prompt in its template."""
+        return next(self._encode([""]))
+
+    def _encode(self, texts: Sequence[str]) -> Iterator[Tensor]:
+        if self._encoder is None:
+            self._encoder = load_text_encoder(self._config.text_encoder, self._config.template_version)
+        for start in range(0, len(texts), _ENCODE_BATCH):
+            for encoded in self._encoder.encode(texts[start : start + _ENCODE_BATCH]):
+                yield encoded.hidden_states.detach().cpu()
+
+    def _check_cached(self) -> None:
+        expected = self._config.text_encoder.revision
+        for output in self._cached:
+            found = {record.revision for record in output.manifest.models}
+            if found and expected not in found:
+                raise ThroughlineError(
+                    f"text_features {output.data_version}: made by encoder revision {', '.join(sorted(found))}, "
+                    f"training is configured for {expected}; re-run text_features or name that encoder"
+                )
+
+
+def load_text_encoder(model: Any, template_version: str) -> Any:
+    """Load the frozen text encoder on the CPU in fp32, giving every layer."""
+    from features.text_encoder import TextEncoder
+
+    return TextEncoder.load(model, layers=None, template_version=template_version, dtype="float32", device="cpu")
+
+
+def check_inputs(dataset: StageOutput, inputs: Inputs) -> None:
+    """Check that latents, text features and shards are those that the dataset was rolled up from."""
+    known: Mapping[str, set[str]] = {
+        name: {item.data_version for item in items} for name, items in dataset.manifest.inputs.items()
+    }
+    for name in ("latents", "text_features", "shards"):
+        given = {item.data_version for item in inputs.get(name, ())}
+        if name in known and given and given != known[name]:
+            raise ThroughlineError(
+                f"{name}: the outputs given are not those of dataset {dataset.data_version} "
+                f"({len(known[name] - given)} missing, {len(given - known[name])} unknown to it); "
+                "re-run dataset, or give the outputs it names"
+            )

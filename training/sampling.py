@@ -1,0 +1,254 @@
+"""Images from a checkpoint: flow matching with Euler steps and guidance, the text side computed once.
+
+What depends on the text alone (fusion, projection, keys and values of every block) is computed once per prompt, or
+once per prompt and scheduled time where the gate follows time; the unconditional text once per schedule.
+
+Shapes: B images, P distinct prompts, S text tokens, D blocks, G key and value heads, E channels of a head.
+"""
+
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pipelines.config import ModelRef
+from pipelines.errors import ThroughlineError
+from pipelines.stage import StageOutput
+from training.config import SamplerConfig
+from training.dit import Backbone
+from training.feature_source import load_text_encoder, pad_texts, prepare_text
+from training.flow import sampling_noise
+from training.fusion import shift_gate_time
+from training.layers import KeysValues
+from training.saved_model import SavedModel, load_model
+from training.schedule import build_scheduler, euler_step, flow_time
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+OnStep = Callable[[int, int, Tensor], None]
+"""Called after each Euler step with its index, the number of steps, and the latents (B, C, h, w)."""
+
+_KEPT_PROMPTS = 512
+
+
+@dataclass
+class TextBatch:
+    """Prepared text of P prompts, and the keys and values made of it, by time where they depend on it."""
+
+    prepared: Tensor
+    """(K, P, S, C')"""
+    lengths: Tensor
+    mask: Tensor | None
+    _cache: dict[float, list[KeysValues]] = field(default_factory=dict)
+
+    def keys_values(self, model: Backbone, t: Tensor, *, keep_times: bool) -> list[KeysValues]:
+        """Keys and values of each block, (P, G, S, E), at gate time t (a scalar)."""
+        time = float(t) if model.text_depends_on_time else 0.0
+        found = self._cache.get(time)
+        if found is None:
+            found = model.text_keys_values(self.prepared, t.expand(self.prepared.shape[1]))
+            if model.text_depends_on_time and not keep_times:
+                self._cache.clear()
+            self._cache[time] = found
+        return found
+
+
+def _join(first: Sequence[KeysValues], second: Sequence[KeysValues], places: Tensor) -> list[KeysValues]:
+    """Lay texts of two batches end to end, the shorter ones padded with zeros, then pick rows by `places`."""
+    longest = max(first[0][0].shape[2], second[0][0].shape[2])
+
+    def joined(a: Tensor, b: Tensor) -> Tensor:
+        return torch.cat([_lengthen(a, longest), _lengthen(b, longest)])[places]
+
+    return [(joined(a[0], b[0]), joined(a[1], b[1])) for a, b in zip(first, second, strict=True)]
+
+
+def _lengthen(keys_or_values: Tensor, longest: int) -> Tensor:
+    return F.pad(keys_or_values, (0, 0, 0, longest - keys_or_values.shape[2]))
+
+
+@torch.no_grad()
+def sample_latents(
+    model: Backbone,
+    text: TextBatch,
+    unconditional: TextBatch,
+    prompt_of: Tensor,
+    noise: Tensor,
+    settings: SamplerConfig,
+    on_step: OnStep | None = None,
+) -> Tensor:
+    """Integrate from noise (B, C, h, w) at t = 0 to latents at t = 1.
+
+    Image i is drawn for prompt `prompt_of[i]` of `text`. Guidance is u + s * (c - u), both branches in one batch.
+    """
+    num_prompts, batch = text.prepared.shape[1], noise.shape[0]
+    guided = settings.guidance_scale != 1
+    # Row num_prompts of the joined texts is the unconditional one.
+    places = torch.cat([torch.full_like(prompt_of, num_prompts), prompt_of]) if guided else prompt_of
+    lengths = torch.cat([text.lengths, unconditional.lengths])[places]
+    longest = int(max(text.lengths.max(), unconditional.lengths.max())) if guided else int(text.lengths.max())
+    padded = bool((lengths < longest).any())
+    mask = torch.arange(longest, device=noise.device) < lengths[:, None] if padded else None
+    scheduler = build_scheduler(settings.num_steps, settings.time_shift)
+    joined: list[KeysValues] | None = None
+    x_t = noise
+    for index, timestep in enumerate(scheduler.timesteps):
+        t = flow_time(timestep).to(noise.device)
+        if joined is None or model.text_depends_on_time:
+            gate_t = shift_gate_time(t) if settings.gate_shift else t
+            conditional = text.keys_values(model, gate_t, keep_times=False)
+            if guided:
+                joined = _join(conditional, unconditional.keys_values(model, gate_t, keep_times=True), places)
+            else:
+                joined = [(k[places], v[places]) for k, v in conditional]
+        doubled = torch.cat([x_t, x_t]) if guided else x_t
+        velocity = model.velocity(doubled, t.expand(len(places)), joined, lengths, mask).float()
+        if guided:
+            without, with_text = velocity.split(batch)
+            velocity = without + settings.guidance_scale * (with_text - without)
+        x_t = euler_step(scheduler, x_t, velocity, timestep)
+        if on_step is not None:
+            on_step(index, settings.num_steps, x_t)
+    return x_t
+
+
+@dataclass
+class Sampler:
+    """A checkpoint ready to draw images."""
+
+    saved: SavedModel
+    encode: Callable[[Sequence[str]], list[Tensor]]
+    """Texts -> hidden states (L, S, C) each."""
+    decode: Callable[[Tensor], Tensor]
+    """Unscaled latents (B, C, h, w) -> images (B, 3, H, W) in [-1, 1]."""
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    _prepared: "OrderedDict[str, Tensor]" = field(default_factory=OrderedDict)
+    _unconditional: TextBatch | None = None
+
+    def generate(
+        self,
+        prompts: Sequence[str],
+        sample_indices: Sequence[int],
+        seed: int,
+        settings: SamplerConfig,
+        on_step: OnStep | None = None,
+    ) -> "list[Image]":
+        """Draw one image per (prompt, sample index), in order.
+
+        An image depends on checkpoint, prompt, sample index, seed and settings; its batch mates move rounding at most.
+        Raises ValueError where the settings ask for the shift of Eq. 11 of a model without a time gate.
+        """
+        if len(prompts) != len(sample_indices):
+            raise ValueError(f"{len(prompts)} prompts but {len(sample_indices)} sample indices; give one for each")
+        if settings.gate_shift and not self.saved.strategy.has_time_gate:
+            raise ValueError(f"{self.saved.strategy}: the shift of Eq. 11 needs a time gate (time_wise or joint)")
+        images: list[Image] = []
+        for start in range(0, len(prompts), settings.batch_size):
+            chosen = slice(start, start + settings.batch_size)
+            images += self._generate_batch(prompts[chosen], sample_indices[chosen], seed, settings, on_step)
+        return images
+
+    def latents(
+        self,
+        prompts: Sequence[str],
+        sample_indices: Sequence[int],
+        seed: int,
+        settings: SamplerConfig,
+        on_step: OnStep | None = None,
+    ) -> Tensor:
+        """Draw scaled latents (B, C, h, w), one per (prompt, sample index), in one batch."""
+        config = self.saved.config
+        shape = (config.latent_channels, config.latent_size, config.latent_size)
+        noise = torch.stack([
+            sampling_noise(seed, prompt, index, shape) for prompt, index in zip(prompts, sample_indices, strict=True)
+        ])  # fmt: skip
+        distinct = list(dict.fromkeys(prompts))
+        prompt_of = torch.tensor([distinct.index(prompt) for prompt in prompts], device=self.device)
+        text = self._text_batch([self._prepare(distinct)[prompt] for prompt in distinct])
+        if self._unconditional is None:
+            self._unconditional = self._text_batch([self._prepare([""])[""]])
+        model, unconditional = self.saved.model, self._unconditional
+        return sample_latents(model, text, unconditional, prompt_of, noise.to(self.device), settings, on_step)
+
+    def _generate_batch(
+        self,
+        prompts: Sequence[str],
+        sample_indices: Sequence[int],
+        seed: int,
+        settings: SamplerConfig,
+        on_step: OnStep | None,
+    ) -> "list[Image]":
+        latents = self.latents(prompts, sample_indices, seed, settings, on_step)
+        conditioning = self.saved.conditioning
+        pixels = self.decode(latents / conditioning.scaling_factor + conditioning.shift_factor)
+        return to_images(pixels)
+
+    def _prepare(self, prompts: Sequence[str]) -> dict[str, Tensor]:
+        """Prepared text of some prompts, from the last few hundred where they are among them."""
+        missing = [prompt for prompt in prompts if prompt not in self._prepared]
+        if missing:
+            for prompt, hidden_states in zip(missing, self.encode(missing), strict=True):
+                try:
+                    prepared = prepare_text(self.saved.model.prepare_text, hidden_states, torch.float32)
+                except ThroughlineError as error:
+                    raise ThroughlineError(f"prompt {prompt!r}: {error}") from error
+                self._prepared[prompt] = prepared.to(self.device)
+        found = {prompt: self._prepared[prompt] for prompt in prompts}
+        while len(self._prepared) > _KEPT_PROMPTS:
+            self._prepared.popitem(last=False)
+        return found
+
+    def _text_batch(self, texts: Sequence[Tensor]) -> TextBatch:
+        prepared, lengths, mask = pad_texts(texts)
+        return TextBatch(prepared.to(self.device), lengths.to(self.device), mask)
+
+
+def to_images(pixels: Tensor) -> "list[Image]":
+    """(B, 3, H, W) in [-1, 1] -> RGB images."""
+    from PIL import Image
+
+    values = ((pixels.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+    return [Image.fromarray(value) for value in values]
+
+
+def load_sampler(
+    checkpoint: StageOutput,
+    text_encoder: ModelRef,
+    autoencoder: ModelRef,
+    *,
+    device: str = "cpu",
+    encoder: Any = None,
+    decoder: Any = None,
+) -> Sampler:
+    """Load a checkpoint with its text encoder and autoencoder.
+
+    `encoder` (a features TextEncoder) and `decoder` (a diffusers AutoencoderKL) spare loading them again when several
+    checkpoints are sampled in one process. Raises ThroughlineError where the encoder is not the one trained with.
+    """
+    saved = load_model(checkpoint, text_encoder, device)
+    if encoder is None:
+        encoder = load_text_encoder(text_encoder, saved.conditioning.template_version)
+    if decoder is None:
+        decoder = load_autoencoder(autoencoder, device)
+
+    def encode(texts: Sequence[str]) -> list[Tensor]:
+        return [encoded.hidden_states for encoded in encoder.encode(list(texts))]
+
+    @torch.no_grad()
+    def decode(latents: Tensor) -> Tensor:
+        return decoder.decode(latents.to(decoder.dtype), return_dict=False)[0]
+
+    return Sampler(saved, encode, decode, torch.device(device))
+
+
+def load_autoencoder(model: ModelRef, device: str = "cpu") -> Any:
+    """Load a diffusers AutoencoderKL in fp32 for decoding."""
+    from diffusers import AutoencoderKL
+
+    decoder = AutoencoderKL.from_pretrained(model.source, revision=model.hub_revision, torch_dtype=torch.float32)
+    return decoder.to(device).eval().requires_grad_(False)
