@@ -98,7 +98,9 @@ class FetchConfig(FrozenConfig):
     read_seconds: float = Field(10.0, gt=0)
     """Longest silence of a server."""
     total_seconds: float = Field(30.0, gt=0)
-    """Longest time for one attempt at one hop, from connecting to the last byte."""
+    """Longest time for one attempt, redirects included; waiting for a free connection doesn't count."""
+    verify_tls: bool = True
+    """Whether a server's certificate must be valid."""
     retries: int = Field(2, ge=0, le=10)
     """Further attempts after a failure that can heal: no connection, 429, 5xx, a broken body, time-outs."""
     retry_timeouts: bool = True

@@ -1,0 +1,262 @@
+import asyncio
+import os
+import socket
+import time
+from collections.abc import Iterator
+
+import pytest
+from aiohttp.abc import AbstractResolver, ResolveResult
+
+from pipelines.decode_pool import DecodePool
+from pipelines.fetch import Fetched, Fetcher
+from pipelines.fetch_status import FetchStatus
+from pipelines.image_decode import DecodeOutcome, decode
+from pipelines.stage_configs import FetchConfig, ImageTransform
+from tests.pipelines.hostile_server import JPEG, HostileServer
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[HostileServer]:
+    with HostileServer() as running:
+        yield running
+
+
+def config_for(server: HostileServer, **changes: object) -> FetchConfig:
+    values: dict[str, object] = {
+        "connect_seconds": 1.0,
+        "read_seconds": 0.5,
+        "total_seconds": 1.0,
+        "retries": 2,
+        "retry_timeouts": False,
+        "backoff_seconds": 0.01,
+        "max_body_bytes": 1_000_000,
+        "opt_out_agent": "TestBot",
+        "allowed_private_hosts": (server.host,),
+    }
+    return FetchConfig.model_validate(values | changes)
+
+
+def fetch_all(config: FetchConfig, urls: list[str], resolver: AbstractResolver | None = None) -> list[Fetched]:
+    async def run() -> list[Fetched]:
+        async with Fetcher(config, resolver=resolver) as fetcher:
+            return await asyncio.gather(*(fetcher.fetch(url) for url in urls))
+
+    return asyncio.run(run())
+
+
+TRANSFORM = ImageTransform(min_source_side_px=8, max_source_aspect=10)
+
+# path -> what becomes of it, download and decoding together
+EXPECTED = {
+    "/jpeg": "ok",
+    "/png": "ok",
+    "/webp": "ok",
+    "/gif": "ok",
+    "/grey.jpg": "ok",
+    "/cmyk.jpg": "ok",
+    "/palette.png": "ok",
+    "/wrong-type": "ok",
+    "/no-type": "ok",
+    "/no-length": "ok",
+    "/odd-header-bytes": "ok",
+    "/gzipped": "ok",
+    "/redirect": "ok",
+    "/flaky": "ok",
+    "/flaky-reset": "ok",
+    "/noai-other": "ok",
+    "/gzip-bomb": "body_too_large",
+    "/gzip-lie": "bad_content_encoding",
+    "/gzip-cut": "bad_content_encoding",
+    "/brotli": "bad_content_encoding",
+    "/404": "http_not_found",
+    "/410": "http_not_found",
+    "/403": "http_forbidden",
+    "/451": "http_forbidden",
+    "/400": "http_client_error",
+    "/418": "http_client_error",
+    "/429": "http_too_many_requests",
+    "/500": "http_server_error",
+    "/503-long": "http_server_error",
+    "/204": "http_unexpected",
+    "/206": "http_unexpected",
+    "/304": "http_unexpected",
+    "/999": "http_unexpected",
+    "/empty": "body_empty",
+    "/html": "html",
+    "/html-comment": "html",
+    "/text": "not_an_image",
+    "/json": "not_an_image",
+    "/zeros": "not_an_image",
+    "/svg": "format_not_allowed",
+    "/bmp": "format_not_allowed",
+    "/tiff": "format_not_allowed",
+    "/avif": "format_not_allowed",
+    "/pdf": "format_not_allowed",
+    "/mp4": "format_not_allowed",
+    "/truncated.jpg": "image_truncated",
+    "/truncated.png": "image_truncated",
+    "/header-only.jpg": "image_corrupt",
+    "/corrupt.png": "image_corrupt",
+    "/corrupt.webp": "image_corrupt",
+    "/bomb.png": "too_many_pixels",
+    "/text-bomb.png": "image_corrupt",
+    "/tiny": "too_small",
+    "/wide": "aspect_extreme",
+    "/animated.gif": "animated",
+    "/animated.webp": "animated",
+    "/noai": "opted_out",
+    "/noimageai": "opted_out",
+    "/noai-agent": "opted_out",
+    "/noai-redirect": "opted_out",
+    "/redirect-nowhere": "bad_redirect",
+    "/redirect-file": "bad_redirect",
+    "/redirect-ftp": "bad_redirect",
+    "/redirect-garbage": "bad_redirect",
+    "/redirect-metadata": "blocked_address",
+    "/redirect-private": "blocked_address",
+    "/redirect-localhost": "blocked_address",
+    "/redirect-mapped": "blocked_address",
+    "/loop-a": "redirect_loop",
+    "/deep/0": "too_many_redirects",
+    "/oversized": "body_too_large",
+    "/endless": "body_too_large",
+    "/short-body": "body_incomplete",
+    "/cut-chunks": "body_incomplete",
+    "/bad-chunks": "bad_http",
+    "/not-http": "bad_http",
+    "/bad-length": "bad_http",
+    "/long-header": "bad_http",
+    "/many-headers": "bad_http",
+    "/nothing": "disconnected",
+    "/reset": "disconnected",
+    "/stall": "read_timeout",
+    "/stall-body": "read_timeout",
+    "/drip": "total_timeout",
+}
+
+
+def test_every_hostile_answer_gets_its_status_and_none_disturbs_another(server: HostileServer) -> None:
+    start = time.monotonic()
+    outcomes = fetch_all(config_for(server), [server.url(path) for path in EXPECTED])
+    assert time.monotonic() - start < 15
+    found = {
+        path: (outcome.status if outcome.status != "ok" else decode(outcome.body, TRANSFORM).status).value
+        for path, outcome in zip(EXPECTED, outcomes, strict=True)
+    }
+    assert found == EXPECTED
+
+
+def test_details_are_the_same_on_every_run(server: HostileServer) -> None:
+    urls = [server.url(path) for path in ("/500", "/stall", "/nothing", "/loop-a", "/not-http", "/noai")]
+    first, second = (fetch_all(config_for(server), urls) for _ in range(2))
+    assert [(item.status, item.detail) for item in first] == [(item.status, item.detail) for item in second]
+
+
+@pytest.mark.parametrize(
+    ("url", "status"),
+    [
+        ("ftp://example.com/x.jpg", "bad_url"),
+        ("file:///etc/passwd", "bad_url"),
+        ("http://", "bad_url"),
+        ("not a url", "bad_url"),
+        ("", "bad_url"),
+        ("http://[::1", "bad_url"),
+        ("http://x:99999/", "bad_url"),
+        ("http://127.0.0.1:80/", "blocked_address"),
+        ("http://localhost/", "blocked_address"),
+        ("http://[::1]/", "blocked_address"),
+        ("http://[::ffff:10.0.0.1]/", "blocked_address"),
+        ("http://[64:ff9b::7f00:1]/", "blocked_address"),
+        ("http://[2002:7f00:1::]/", "blocked_address"),
+        ("http://[fe80::1%25lo]/", "blocked_address"),
+        ("http://[fd00:ec2::254]/", "blocked_address"),
+        ("http://169.254.169.254/latest", "blocked_address"),
+        ("http://100.100.100.200/", "blocked_address"),
+        ("http://0.0.0.0/", "blocked_address"),
+        ("http://224.0.0.1/", "blocked_address"),
+        ("http://2130706433/", "bad_url"),
+        ("http://127.1/", "bad_url"),
+        ("http://0x7f.0.0.1/", "blocked_address"),
+        ("http://user:secret@127.0.0.1/", "blocked_address"),
+        (f"http://{'a' * 70}.example/", "bad_url"),
+    ],
+)
+def test_urls_that_must_not_be_asked_for(server: HostileServer, url: str, status: str) -> None:
+    (outcome,) = fetch_all(config_for(server, retries=0), [url])
+    assert outcome.status in (status, "bad_url" if status == "blocked_address" and "0x7f" in url else status)
+    assert "secret" not in outcome.detail
+
+
+class FixedResolver(AbstractResolver):
+    """Answers each lookup with the next of its answers."""
+
+    def __init__(self, *answers: list[str]) -> None:
+        self.answers = list(answers)
+
+    async def resolve(
+        self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_INET
+    ) -> list[ResolveResult]:
+        addresses = self.answers.pop(0) if len(self.answers) > 1 else self.answers[0]
+        return [
+            ResolveResult(hostname=host, host=address, port=port, family=socket.AF_INET, proto=0, flags=0)
+            for address in addresses
+        ]
+
+    async def close(self) -> None:
+        return None
+
+
+def test_a_name_with_one_private_address_among_public_ones_is_refused(server: HostileServer) -> None:
+    (outcome,) = fetch_all(
+        config_for(server), [f"http://rebind.example:{server.port}/jpeg"], FixedResolver(["93.184.216.34", "127.0.0.1"])
+    )
+    assert outcome.status == FetchStatus.BLOCKED_ADDRESS
+    assert "rebind.example is 127.0.0.1 (loopback)" in outcome.detail
+
+
+def test_a_second_dns_answer_cannot_slip_in(server: HostileServer) -> None:
+    """The public address that was checked is the one connected to, although the name would now resolve to loopback."""
+    resolver = FixedResolver(["192.0.3.1"], ["127.0.0.1"])
+    before = server.requests["/jpeg"]
+    (outcome,) = fetch_all(config_for(server, retries=0), [f"http://rebind.example:{server.port}/jpeg"], resolver)
+    assert outcome.status in (FetchStatus.CONNECT_ERROR, FetchStatus.CONNECT_TIMEOUT, FetchStatus.TOTAL_TIMEOUT)
+    assert server.requests["/jpeg"] == before
+
+
+def test_an_allowed_host_is_allowed_on_its_port_alone(server: HostileServer) -> None:
+    (outcome,) = fetch_all(config_for(server, allowed_private_hosts=("127.0.0.1:1",)), [server.url("/jpeg")])
+    assert outcome.status == FetchStatus.BLOCKED_ADDRESS
+    (outcome,) = fetch_all(config_for(server), [server.url("/jpeg")])
+    assert outcome.body == JPEG
+
+
+def test_what_can_heal_is_asked_again_and_what_cannot_is_not(server: HostileServer) -> None:
+    server.requests.clear()
+    fetch_all(config_for(server), [server.url(path) for path in ("/500", "/404", "/503-long", "/stall", "/429")])
+    assert dict(server.requests) == {"/500": 3, "/404": 1, "/503-long": 1, "/stall": 1, "/429": 3}
+
+
+def test_a_host_gets_no_more_connections_than_its_limit() -> None:
+    with HostileServer() as server:
+        config = config_for(server, connections_per_host=3, total_seconds=5.0)
+        outcomes = fetch_all(config, [server.url(f"/slow-scene/{index}") for index in range(15)])
+        assert all(outcome.status == "ok" for outcome in outcomes)
+        assert 1 < server.most_concurrent <= 3
+
+
+def test_a_dead_or_hung_decoder_takes_no_other_picture_along() -> None:
+    async def run() -> list[str]:
+        bodies = [JPEG, b"die", JPEG, b"hang", JPEG, b"die", JPEG]
+        async with DecodePool(2, 1.0, TRANSFORM, _decode_or_misbehave) as pool:
+            return [outcome.status.value for outcome in await asyncio.gather(*map(pool.decode, bodies))]
+
+    assert asyncio.run(run()) == ["ok", "decoder_crashed", "ok", "decode_timeout", "ok", "decoder_crashed", "ok"]
+
+
+def _decode_or_misbehave(body: bytes, transform: ImageTransform) -> DecodeOutcome:
+    if body == b"die":
+        os.abort()
+    if body == b"hang":
+        while True:  # busy, as a decoder in an endless loop is
+            pass
+    return decode(body, transform)
