@@ -1,0 +1,190 @@
+"""The frozen text encoder: a decoder-only language model, and the hidden states of its layers.
+
+Shapes: L kept layers, S tokens of a text, C channels.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModel, AutoTokenizer
+
+from features.templates import apply_template
+from pipelines.config import ModelRef
+from pipelines.errors import ThroughlineError
+
+STORED_TYPE = torch.bfloat16
+"""Type of hidden states as given and stored, so that sampling sees what training read from the cache."""
+
+
+@dataclass(frozen=True)
+class EncodedText:
+    """A text's tokens and hidden states, without padding."""
+
+    token_ids: Tensor
+    """(S,) int32"""
+    hidden_states: Tensor
+    """(L, S, C) in `STORED_TYPE`: the kept entries of hidden_states[1..]; the embedding output (0) is not among them,
+    and the last layer's is the one after the final norm, as transformers gives it."""
+    was_truncated: bool = False
+
+
+class TextEncoder:
+    """A loaded encoder. Texts are padded on the right and attention is causal, so that no text sees its batch mates."""
+
+    def __init__(
+        self, model: Any, tokenizer: Any, *, ref: ModelRef, layers: Sequence[int] | None, template_version: str,
+        max_tokens: int,
+    ) -> None:  # fmt: skip
+        self._model = model
+        self._tokenizer = tokenizer
+        self.ref = ref
+        self.template_version = template_version
+        self.max_tokens = max_tokens
+        num_layers = model.config.num_hidden_layers
+        self.layers = tuple(layers) if layers is not None else tuple(range(1, num_layers + 1))
+        """The kept entries of hidden_states, counted as transformers does: 1 is the first layer's output."""
+        if min(self.layers) < 1 or max(self.layers) > num_layers:
+            raise ThroughlineError(f"{ref.id} has layers 1 to {num_layers}; layers {self.layers} were asked for")
+        self.width: int = model.config.hidden_size
+        self._empty_text_ids = [_edge_token(tokenizer, ref)]
+
+    @classmethod
+    def load(
+        cls,
+        model: ModelRef,
+        *,
+        layers: Sequence[int] | None = None,
+        template_version: str,
+        dtype: str = "float32",
+        device: str = "cpu",
+        max_tokens: int = 512,
+    ) -> Self:
+        """Load a causal language model, or the text part alone of a vision-language model.
+
+        `layers` are entries of hidden_states (None: 1..L); `dtype` is the compute type. Raises ThroughlineError where
+        the model is missing, or is none whose hidden states can be had.
+        """
+        try:
+            config = AutoConfig.from_pretrained(model.source, revision=model.hub_revision)
+            tokenizer = AutoTokenizer.from_pretrained(model.source, revision=model.hub_revision)
+        except (OSError, ValueError) as error:
+            raise ThroughlineError(
+                f"text encoder {model.id}: cannot be loaded from {model.source} ({_first_line(error)})"
+            ) from error
+        text_model = _load_text_model(model, config, getattr(torch, dtype)).to(device)
+        return cls(
+            text_model.eval().requires_grad_(False),
+            tokenizer,
+            ref=model,
+            layers=layers,
+            template_version=template_version,
+            max_tokens=max_tokens,
+        )
+
+    def tokenise(self, captions: Sequence[str]) -> list[list[int]]:
+        """Return the tokens of each caption in its template, cut at `max_tokens` and never empty."""
+        return [ids[: self.max_tokens] for ids in self._all_tokens(captions)]
+
+    def _all_tokens(self, captions: Sequence[str]) -> list[list[int]]:
+        if not captions:
+            return []
+        texts = [apply_template(self.template_version, caption) for caption in captions]
+        return [list(ids) or self._empty_text_ids for ids in self._tokenizer(texts)["input_ids"]]
+
+    def encode(self, captions: Sequence[str], max_batch_tokens: int = 2048) -> list[EncodedText]:
+        """Return the encoded texts in order; "" gives the unconditional text. The template is put around them here."""
+        encoded: dict[int, EncodedText] = dict(self.encode_by_length(captions, max_batch_tokens))
+        return [encoded[index] for index in range(len(captions))]
+
+    def encode_by_length(
+        self, captions: Sequence[str], max_batch_tokens: int = 2048
+    ) -> Iterator[tuple[int, EncodedText]]:
+        """Yield (index, encoded text), short ones first, so that a batch has little padding.
+
+        Batches are a function of the list alone. `max_batch_tokens` counts padding; a longer text is a batch by itself.
+        """
+        all_tokens = self._all_tokens(captions)
+        tokens = [ids[: self.max_tokens] for ids in all_tokens]
+        for batch in length_sorted_batches([len(ids) for ids in tokens], max_batch_tokens):
+            hidden_states = self._run([tokens[index] for index in batch])
+            for row, index in enumerate(batch):
+                length = len(tokens[index])
+                yield (
+                    index,
+                    EncodedText(
+                        token_ids=torch.tensor(tokens[index], dtype=torch.int32),
+                        hidden_states=hidden_states[:, row, :length].clone(),
+                        was_truncated=len(all_tokens[index]) > length,
+                    ),
+                )
+
+    @torch.inference_mode()
+    def _run(self, tokens: list[list[int]]) -> Tensor:
+        """Return (L, batch, longest S, C) on the CPU; places beyond a text's end hold nothing of meaning."""
+        longest = max(map(len, tokens))
+        device = self._model.device
+        ids = torch.tensor([row + [0] * (longest - len(row)) for row in tokens], device=device)
+        mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in tokens], device=device)
+        output = self._model(input_ids=ids, attention_mask=mask, output_hidden_states=True, use_cache=False)
+        kept = [output.hidden_states[layer].to(STORED_TYPE) for layer in self.layers]
+        return torch.stack(kept).cpu()
+
+
+def length_sorted_batches(lengths: Sequence[int], max_batch_tokens: int) -> list[list[int]]:
+    """Return indices in batches, shortest first, ties by index; a batch padded to its longest fits the bound."""
+    batches: list[list[int]] = []
+    for index in sorted(range(len(lengths)), key=lambda index: (lengths[index], index)):
+        if batches and (len(batches[-1]) + 1) * lengths[index] <= max_batch_tokens:
+            batches[-1].append(index)
+        else:
+            batches.append([index])
+    return batches
+
+
+def _load_text_model(model: ModelRef, config: Any, dtype: torch.dtype) -> Any:
+    text_config = config.get_text_config(decoder=True)
+    # A vision-language checkpoint keeps its language model under this prefix; vision tower and head are left unread.
+    key_mapping = {r"^(model\.)?language_model\.(model\.)?": ""} if text_config is not config else None
+    logger_level = _quiet_loading()
+    try:
+        loaded, report = AutoModel.from_pretrained(
+            model.source,
+            revision=model.hub_revision,
+            config=text_config,
+            dtype=dtype,
+            key_mapping=key_mapping,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError) as error:
+        raise ThroughlineError(f"text encoder {model.id}: cannot be loaded ({_first_line(error)})") from error
+    finally:
+        logger_level()
+    if report["missing_keys"]:
+        raise ThroughlineError(
+            f"text encoder {model.id}: {len(report['missing_keys'])} weights are missing from {model.source}, such as "
+            f"{sorted(report['missing_keys'])[0]}; it is no decoder-only language model known here"
+        )
+    return loaded
+
+
+def _quiet_loading() -> Any:
+    """Silence the report of unread weights, which is what is wanted here; return the function that ends it."""
+    from transformers.utils import logging
+
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    return lambda: logging.set_verbosity(level)
+
+
+def _edge_token(tokenizer: Any, ref: ModelRef) -> int:
+    for token_id in (tokenizer.bos_token_id, tokenizer.eos_token_id):
+        if token_id is not None:
+            return token_id
+    raise ThroughlineError(f"text encoder {ref.id}: its tokenizer has neither start nor end token")
+
+
+def _first_line(error: BaseException) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

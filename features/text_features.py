@@ -1,0 +1,106 @@
+"""Stage `text_features`: hidden states of the frozen text encoder for every caption of a part.
+
+Input `shards`; output ``text_features-NNNNN.safetensors`` for each tar, in its order. Optional in the graph: training
+encodes captions itself where there is no cache.
+"""
+
+import os
+import time
+from typing import Any
+
+from features.config import TextFeaturesConfig
+from pipelines.stage import Stage, StageOutput, StageResult, StageRun
+
+
+def produce(run: StageRun[TextFeaturesConfig]) -> StageResult:
+    """Encode the captions of every shard that has no features yet."""
+    from features.shard_samples import shard_units
+
+    shards = run.input("shards")
+    units = shard_units(shards)
+    pending = [name for name in units if not run.is_finished(name)]
+    measurements: dict[str, Any] = {}
+    if pending:
+        encoder = _load_encoder(run.config)
+        started = time.monotonic()
+        num_done = sum(unit.rows[0] for unit in run.finished_units() if unit.rows)
+        total = sum(shards.manifest.file(path.name).num_rows or 0 for path in units.values())
+        with run.progress(total or None, "captions", initial=num_done) as progress:
+            for name in pending:
+                _encode_shard(run, encoder, shards, name, progress)
+        seconds = time.monotonic() - started
+        count = progress.done - num_done
+        measurements = {"seconds": round(seconds, 3), "captions_per_second": round(count / seconds, 3)}
+    return StageResult(summary=_summary(run), measurements=measurements)
+
+
+def _load_encoder(config: TextFeaturesConfig) -> Any:
+    import torch
+
+    from features.text_encoder import TextEncoder
+
+    if config.num_threads is not None:
+        torch.set_num_threads(config.num_threads)
+    return TextEncoder.load(
+        config.text_encoder,
+        layers=config.layers,
+        template_version=config.template_version,
+        dtype=config.dtype,
+        device=config.device,
+        max_tokens=config.max_tokens,
+    )
+
+
+def _encode_shard(
+    run: StageRun[TextFeaturesConfig], encoder: Any, shards: StageOutput, name: str, progress: Any
+) -> None:
+    from features.feature_format import TextFeatureWriter, feature_metadata
+    from features.shard_samples import read_shard, shard_units
+
+    config = run.config
+    samples = read_shard(shards, shard_units(shards)[name], images=False)
+    captions = [sample.caption or "" for sample in samples]
+    lengths = [len(ids) for ids in encoder.tokenise(captions)]
+    scratch_path = run.scratch / f"{name}.safetensors"
+    writer = TextFeatureWriter(
+        scratch_path,
+        [sample.sample_key for sample in samples],
+        lengths,
+        encoder.width,
+        feature_metadata(config.text_encoder, config.template_version, encoder.layers),
+    )
+    num_truncated = 0
+    for index, text in encoder.encode_by_length(captions, config.max_batch_tokens):
+        writer.write(index, text)
+        num_truncated += text.was_truncated
+        progress.advance()
+    writer.close()
+    with run.unit(name) as unit:
+        unit.adopt(scratch_path, f"text_features-{name}.safetensors", num_rows=len(samples))
+        unit.account(rows_in=len(samples), rows_out=len(samples))
+        unit.notes.update(
+            num_tokens=sum(lengths), num_truncated=num_truncated, layers=list(encoder.layers), width=encoder.width
+        )
+
+
+def _summary(run: StageRun[TextFeaturesConfig]) -> dict[str, Any]:
+    units = run.finished_units()
+    num_texts = sum(unit.rows[1] for unit in units if unit.rows)
+    num_tokens = sum(unit.notes["num_tokens"] for unit in units)
+    return {
+        "num_texts": num_texts,
+        "num_tokens": num_tokens,
+        "mean_tokens": round(num_tokens / num_texts, 3) if num_texts else 0.0,
+        "num_truncated": sum(unit.notes["num_truncated"] for unit in units),
+        "num_layers": len(units[0].notes["layers"]) if units else 0,
+        "width": units[0].notes["width"] if units else 0,
+    }
+
+
+STAGE = Stage(name="text_features", code_version="1", config_type=TextFeaturesConfig, produce=produce)
+
+if __name__ == "__main__":
+    from features.text_features import STAGE as stage
+
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    stage.main()
