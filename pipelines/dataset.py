@@ -1,0 +1,130 @@
+"""Stage ``dataset``: rolls all parts up into one table of samples, the one thing that training depends on.
+
+The samples stay where they are; here stands which there are, in which shard, and which are held out.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+
+from pipelines.errors import ThroughlineError
+from pipelines.feature_keys import feature_keys
+from pipelines.shard_reader import shard_keys
+from pipelines.stage import Stage, StageOutput, StageResult, StageRun
+from pipelines.stage_configs import DatasetConfig
+
+SAMPLES_FILE = "samples.parquet"
+TRAIN, VALIDATION = "train", "validation"
+_ROW_GROUP_ROWS = 65_536
+
+
+def split_of(sample_key: str, config: DatasetConfig) -> str:
+    """Return ``train`` or ``validation``: a function of the key, so that a sample never changes sides."""
+    digest = hashlib.blake2b(bytes.fromhex(sample_key), digest_size=8, salt=_salt(config.validation_salt)).digest()
+    held_out = int.from_bytes(digest, "little") < config.validation_share * 2**64
+    return VALIDATION if held_out else TRAIN
+
+
+def _salt(text: str) -> bytes:
+    return hashlib.blake2b(text.encode(), digest_size=hashlib.blake2b.SALT_SIZE).digest()
+
+
+def produce(run: StageRun[DatasetConfig]) -> StageResult:
+    parts = _by_part(run.inputs.get("shards", ()), "shards")
+    if not parts:
+        raise ThroughlineError("dataset: no shards among its inputs; materialise at least one part first")
+    features = {name: _by_part(run.inputs[name], name) for name in ("latents", "text_features") if run.inputs.get(name)}
+    for name, outputs in features.items():
+        missing = [part for part in parts if part not in outputs]
+        if missing:
+            raise ThroughlineError(f"dataset: {name} for part {', '.join(missing)} not among its inputs; run it first")
+    if not run.is_finished("samples"):
+        _write_samples(run, parts, features)
+    (unit,) = run.finished_units()
+    return StageResult(
+        summary={"num_parts": len(parts), "num_samples": unit.rows[1] if unit.rows else 0, **unit.notes["splits"]}
+    )
+
+
+def _by_part(outputs: Sequence[StageOutput], name: str) -> dict[str, StageOutput]:
+    """Return part -> output in the order of parts."""
+    by_part: dict[str, StageOutput] = {}
+    for output in sorted(outputs, key=lambda item: item.manifest.partition or ""):
+        part = output.manifest.partition or ""
+        if part in by_part:
+            raise ThroughlineError(f"dataset: two outputs of {name} for part {part} among its inputs")
+        by_part[part] = output
+    return by_part
+
+
+def _write_samples(
+    run: StageRun[DatasetConfig], parts: dict[str, StageOutput], features: dict[str, dict[str, StageOutput]]
+) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    rows: dict[str, tuple[str, str, int]] = {}
+    rows_in = 0
+    with run.unit("samples") as unit, run.progress(len(parts), "parts") as progress:
+        for part, shards in parts.items():
+            for path in shards.files(".tar"):
+                keys = _checked_keys(path, shards)
+                known = {name: _feature_keys(outputs[part], name, path) for name, outputs in features.items()}
+                rows_in += len(keys)
+                for index, key in enumerate(keys):
+                    lacking = next((name for name, present in known.items() if key not in present), None)
+                    if lacking:
+                        unit.drop(key, f"{lacking}_missing", f"{path.name} of part {part}")
+                    elif key in rows:
+                        first_part, first_shard, _ = rows[key]
+                        detail = f"{path.name} of part {part}, first in {first_shard} of part {first_part}"
+                        unit.drop(key, "duplicate_key", detail)
+                    else:
+                        rows[key] = (part, path.name, index)
+            progress.advance(samples=len(rows))
+        keys = sorted(rows)
+        splits = [split_of(key, run.config) for key in keys]
+        table = pa.table(
+            {
+                "sample_key": pa.array(keys, pa.string()),
+                "part": pa.array([rows[key][0] for key in keys], pa.string()),
+                "shard": pa.array([rows[key][1] for key in keys], pa.string()),
+                "index_in_shard": pa.array([rows[key][2] for key in keys], pa.int32()),
+                "split": pa.array(splits, pa.string()),
+            }
+        )
+        with unit.open(SAMPLES_FILE, num_rows=len(keys)) as stream:
+            pq.write_table(table, stream, compression="zstd", row_group_size=_ROW_GROUP_ROWS)
+        unit.account(rows_in=rows_in, rows_out=len(keys))
+        unit.notes["splits"] = {f"num_{split}": splits.count(split) for split in (TRAIN, VALIDATION)}
+
+
+def _checked_keys(path: Path, shards: StageOutput) -> tuple[str, ...]:
+    keys = shard_keys(path)
+    stated = shards.manifest.file(path.name).num_rows
+    if len(keys) != stated:
+        raise ThroughlineError(
+            f"{path}: {len(keys)} samples, manifest says {stated}; re-run shards for part {shards.manifest.partition}"
+        )
+    return keys
+
+
+def _feature_keys(output: StageOutput, name: str, shard: Path) -> set[str]:
+    """Return the keys that have this feature; raises ThroughlineError for keys that the shard doesn't have."""
+    path = output.path(f"{name}-{shard.stem.removeprefix('shard-')}.safetensors")
+    keys = set(feature_keys(path))
+    strangers = keys.difference(shard_keys(shard))
+    if strangers:
+        raise ThroughlineError(
+            f"{path}: {len(strangers)} sample keys that {shard.name} does not have, such as {min(strangers)}; "
+            f"re-run {name} for part {output.manifest.partition}"
+        )
+    return keys
+
+
+STAGE = Stage(name="dataset", code_version="1", config_type=DatasetConfig, produce=produce)
+
+if __name__ == "__main__":
+    from pipelines.dataset import STAGE as stage
+
+    stage.main()
