@@ -1,0 +1,113 @@
+"""Small LAION tables, captions and stage inputs for the tests of the data stages."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipelines import images, laion_index, laion_subset
+from pipelines.config import FrozenConfig, ModelRef
+from pipelines.image_rows import image_units
+from pipelines.stage import Stage, StageOutput, StageResult, StageRun
+from pipelines.stage_configs import FetchConfig, ImagesConfig, LaionIndexConfig, LaionSubsetConfig
+from tests.pipelines.hostile_server import HostileServer
+
+LAION_400M = pa.schema(
+    {
+        "SAMPLE_ID": pa.int64(),
+        "URL": pa.string(),
+        "TEXT": pa.string(),
+        "HEIGHT": pa.int64(),
+        "WIDTH": pa.int64(),
+        "LICENSE": pa.string(),
+        "NSFW": pa.string(),
+        "similarity": pa.float64(),
+    }
+)
+
+
+def laion_row(url: str | None, text: str | None = "a red cat", **changes: Any) -> dict[str, Any]:
+    row: dict[str, Any] = {
+        "SAMPLE_ID": 1,
+        "URL": url,
+        "TEXT": text,
+        "HEIGHT": 300,
+        "WIDTH": 280,
+        "LICENSE": "?",
+        "NSFW": "UNLIKELY",
+        "similarity": 0.33,
+    }
+    return row | changes
+
+
+def write_laion(path: Path, rows: Sequence[dict[str, Any]], schema: pa.Schema = LAION_400M, **options: Any) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.Table.from_pylist(list(rows), schema), path, **options)
+    return path
+
+
+def run_index(source: Path, root: Path) -> StageOutput:
+    return laion_index.STAGE.run(LaionIndexConfig.scan(source, root / "digests.json"), {}, root)
+
+
+def run_subset(source: Path, root: Path, part: str = "00000", **rules: Any) -> StageOutput:
+    return laion_subset.STAGE.run(LaionSubsetConfig(**rules), {"index": [run_index(source, root)]}, root, part)
+
+
+def images_config(server: HostileServer, **changes: Any) -> ImagesConfig:
+    fetch = FetchConfig(
+        read_seconds=0.5,
+        total_seconds=1.0,
+        retries=2,
+        retry_timeouts=False,
+        backoff_seconds=0.01,
+        max_body_bytes=1_000_000,
+        allowed_private_hosts=(server.host,),
+    )
+    return ImagesConfig(**{"fetch": fetch, "rows_per_shard": 8, "max_failure_share": 1.0, **changes})
+
+
+def run_images(server: HostileServer, subset: StageOutput, root: Path, **changes: Any) -> StageOutput:
+    part = subset.manifest.partition
+    return images.STAGE.run(images_config(server, **changes), {"subset": [subset]}, root, part)
+
+
+class CaptionerConfig(FrozenConfig):
+    """Stands for the captioning stage: what it writes, without a model."""
+
+    captioner: ModelRef = ModelRef(id="test/captioner", revision="sha256:1")
+    changes: dict[str, dict[str, str] | None] = {}  # noqa: RUF012 - a pydantic field
+    """sample key -> fields of its caption row that differ, or None for no row."""
+    duplicate: str | None = None
+    stranger: str | None = None
+
+
+def _caption(run: StageRun[CaptionerConfig]) -> StageResult:
+    config = run.config
+    for image_unit in image_units(run.input("images")):
+        keys = image_unit.read(["sample_key"])["sample_key"].to_pylist()
+        rows = [
+            {
+                "sample_key": key,
+                "caption": f"A caption, čaj ☕, of {key}.",
+                "prompt_version": "dense-1",
+                "finish_reason": "stop",
+            }
+            | (config.changes.get(key) or {})
+            for key in reversed(keys)  # another order than the pictures': a join by position would be seen
+            if config.changes.get(key, {}) is not None
+        ]
+        rows += [rows[0] | {"sample_key": key} for key in (config.duplicate, config.stranger) if key]
+        with run.unit(image_unit.name) as unit, unit.open(f"captions-{image_unit.name}.parquet") as stream:
+            pq.write_table(pa.Table.from_pylist(rows), stream)
+    return StageResult()
+
+
+CAPTIONS = Stage(name="captions", code_version="1", config_type=CaptionerConfig, produce=_caption)
+
+
+def run_captions(images_output: StageOutput, root: Path, **config: Any) -> StageOutput:
+    part = images_output.manifest.partition
+    return CAPTIONS.run(CaptionerConfig(**config), {"images": [images_output]}, root, part)

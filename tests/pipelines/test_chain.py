@@ -1,0 +1,312 @@
+import io
+import json
+import tarfile
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+import webdataset
+from PIL import Image
+
+from pipelines import dataset, shards
+from pipelines.dataset import SAMPLES_FILE, split_of
+from pipelines.errors import ThroughlineError
+from pipelines.image_rows import image_units
+from pipelines.manifest import DROPPED_NAME
+from pipelines.sample_key import sample_key
+from pipelines.shard_reader import Shard, read_shard
+from pipelines.stage import StageOutput
+from pipelines.stage_configs import DatasetConfig, ShardsConfig
+from tests.pipelines.hostile_server import HostileServer
+from tests.pipelines.laion_world import laion_row, run_captions, run_images, run_subset, write_laion
+
+BAD_PATHS = ("/404", "/html", "/truncated.jpg", "/noai", "/animated.gif", "/redirect-metadata", "/500")
+
+
+def dropped(output: StageOutput) -> dict[str, str]:
+    if DROPPED_NAME not in {entry.path for entry in output.manifest.files}:
+        return {}
+    rows = pq.read_table(output.path(DROPPED_NAME)).to_pylist()
+    return {row["sample_key"]: row["reason"] for row in rows}
+
+
+def write_parts(server: HostileServer, folder: Path) -> Path:
+    """Two parts of 12 good pictures each, bad ones in the first, and one pair that stands in both."""
+    for part in range(2):
+        rows = [
+            laion_row(server.url(f"/scene/{index}"), f"scene {index}") for index in range(part * 11, part * 11 + 12)
+        ]
+        if part == 0:
+            rows += [laion_row(server.url(path), f"bad {path}") for path in BAD_PATHS]
+        write_laion(folder / f"part-{part}.parquet", rows)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def world(server: HostileServer, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[StageOutput]]:
+    root = tmp_path_factory.mktemp("world")
+    source = write_parts(server, root / "laion")
+    outputs: dict[str, list[StageOutput]] = {"subset": [], "images": [], "captions": [], "shards": []}
+    for part in ("00000", "00001"):
+        subset = run_subset(source, root / "out", part)
+        pictures = run_images(server, subset, root / "out")
+        captions = run_captions(pictures, root / "out")
+        tars = shards.STAGE.run(ShardsConfig(), {"images": [pictures], "captions": [captions]}, root / "out", part)
+        for name, output in zip(outputs, (subset, pictures, captions, tars), strict=True):
+            outputs[name].append(output)
+    return outputs
+
+
+def test_every_row_ends_as_a_picture_or_with_a_reason(
+    server: HostileServer, world: dict[str, list[StageOutput]]
+) -> None:
+    pictures = world["images"][0]
+    conservation = pictures.manifest.conservation
+    assert conservation is not None
+    assert (conservation.rows_in, conservation.rows_out) == (19, 12)
+    expected = {
+        "/404": "http_not_found",
+        "/html": "html",
+        "/truncated.jpg": "image_truncated",
+        "/noai": "opted_out",
+        "/animated.gif": "animated",
+        "/redirect-metadata": "blocked_address",
+        "/500": "http_server_error",
+    }
+    keys = {sample_key(server.url(path), f"bad {path}"): reason for path, reason in expected.items()}
+    assert dropped(pictures) == keys
+    statuses = [row for path in pictures.files(".parquet") if "status-" in path.name for row in _rows(path)]
+    assert Counter(row["status"] for row in statuses) == Counter({"ok": 12, **Counter(expected.values())})
+    assert {row["sample_key"] for row in statuses} == {*keys, *_image_keys(pictures)}
+
+
+def _rows(path: Path) -> list[dict[str, Any]]:
+    return pq.read_table(path).to_pylist()
+
+
+def _image_keys(pictures: StageOutput) -> list[str]:
+    return [key for unit in image_units(pictures) for key in unit.read(["sample_key"])["sample_key"].to_pylist()]
+
+
+def test_pictures_are_square_rgb_and_say_what_they_came_from(
+    server: HostileServer, world: dict[str, list[StageOutput]]
+) -> None:
+    rows = [row for unit in image_units(world["images"][0]) for row in unit.read().to_pylist()]
+    for row in rows:
+        image = Image.open(io.BytesIO(row["image"]))
+        assert (image.size, image.mode, image.format) == ((256, 256), "RGB", "JPEG")
+        assert row["sample_key"] == sample_key(row["url"], row["alt_text"])
+        seed = int(row["url"].rsplit("/", 1)[1])
+        assert (row["width_px"], row["height_px"], row["format"]) == (280 + seed % 50, 300, "jpeg")
+        assert row["content_type"] == "image/jpeg"
+        assert row["final_url"] == row["url"]
+    assert len({row["source_sha256"] for row in rows}) == 12
+
+
+def test_plain_webdataset_reads_the_shards(world: dict[str, list[StageOutput]]) -> None:
+    paths = [str(path) for output in world["shards"] for path in output.files(".tar")]
+    samples = list(webdataset.WebDataset(paths, shardshuffle=False, empty_check=False).decode("pil"))
+    expected = [sample for path in paths for sample in read_shard(Path(path))]
+    assert [item["__key__"] for item in samples] == [item.sample_key for item in expected]
+    for item, sample in zip(samples, expected, strict=True):
+        assert item["txt"] == sample.caption == f"A caption, čaj ☕, of {sample.sample_key}."
+        assert item["json"] == sample.provenance
+        assert item["jpg"].size == (256, 256)
+        assert item["json"]["captioner"] == {"id": "test/captioner", "revision": "sha256:1"}
+        assert sample_key(item["json"]["url"], item["json"]["alt_text"]) == sample.sample_key
+
+
+def test_shards_hold_the_bytes_of_the_images_stage_in_the_order_of_keys(world: dict[str, list[StageOutput]]) -> None:
+    for pictures, tars in zip(world["images"], world["shards"], strict=True):
+        images = {
+            row["sample_key"]: row["image"]
+            for unit in image_units(pictures)
+            for row in unit.read(["sample_key", "image"]).to_pylist()
+        }
+        for path in tars.files(".tar"):
+            samples = list(read_shard(path))
+            assert [sample.sample_key for sample in samples] == sorted(sample.sample_key for sample in samples)
+            assert all(sample.image_bytes == images.pop(sample.sample_key) for sample in samples)
+        assert not images
+
+
+def test_members_carry_nothing_of_the_machine(world: dict[str, list[StageOutput]]) -> None:
+    with tarfile.open(world["shards"][0].files(".tar")[0], "r:") as tar:
+        for member in tar:
+            assert (member.mtime, member.uid, member.gid, member.uname, member.gname) == (0, 0, 0, "", "")
+            assert member.mode == 0o644
+
+
+def test_a_second_root_gives_the_same_data_versions(
+    server: HostileServer, world: dict[str, list[StageOutput]], tmp_path: Path
+) -> None:
+    source = write_parts(server, tmp_path / "elsewhere")
+    subset = run_subset(source, tmp_path / "out")
+    pictures = run_images(server, subset, tmp_path / "out", decode_workers=1, shards_in_flight=1)
+    captions = run_captions(pictures, tmp_path / "out")
+    inputs = {"images": [pictures], "captions": [captions]}
+    tars = shards.STAGE.run(ShardsConfig(), inputs, tmp_path / "out", "00000")
+    again = {"subset": subset, "images": pictures, "captions": captions, "shards": tars}
+    assert {name: output.data_version for name, output in again.items()} == {
+        name: outputs[0].data_version for name, outputs in world.items()
+    }
+
+
+def test_bad_captions_are_dropped_with_their_reason(world: dict[str, list[StageOutput]], tmp_path: Path) -> None:
+    pictures = world["images"][1]
+    empty, cut, missing, *others = _image_keys(pictures)
+    changes: dict[str, dict[str, str] | None] = {
+        empty: {"caption": " \n"},
+        cut: {"finish_reason": "length"},
+        missing: None,
+    }
+    captions = run_captions(pictures, tmp_path, changes=changes)
+    inputs = {"images": [pictures], "captions": [captions]}
+    tars = shards.STAGE.run(ShardsConfig(), inputs, tmp_path, "00001")
+    assert dropped(tars) == {empty: "caption_empty", cut: "caption_truncated", missing: "caption_missing"}
+    assert {key for path in tars.files(".tar") for key in Shard(path).keys} == set(others)
+    lenient = shards.STAGE.run(ShardsConfig(drop_truncated=False), inputs, tmp_path, "00001")
+    assert dropped(lenient) == {empty: "caption_empty", missing: "caption_missing"}
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [({"stranger": "f" * 32}, "captions without a picture"), ({"duplicate": "first"}, "stand there twice")],
+)
+def test_captions_that_do_not_fit_the_pictures_stop_the_stage(
+    world: dict[str, list[StageOutput]], tmp_path: Path, config: dict[str, str], message: str
+) -> None:
+    pictures = world["images"][1]
+    if "duplicate" in config:
+        config = {"duplicate": _image_keys(pictures)[0]}
+    captions = run_captions(pictures, tmp_path, **config)
+    with pytest.raises(ThroughlineError, match=rf"captions-00000.parquet: .*{message}"):
+        shards.STAGE.run(ShardsConfig(), {"images": [pictures], "captions": [captions]}, tmp_path, "00001")
+
+
+def test_dataset_takes_each_key_once_and_the_first_part_wins(
+    server: HostileServer, world: dict[str, list[StageOutput]], tmp_path: Path
+) -> None:
+    inputs = {"shards": world["shards"][::-1]}
+    output = dataset.STAGE.run(DatasetConfig(), inputs, tmp_path)
+    rows = _rows(output.path(SAMPLES_FILE))
+    assert [row["sample_key"] for row in rows] == sorted(row["sample_key"] for row in rows)
+    twice = sample_key(server.url("/scene/11"), "scene 11")
+    assert dropped(output) == {twice: "duplicate_key"}
+    assert next(row["part"] for row in rows if row["sample_key"] == twice) == "00000"
+    assert len(rows) == 23
+    by_part = {item.manifest.partition: item for item in world["shards"]}
+    for row in rows:
+        assert Shard(by_part[row["part"]].path(row["shard"])).keys[row["index_in_shard"]] == row["sample_key"]
+
+
+def test_a_sample_keeps_its_split_whatever_else_is_in_the_set(
+    world: dict[str, list[StageOutput]], tmp_path: Path
+) -> None:
+    config = DatasetConfig(validation_share=0.4)
+    both = _rows(dataset.STAGE.run(config, {"shards": world["shards"]}, tmp_path).path(SAMPLES_FILE))
+    one = _rows(dataset.STAGE.run(config, {"shards": world["shards"][1:]}, tmp_path).path(SAMPLES_FILE))
+    splits = {row["sample_key"]: row["split"] for row in both}
+    assert all(splits[row["sample_key"]] == row["split"] for row in one)
+    assert set(splits.values()) == {"train", "validation"}
+
+
+def test_splits_take_the_configured_share() -> None:
+    config = DatasetConfig(validation_share=0.1)
+    keys = [sample_key("u", str(index)) for index in range(20_000)]
+    held_out = sum(split_of(key, config) == "validation" for key in keys)
+    assert 1_850 < held_out < 2_150  # 3.5 standard deviations
+
+
+def test_dataset_drops_what_has_no_features_and_refuses_features_of_strangers(
+    world: dict[str, list[StageOutput]], tmp_path: Path
+) -> None:
+    import numpy as np
+    from safetensors.numpy import save
+
+    from pipelines.config import FrozenConfig
+    from pipelines.stage import Stage, StageRun
+
+    class LatentsLike(FrozenConfig):
+        leave_out: str = ""
+        add: str = ""
+
+    def produce(run: StageRun[LatentsLike]) -> None:
+        for path in run.input("shards").files(".tar"):
+            name = path.stem.removeprefix("shard-")
+            keys = [key for key in Shard(path).keys if key != run.config.leave_out]
+            keys += [run.config.add] if run.config.add else []
+            packed = np.frombuffer(bytes.fromhex("".join(keys)), np.uint8).reshape(-1, 16)
+            with run.unit(name) as unit:
+                unit.write(
+                    f"latents-{name}.safetensors", save({"mean": np.zeros(3, np.float32), "sample_keys": packed})
+                )
+
+    stage = Stage(name="latents", code_version="1", config_type=LatentsLike, produce=produce)
+    tars = world["shards"][1]
+    key = Shard(tars.files(".tar")[0]).keys[0]
+    latents = stage.run(LatentsLike(leave_out=key), {"shards": [tars]}, tmp_path, "00001")
+    output = dataset.STAGE.run(DatasetConfig(), {"shards": [tars], "latents": [latents]}, tmp_path)
+    assert dropped(output) == {key: "latents_missing"}
+    with pytest.raises(ThroughlineError, match="latents for part 00000 not among its inputs"):
+        dataset.STAGE.run(DatasetConfig(), {"shards": world["shards"], "latents": [latents]}, tmp_path)
+    strange = stage.run(LatentsLike(add="f" * 32), {"shards": [tars]}, tmp_path, "00001")
+    with pytest.raises(ThroughlineError, match=r"latents-00000.safetensors: 1 sample keys that shard-00000.tar"):
+        dataset.STAGE.run(DatasetConfig(), {"shards": [tars], "latents": [strange]}, tmp_path)
+
+
+def test_reader_gives_samples_by_place_and_names_what_is_wrong(
+    world: dict[str, list[StageOutput]], tmp_path: Path
+) -> None:
+    good = world["shards"][0].files(".tar")[0]
+    with Shard(good) as shard:
+        assert [shard[index].sample_key for index in (-1, 0)] == [shard.keys[-1], shard.keys[0]]
+        assert len(shard) == len(list(read_shard(good)))
+        with pytest.raises(IndexError):
+            shard[len(shard)]
+    data = good.read_bytes()
+    path = tmp_path / "shard-00000.tar"
+
+    def problem(content: bytes) -> str:
+        path.write_bytes(content)
+        with pytest.raises(ThroughlineError) as caught:
+            list(read_shard(path))
+        assert "shard-00000.tar" in str(caught.value)
+        return str(caught.value)
+
+    assert "cut off inside" in problem(data[:5000])
+    assert "without an end mark" in problem(data[: data.rindex(b"}") // 512 * 512 + 512])
+    assert "no tar header at byte 0" in problem(b"x" + data[1:])
+    caption = data.index(b"A caption")
+    assert "its JSON is about" in problem(data[:caption] + b"B" + data[caption + 1 :])
+    with pytest.raises(ThroughlineError, match="no such shard"):
+        Shard(tmp_path / "shard-00001.tar")
+
+
+def _tar(names: list[str]) -> bytes:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+        for name in names:
+            data = json.dumps({"sample_key": name.partition(".")[0], "caption": ""}).encode() if "json" in name else b""
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["aa.jpg", "aa.txt"], "expected aa.jpg, aa.json, aa.txt"),
+        (["aa.jpg", "bb.json", "aa.txt"], "expected aa.jpg, aa.json, aa.txt"),
+        (["bb.jpg", "bb.json", "bb.txt", "aa.jpg", "aa.json", "aa.txt"], "does not come after bb"),
+        (["aa.jpg", "aa.json", "aa.txt"] * 2, "does not come after aa"),
+    ],
+)
+def test_reader_rejects_incomplete_and_unordered_samples(tmp_path: Path, names: list[str], message: str) -> None:
+    path = tmp_path / "shard-00000.tar"
+    path.write_bytes(_tar(names))
+    with pytest.raises(ThroughlineError, match=message):
+        Shard(path)
