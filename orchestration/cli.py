@@ -1,0 +1,242 @@
+"""The command `throughline`. Start-up imports nothing but the standard library; each command brings its own."""
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from orchestration.execution import Execution
+    from orchestration.profiles import Profile
+
+EXIT_FAILED = 1
+EXIT_INTERRUPTED = 130
+_DEFAULT_UI_PORT = 3000
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="throughline",
+        description="From LAION rows to a trained, judged text-to-image model: one reproducible lineage graph.",
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
+
+    run = commands.add_parser("run", help="compute what is not finished, and show the results")
+    _add_profile(run)
+    run.add_argument(
+        "--select",
+        metavar="ASSETS",
+        help="assets to bring up to date: name, +name (and what it needs), name+ (and what needs it), group:training; "
+        "several with commas. What is not selected must be finished already",
+    )
+    run.add_argument("--only", choices=("data", "training", "evaluation"), help="one group of assets")
+
+    status = commands.add_parser("status", help="show what is finished, stale or missing")
+    _add_profile(status)
+    status.add_argument("--all", action="store_true", help="one line per partition")
+    status.add_argument("--json", action="store_true", help="as JSON")
+
+    audit = commands.add_parser("audit", help="recompute every digest from a result back to the LAION rows")
+    audit.add_argument(
+        "run", nargs="?", metavar="RUN_ID",
+        help="a Dagster run's id, or a data version, or the first digits of either; default: the report",
+    )  # fmt: skip
+    _add_profile(audit)
+    audit.add_argument("--json", action="store_true", help="as JSON")
+
+    doctor = commands.add_parser("doctor", help="show what this machine can run, and how to mend what is missing")
+    _add_profile(doctor)
+
+    profile = commands.add_parser("profile", help="show a profile")
+    actions = profile.add_subparsers(dest="action", required=True, metavar="action")
+    show = actions.add_parser("show", help="print the whole resolved configuration")
+    show.add_argument(
+        "name", nargs="?", help="demo, single_gpu, paper, or a TOML file; default: that of the environment"
+    )
+    show.add_argument("--set", dest="changes", action="append", default=[], metavar="FIELD=VALUE")
+    show.add_argument("--json", action="store_true", help="as JSON")
+
+    ui = commands.add_parser("ui", help="open Dagster's web interface over the outputs")
+    _add_profile(ui)
+    ui.add_argument(
+        "--port", type=int, default=_DEFAULT_UI_PORT, help=f"port on the loopback; default {_DEFAULT_UI_PORT}"
+    )
+    return parser
+
+
+def _add_profile(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--profile", help="demo, single_gpu, paper, or a TOML file with a base; default: THROUGHLINE_PROFILE, or demo"
+    )
+    parser.add_argument(
+        "--set", dest="changes", action="append", default=[], metavar="FIELD=VALUE",
+        help="change a field of the profile, such as training.steps=50; may be given several times",
+    )  # fmt: skip
+
+
+def _load(name: str | None, changes: Sequence[str]) -> "Profile":
+    from orchestration.profiles import load_profile
+    from pipelines.environment import home_folder, profile_name
+
+    return load_profile(name or profile_name(), home_folder(), changes)
+
+
+def _execution(arguments: argparse.Namespace) -> "Execution":
+    from orchestration.execution import Execution
+    from orchestration.nodes import GRAPH
+    from orchestration.plan import Plan
+    from orchestration.surroundings import surroundings_of
+
+    profile = _load(arguments.profile, arguments.changes)
+    return Execution(
+        plan=Plan(GRAPH, profile, profile.output_root),
+        log_folder=profile.log_folder,
+        surroundings=surroundings_of(profile),
+    )
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    from orchestration.console import Console
+    from pipelines.environment import home_folder
+
+    execution = _execution(arguments)
+    plan, profile = execution.plan, execution.plan.profile
+    selection = arguments.select or (f"group:{arguments.only}" if arguments.only else None)
+    nodes = plan.graph.select(selection) if selection else list(plan.graph.nodes.values())
+    console = Console()
+    console.line(f"profile {profile.name}: {len(nodes)} assets, outputs in {profile.output_root}")
+    for warning in profile.warnings():
+        console.line(f"  note: {warning}")
+
+    from orchestration.instance import open_instance
+    from orchestration.jobs import EVERYTHING_JOB
+    from orchestration.run import Run, as_json, print_results, summarise
+
+    started = time.monotonic()
+    with open_instance(home_folder()) as instance:
+        run = Run(execution, instance, console)
+        run.carry_out("selected" if selection else EVERYTHING_JOB, nodes)
+    console.line(f"  {summarise(run.tallies, time.monotonic() - started)}")
+    profile.log_folder.mkdir(parents=True, exist_ok=True)
+    (profile.log_folder / "last-run.json").write_text(as_json(run.tallies))
+    results = plan.task("results").output if "results" in plan.graph.nodes else None
+    if results is not None:
+        print_results(console, results, plan.task("report").output)
+    return 0
+
+
+def _status(arguments: argparse.Namespace) -> int:
+    from orchestration.status import status_json, status_lines
+
+    plan = _execution(arguments).plan
+    if arguments.json:
+        _print_json(status_json(plan))
+    else:
+        for line in status_lines(plan, each_partition=arguments.all):
+            print(line)
+    return 0
+
+
+def _audit(arguments: argparse.Namespace) -> int:
+    from orchestration.audit import Auditor, find_output, refs_of_run
+    from pipelines.environment import home_folder
+    from pipelines.errors import ThroughlineError
+
+    plan = _execution(arguments).plan
+    if arguments.run is None:
+        task = plan.task("report")
+        if task.output is None:
+            raise ThroughlineError(
+                f"the report of profile {plan.profile.name} is not finished; run `throughline run` first, or name a "
+                "run or a data version"
+            )
+        refs = [task.output.ref]
+    elif "-" in arguments.run:
+        refs = refs_of_run(home_folder(), arguments.run)
+    else:
+        try:
+            refs = find_output(plan.output_root, arguments.run)
+        except ThroughlineError:
+            refs = refs_of_run(home_folder(), arguments.run)
+    audit = Auditor(plan.output_root).audit(refs)
+    if arguments.json:
+        _print_json(audit.as_json())
+    else:
+        for line in audit.lines():
+            print(line)
+        broken = [node for node in audit.nodes.values() if node.problems]
+        print()
+        if broken:
+            print(f"{len(broken)} of {len(audit.nodes)} outputs are not what their manifests say:")
+            for node in broken:
+                for problem in node.problems:
+                    print(f"  {node.label}: {problem}")
+        else:
+            num_files = sum(node.num_files for node in audit.nodes.values())
+            print(f"All {len(audit.nodes)} outputs and {num_files} files are what their manifests say.")
+    return 0 if audit.passed else EXIT_FAILED
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    from orchestration.doctor import examine
+
+    return examine(_load(arguments.profile, arguments.changes))
+
+
+def _profile(arguments: argparse.Namespace) -> int:
+    profile = _load(arguments.name, arguments.changes)
+    if arguments.json:
+        _print_json(profile.model_dump(mode="json"))
+        return 0
+    for line in _flat(profile.model_dump(mode="json"), ""):
+        print(line)
+    for warning in profile.warnings():
+        print(f"note: {warning}", file=sys.stderr)
+    return 0
+
+
+def _flat(value: Any, path: str) -> list[str]:
+    """Return nested configuration as ``field.field = value`` lines, in the form that --set takes."""
+    if isinstance(value, dict) and value:
+        return [line for name, item in value.items() for line in _flat(item, f"{path}.{name}" if path else name)]
+    return [f"{path} = {json.dumps(value, ensure_ascii=False)}"]
+
+
+def _ui(arguments: argparse.Namespace) -> int:
+    from orchestration.ui import serve
+
+    return serve(_execution(arguments), arguments.profile, arguments.changes, arguments.port)
+
+
+def _print_json(value: Any) -> None:
+    print(json.dumps(value, indent=1, ensure_ascii=False))
+
+
+_COMMANDS = {
+    "run": _run,
+    "status": _status,
+    "audit": _audit,
+    "doctor": _doctor,
+    "profile": _profile,
+    "ui": _ui,
+}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command line; a failure is one sentence on standard error and exit status 1."""
+    arguments = _parser().parse_args(argv)
+    from pipelines.errors import ThroughlineError
+
+    try:
+        status = _COMMANDS[arguments.command](arguments)
+    except ThroughlineError as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        print("\nstopped; run the same command again to go on where it stopped", file=sys.stderr)
+        status = EXIT_INTERRUPTED
+    except BrokenPipeError:
+        sys.stderr.close()
+        status = EXIT_FAILED
+    sys.exit(status)

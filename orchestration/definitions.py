@@ -1,0 +1,42 @@
+"""Dagster's entry point: the graph of the profile that the environment names, over the outputs under its home."""
+
+import dagster as dg
+
+from orchestration.assets import build_asset
+from orchestration.execution import Execution
+from orchestration.graph import Graph, Group
+from orchestration.jobs import EVALUATION_JOB, EVERYTHING_JOB, build_job
+from orchestration.nodes import GRAPH
+from orchestration.plan import Plan
+from orchestration.profiles import Profile, load_profile
+from orchestration.surroundings import surroundings_of
+from pipelines.environment import home_folder, profile_name
+
+
+def build_execution(profile: Profile, graph: Graph = GRAPH) -> Execution:
+    """Return what carries out the graph under a profile."""
+    return Execution(
+        plan=Plan(graph, profile, profile.output_root),
+        log_folder=profile.log_folder,
+        surroundings=surroundings_of(profile),
+    )
+
+
+def build_definitions(execution: Execution) -> dg.Definitions:
+    """Return assets, checks and jobs."""
+    nodes = list(execution.plan.graph.nodes.values())
+    evaluation = [node for node in nodes if node.group is Group.EVALUATION]
+    jobs = [build_job(EVERYTHING_JOB, nodes, execution, "Every asset of the graph, all partitions.")]
+    if evaluation:
+        jobs.append(
+            build_job(EVALUATION_JOB, evaluation, execution, "The evaluation alone, from checkpoints that are there.")
+        )
+    return dg.Definitions(
+        assets=[build_asset(node, execution) for node in nodes], jobs=jobs, executor=dg.in_process_executor
+    )
+
+
+@dg.definitions
+def definitions() -> dg.Definitions:
+    """Return the definitions of this process's profile."""
+    return build_definitions(build_execution(load_profile(profile_name(), home_folder())))

@@ -1,0 +1,47 @@
+"""Dagster's own storage: where it lies and how it is set up. Losing it loses history, never provenance."""
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pipelines.atomic import write_bytes
+
+if TYPE_CHECKING:
+    from dagster import DagsterInstance
+
+_CONFIGURATION = """\
+# Written once by throughline; edit it freely.
+telemetry:
+  enabled: false
+nux:
+  enabled: false
+# Stages take the whole machine: one run at a time, the rest waits in the queue.
+concurrency:
+  runs:
+    max_concurrent_runs: 1
+"""
+
+
+def dagster_home(home: Path) -> Path:
+    """Return Dagster's folder under the home of outputs, or the one that DAGSTER_HOME names."""
+    named = os.environ.get("DAGSTER_HOME")
+    return Path(named).absolute() if named else home / "dagster"
+
+
+def prepare_dagster_home(home: Path) -> Path:
+    """Create Dagster's folder with its configuration where there is none yet, and name it in the environment."""
+    folder = dagster_home(home)
+    folder.mkdir(parents=True, exist_ok=True)
+    configuration = folder / "dagster.yaml"
+    if not configuration.exists():
+        write_bytes(configuration, _CONFIGURATION.encode())
+    os.environ["DAGSTER_HOME"] = str(folder)
+    return folder
+
+
+def open_instance(home: Path) -> "DagsterInstance":
+    """Return the persistent instance under `home`."""
+    from dagster import DagsterInstance
+
+    prepare_dagster_home(home)
+    return DagsterInstance.get()

@@ -1,0 +1,236 @@
+"""Starts a stage's process in one of three forms, relays its progress, and turns its failure into one sentence.
+
+Whatever the form, the result is the manifest that the stage leaves behind; lines on its output are for people.
+"""
+
+import ctypes
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from pipelines.config import FrozenConfig
+from pipelines.environment import PROGRESS_JSON
+from pipelines.errors import ThroughlineError
+from pipelines.stage import StageRequest, write_request
+
+PROJECT_ROOT = Path(__file__).resolve().parent.parent
+_PROGRESS_MARK = '{"progress":'
+_ERROR_MARK = "error: "
+_TAIL_LINES = 400
+_STOP_SECONDS = 15.0
+_PR_SET_PDEATHSIG = 1
+_CONTROL = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
+
+
+class LocalLaunch(FrozenConfig):
+    """One process on this machine."""
+
+    form: Literal["local"] = "local"
+    environment: dict[str, str] = Field(default_factory=dict)
+    """Environment variables for the process, over those of this one."""
+
+    def command(self, module: str, requests: Sequence[Path]) -> list[str]:
+        return [sys.executable, "-m", module, *_config_arguments(requests)]
+
+
+class AccelerateLaunch(FrozenConfig):
+    """``accelerate launch``: one or several processes, on one or several machines."""
+
+    form: Literal["accelerate"] = "accelerate"
+    environment: dict[str, str] = Field(default_factory=dict)
+    num_processes: int = Field(1, ge=1)
+    """Processes over all machines: one per GPU."""
+    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
+    cpu: bool = False
+    """Run on the CPU, with gloo between processes."""
+    num_machines: int = Field(1, ge=1)
+    machine_rank: int = Field(0, ge=0)
+    main_process_ip: str | None = None
+    main_process_port: int | None = Field(None, ge=0, le=65535)
+    """None lets accelerate choose; on several machines it must be given."""
+    threads_per_process: int = Field(1, ge=1)
+    config_file: str | None = None
+    """An accelerate configuration (FSDP, DeepSpeed); the fields above override it."""
+
+    def command(self, module: str, requests: Sequence[Path]) -> list[str]:
+        arguments = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]
+        if self.config_file:
+            arguments += ["--config_file", self.config_file]
+        arguments += ["--num_processes", str(self.num_processes), "--num_machines", str(self.num_machines)]
+        arguments += ["--machine_rank", str(self.machine_rank), "--mixed_precision", self.mixed_precision]
+        arguments += ["--num_cpu_threads_per_process", str(self.threads_per_process), "--dynamo_backend", "no"]
+        if self.cpu:
+            arguments.append("--cpu")
+        elif self.num_processes > 1 and not self.config_file:
+            arguments.append("--multi_gpu")
+        if self.main_process_ip:
+            arguments += ["--main_process_ip", self.main_process_ip]
+        if self.main_process_port is not None:
+            arguments += ["--main_process_port", str(self.main_process_port)]
+        return [*arguments, "--module", module, *_config_arguments(requests)]
+
+
+class RayJobLaunch(FrozenConfig):
+    """A job on a Ray cluster. Requests and outputs must lie where the cluster can read and write them."""
+
+    form: Literal["ray_job"] = "ray_job"
+    environment: dict[str, str] = Field(default_factory=dict)
+    address: str = "http://127.0.0.1:8265"
+    """The cluster's dashboard."""
+    num_cpus: float = Field(1, ge=0)
+    """CPUs reserved for the job's own process; actors and tasks reserve theirs."""
+    num_gpus: float = Field(0, ge=0)
+    working_folder: str | None = None
+    """Folder on the cluster that holds this project, or one to be uploaded; None: it is installed there."""
+
+    def command(self, module: str, requests: Sequence[Path]) -> list[str]:
+        runtime: dict[str, Any] = {"env_vars": {**self.environment, PROGRESS_JSON: "1"}}
+        if self.working_folder:
+            runtime["working_dir"] = self.working_folder
+        arguments = [sys.executable, "-m", "ray.scripts.scripts", "job", "submit", "--address", self.address]
+        arguments += ["--entrypoint-num-cpus", str(self.num_cpus), "--entrypoint-num-gpus", str(self.num_gpus)]
+        arguments += ["--runtime-env-json", json.dumps(runtime)]
+        return [*arguments, "--", "python", "-m", module, *_config_arguments(requests)]
+
+
+LaunchForm = Annotated[LocalLaunch | AccelerateLaunch | RayJobLaunch, Field(discriminator="form")]
+
+
+def _config_arguments(requests: Sequence[Path]) -> list[str]:
+    return [argument for path in requests for argument in ("--config", str(path))]
+
+
+class StageFailed(ThroughlineError):
+    """A stage's process ended without its result; the message is the stage's own sentence where it gave one."""
+
+
+class Launcher:
+    """Starts stage processes one at a time and waits for them.
+
+    `on_progress` gets each progress record, `on_line` every other line of the process. `folder` keeps requests and
+    logs by stage.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        on_progress: Callable[[Mapping[str, Any]], None] = lambda record: None,
+        on_line: Callable[[str], None] = lambda line: None,
+    ) -> None:
+        self._folder = folder
+        self._on_progress = on_progress
+        self._on_line = on_line
+
+    def run(self, module: str, requests: Sequence[StageRequest], form: LaunchForm) -> Path:
+        """Run the requests in one process; return the path of its log. Raises StageFailed where it fails."""
+        stage = requests[0].stage
+        folder = self._folder / stage
+        folder.mkdir(parents=True, exist_ok=True)
+        stamp = f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}-{time.monotonic_ns() % 1_000_000:06d}"
+        paths = []
+        for number, request in enumerate(requests):
+            path = folder / f"{stamp}-{number}.json"
+            write_request(path, request)
+            paths.append(path)
+        log_path = folder / f"{stamp}.log"
+        tail: deque[str] = deque(maxlen=_TAIL_LINES)
+        command = form.command(module, paths)
+        with log_path.open("w", buffering=1) as log:
+            log.write(f"$ {' '.join(command)}\n")
+            status = self._watch(command, form.environment, log.write, tail)
+        if status != 0:
+            raise StageFailed(_sentence(_names(requests), status, list(tail), log_path))
+        for path in paths:
+            path.unlink()
+        return log_path
+
+    def _watch(
+        self, command: list[str], environment: Mapping[str, str], log: Callable[[str], Any], tail: deque[str]
+    ) -> int:
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            env={**os.environ, "PYTHONPATH": _python_path(), **environment, PROGRESS_JSON: "1"},
+            start_new_session=True,
+            preexec_fn=_end_with_parent,
+        )
+        try:
+            assert process.stdout is not None
+            for raw in process.stdout:
+                for line in raw.rstrip("\n").split("\r"):
+                    self._relay(line, log, tail)
+            return process.wait()
+        except BaseException:
+            _stop(process)
+            raise
+
+    def _relay(self, line: str, log: Callable[[str], Any], tail: deque[str]) -> None:
+        start = line.find(_PROGRESS_MARK)
+        if start >= 0:
+            try:
+                self._on_progress(json.loads(line[start:])["progress"])
+                return
+            except (ValueError, KeyError):
+                pass  # two processes wrote into one line; it is logged like any other
+        if not line.strip():
+            return
+        tail.append(line)
+        log(line + "\n")
+        self._on_line(line)
+
+
+def _python_path() -> str:
+    inherited = os.environ.get("PYTHONPATH")
+    return os.pathsep.join([str(PROJECT_ROOT), inherited]) if inherited else str(PROJECT_ROOT)
+
+
+def _end_with_parent() -> None:
+    """Ask the kernel to end this process when its parent dies, even by SIGKILL: no stage works on unattended."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def _stop(process: "subprocess.Popen[str]") -> None:
+    for stop_signal in (signal.SIGTERM, signal.SIGKILL):
+        try:
+            os.killpg(process.pid, stop_signal)
+        except ProcessLookupError:
+            return
+        try:
+            process.wait(_STOP_SECONDS)
+        except subprocess.TimeoutExpired:
+            continue
+
+
+def _names(requests: Sequence[StageRequest]) -> str:
+    first = requests[0]
+    label = f"{first.stage} {first.partition}" if first.partition else first.stage
+    return label if len(requests) == 1 else f"{label} and {len(requests) - 1} more"
+
+
+def _sentence(label: str, status: int, tail: list[str], log_path: Path) -> str:
+    """Return what went wrong in one sentence: the stage's own, or the last words of a traceback."""
+    lines = [_CONTROL.sub("", line).strip() for line in tail]
+    for line in reversed(lines):
+        if line.startswith(_ERROR_MARK):
+            return f"{line.removeprefix(_ERROR_MARK)} (log: {log_path})"
+    if status < 0:
+        name = signal.Signals(-status).name
+        hint = "; the machine may have run out of memory" if -status == signal.SIGKILL else ""
+        return f"{label}: its process was ended by {name}{hint} (log: {log_path})"
+    last = next((line for line in reversed(lines) if re.match(r"[\w.]+(Error|Exception|Interrupt|Exit)\b", line)), "")
+    said = last or next((line for line in reversed(lines) if line), "it said nothing")
+    return f"{label}: its process ended with status {status}: {said} (log: {log_path})"

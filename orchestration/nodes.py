@@ -1,0 +1,193 @@
+"""The graph itself: every asset, from LAION's metadata to the report."""
+
+from typing import TYPE_CHECKING
+
+from orchestration.graph import Graph, Group, Input, Node, PartitionKind
+from pipelines.config import FrozenConfig
+from pipelines.stage_configs import LaionIndexConfig
+from training.config import CheckpointConfig, Strategy
+
+if TYPE_CHECKING:
+    from orchestration.profiles import Profile
+
+
+def _index_config(profile: "Profile", _: str | None) -> FrozenConfig:
+    return LaionIndexConfig.scan(profile.source, profile.digest_cache)
+
+
+def _checkpoint_config(profile: "Profile", strategy: str | None) -> FrozenConfig:
+    return CheckpointConfig(
+        strategy=Strategy(strategy or ""),
+        model=profile.model,
+        training=profile.training,
+        text_encoder=profile.text_encoder,
+        template_version=profile.template_version,
+    )
+
+
+DATA_NODES = (
+    Node(
+        name="laion_index",
+        module="pipelines.laion_index",
+        group=Group.DATA,
+        description="The LAION metadata files there are, by content digest; each becomes a part.",
+        configure=_index_config,
+        kinds=frozenset({"parquet"}),
+    ),
+    Node(
+        name="laion_subset",
+        module="pipelines.laion_subset",
+        group=Group.DATA,
+        description="The rows that pass the filters, with a sample key each; every other row with the rule it failed.",
+        configure=lambda profile, _: profile.laion_subset,
+        partition=PartitionKind.PART,
+        inputs=(Input(name="index", asset="laion_index"),),
+        kinds=frozenset({"parquet"}),
+    ),
+    Node(
+        name="images",
+        module="pipelines.images",
+        group=Group.DATA,
+        description="The pictures behind the links, as square RGB JPEGs, and a status with a reason for every row.",
+        configure=lambda profile, _: profile.images,
+        partition=PartitionKind.PART,
+        inputs=(Input(name="subset", asset="laion_subset"),),
+        kinds=frozenset({"http", "parquet"}),
+    ),
+    Node(
+        name="captions",
+        module="recaption.captions",
+        group=Group.DATA,
+        description="A dense caption of every picture by the vision-language model.",
+        configure=lambda profile, _: profile.captions,
+        partition=PartitionKind.PART,
+        inputs=(Input(name="images", asset="images"),),
+        kinds=frozenset({"vllm", "ray"}),
+    ),
+    Node(
+        name="shards",
+        module="pipelines.shards",
+        group=Group.DATA,
+        description="Pictures, captions and their provenance as WebDataset tar files.",
+        configure=lambda profile, _: profile.shards,
+        partition=PartitionKind.PART,
+        inputs=(Input(name="images", asset="images"), Input(name="captions", asset="captions")),
+        kinds=frozenset({"webdataset"}),
+    ),
+    Node(
+        name="latents",
+        module="features.latents",
+        group=Group.DATA,
+        description="Every picture as the autoencoder's posterior, unscaled.",
+        configure=lambda profile, _: profile.latents,
+        partition=PartitionKind.PART,
+        inputs=(Input(name="shards", asset="shards"),),
+        kinds=frozenset({"pytorch", "diffusers"}),
+    ),
+    Node(
+        name="text_features",
+        module="features.text_features",
+        group=Group.DATA,
+        description="The frozen text encoder's hidden states of every caption, all layers, unpadded.",
+        configure=lambda profile, _: profile.text_features,
+        partition=PartitionKind.PART,
+        inputs=(Input(name="shards", asset="shards"),),
+        kinds=frozenset({"pytorch", "transformers"}),
+        is_wanted=lambda profile: profile.text_features is not None,
+    ),
+    Node(
+        name="dataset",
+        module="pipelines.dataset",
+        group=Group.DATA,
+        description="The roll-up over all parts: which samples there are, and where. Training depends on it alone.",
+        configure=lambda profile, _: profile.dataset,
+        inputs=(
+            Input(name="shards", asset="shards"),
+            Input(name="latents", asset="latents"),
+            Input(name="text_features", asset="text_features"),
+        ),
+        kinds=frozenset({"parquet"}),
+    ),
+)
+
+TRAINING_NODES = (
+    Node(
+        name="checkpoint",
+        module="training.checkpoint",
+        group=Group.TRAINING,
+        description="A diffusion transformer trained with one fusion strategy, and the ledger of what it consumed.",
+        configure=_checkpoint_config,
+        partition=PartitionKind.STRATEGY,
+        inputs=(
+            Input(name="dataset", asset="dataset"),
+            Input(name="shards", asset="shards", drawn=False),
+            Input(name="latents", asset="latents", drawn=False),
+            Input(name="text_features", asset="text_features", drawn=False),
+        ),
+        kinds=frozenset({"pytorch", "accelerate"}),
+    ),
+)
+
+EVALUATION_NODES = (
+    Node(
+        name="prompt_sets",
+        module="evaluation.prompt_sets",
+        group=Group.EVALUATION,
+        description="The prompts of GenEval, GenAI-Bench and DrawBench, from files pinned by digest.",
+        configure=lambda profile, _: profile.prompt_sets,
+    ),
+    Node(
+        name="samples",
+        module="evaluation.samples",
+        group=Group.EVALUATION,
+        description="Images drawn from a checkpoint for a benchmark's prompts; all arms start from the same noise.",
+        configure=lambda profile, _: profile.samples,
+        partition=PartitionKind.ARM_BENCHMARK,
+        inputs=(Input(name="checkpoint", asset="checkpoint"), Input(name="prompt_sets", asset="prompt_sets")),
+        kinds=frozenset({"pytorch", "diffusers"}),
+    ),
+    Node(
+        name="scores",
+        module="evaluation.scores",
+        group=Group.EVALUATION,
+        description="What the judge model answered about the samples, raw and as scores.",
+        configure=lambda profile, _: profile.scores,
+        partition=PartitionKind.ARM_BENCHMARK,
+        inputs=(Input(name="samples", asset="samples"), Input(name="prompt_sets", asset="prompt_sets")),
+        kinds=frozenset({"vllm", "ray"}),
+    ),
+    Node(
+        name="fusion_analysis",
+        module="evaluation.fusion_analysis",
+        group=Group.EVALUATION,
+        description="The weight each layer has, by block and time.",
+        configure=lambda profile, _: profile.fusion_analysis,
+        partition=PartitionKind.STRATEGY,
+        inputs=(Input(name="checkpoint", asset="checkpoint"),),
+        kinds=frozenset({"matplotlib"}),
+    ),
+    Node(
+        name="results",
+        module="evaluation.results",
+        group=Group.EVALUATION,
+        description="The paper's tables in this run's own numbers, with bootstrap intervals.",
+        configure=lambda profile, _: profile.results,
+        inputs=(
+            Input(name="scores", asset="scores"),
+            Input(name="checkpoint", asset="checkpoint"),
+            Input(name="fusion_analysis", asset="fusion_analysis"),
+        ),
+        kinds=frozenset({"table"}),
+    ),
+    Node(
+        name="report",
+        module="evaluation.report",
+        group=Group.EVALUATION,
+        description="One HTML file that opens offline: funnel, captions, loss curves, sample grids, tables, weights.",
+        configure=lambda profile, _: profile.report,
+        inputs=(Input(name="results", asset="results"),),
+        kinds=frozenset({"html"}),
+    ),
+)
+
+GRAPH = Graph(DATA_NODES + TRAINING_NODES + EVALUATION_NODES)

@@ -1,0 +1,184 @@
+"""The plan: what every asset and partition is made from, and whether it is finished.
+
+A pure function of profile and file system. Starting at the index, each task's configuration and the outputs of its
+inputs give its fingerprint, and the fingerprint finds its output, or shows that there is none yet. No history of runs
+is read, so deleting Dagster's storage loses nothing, and the graph, the command line and the audit never disagree.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from orchestration.graph import (
+    Coverage,
+    Graph,
+    Node,
+    PartitionKind,
+    arm_benchmark,
+    coverage,
+    split_arm_benchmark,
+    strategy_of_arm,
+)
+from pipelines.config import FrozenConfig
+from pipelines.errors import ThroughlineError
+from pipelines.manifest import MANIFEST_NAME
+from pipelines.stage import StageOutput, StageRequest
+
+if TYPE_CHECKING:
+    from orchestration.profiles import Profile
+
+INDEX = "laion_index"
+PARTS_FILE = "parts.json"
+
+
+class State(StrEnum):
+    """Where a task stands."""
+
+    FINISHED = "finished"
+    STALE = "stale"
+    """There is an output, but of other inputs, configuration or code."""
+    MISSING = "missing"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """One asset and partition with everything that decides its result."""
+
+    node: Node
+    partition: str | None
+    config: FrozenConfig | None
+    inputs: Mapping[str, Sequence[StageOutput]] | None
+    output: StageOutput | None
+    blocked_by: tuple[str, ...] = ()
+    """Why it can't start: labels of unfinished inputs, or a sentence about its configuration."""
+
+    @property
+    def label(self) -> str:
+        return label_of(self.node.name, self.partition)
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether all that it is made from is there."""
+        return self.inputs is not None and self.config is not None
+
+    def request(self, output_root: Path, verify: str = "size") -> StageRequest:
+        """Return what a stage's process is given; raises ThroughlineError while inputs are missing."""
+        if self.inputs is None or self.config is None:
+            raise ThroughlineError(f"{self.label} can't start yet: {'; '.join(self.blocked_by)}")
+        return StageRequest(
+            stage=self.node.name,
+            partition=self.partition,
+            config=self.config.model_dump(mode="json"),
+            inputs={name: [str(item.manifest_path) for item in items] for name, items in self.inputs.items()},
+            output_root=str(output_root),
+            verify="digest" if verify == "digest" else "size",
+        )
+
+
+def label_of(asset: str, partition: str | None) -> str:
+    """Return how a task is named to people."""
+    return f"{asset} {partition}" if partition else asset
+
+
+class Plan:
+    """The graph under one profile over one output root."""
+
+    def __init__(self, graph: Graph, profile: "Profile", output_root: Path) -> None:
+        self.graph = graph.wanted(profile)
+        self.profile = profile
+        self.output_root = output_root
+        self._finished: dict[tuple[str, str | None], Task] = {}
+
+    def partitions(self, asset: str) -> tuple[str | None, ...]:
+        """Return the partition keys of an asset in order: (None,) where it is not divided, and nothing where the index
+        that would name the parts is not finished."""
+        kind = self.graph[asset].partition
+        if kind is PartitionKind.NONE:
+            return (None,)
+        if kind is PartitionKind.PART:
+            return self.parts()
+        if kind is PartitionKind.STRATEGY:
+            return tuple(self.profile.strategy_names)
+        return tuple(
+            arm_benchmark(arm, benchmark) for arm in self.profile.arm_names for benchmark in self.profile.benchmarks
+        )
+
+    def parts(self) -> tuple[str, ...]:
+        """Return the parts that the finished index lists."""
+        index = self.task(INDEX, None).output
+        if index is None:
+            return ()
+        return tuple(entry["part"] for entry in json.loads(index.path(PARTS_FILE).read_bytes()))
+
+    def task(self, asset: str, partition: str | None = None) -> Task:
+        """Return the task as it stands now; finished ones are remembered, unfinished ones looked up each time."""
+        known = self._finished.get((asset, partition))
+        if known is not None:
+            return known
+        task = self._look_up(self.graph[asset], partition)
+        if task.output is not None:
+            self._finished[asset, partition] = task
+        return task
+
+    def tasks(self, asset: str) -> list[Task]:
+        """Return the tasks of all partitions of an asset, in order."""
+        return [self.task(asset, partition) for partition in self.partitions(asset)]
+
+    def all_tasks(self) -> list[Task]:
+        """Return every task, upstream first."""
+        return [task for asset in self.graph.nodes for task in self.tasks(asset)]
+
+    def forget(self, asset: str, partition: str | None) -> None:
+        """Look a task up anew next time, with all that is made from it."""
+        names = self.graph.downstream({asset})
+        for key in [key for key in self._finished if key[0] in names and (key[0] != asset or key[1] == partition)]:
+            del self._finished[key]
+
+    def upstream_partitions(self, node: Node, partition: str | None, asset: str) -> tuple[str | None, ...]:
+        """Return which partitions of `asset` go into a partition of `node`."""
+        rule = coverage(self.graph[asset].partition, node.partition)
+        if rule is Coverage.SAME:
+            return (partition,)
+        if rule is Coverage.STRATEGY_OF_ARM:
+            assert partition is not None
+            return (strategy_of_arm(split_arm_benchmark(partition)[0]),)
+        return self.partitions(asset)
+
+    def state(self, task: Task) -> State:
+        """Return where a task stands; an unfinished one costs a look at all outputs of its stage."""
+        if task.output is not None:
+            return State.FINISHED
+        return State.STALE if self._has_other_output(task) else State.MISSING
+
+    def _look_up(self, node: Node, partition: str | None) -> Task:
+        blocked_by: list[str] = []
+        inputs: dict[str, list[StageOutput]] = {}
+        for item in node.inputs:
+            keys = self.upstream_partitions(node, partition, item.asset)
+            tasks = [self.task(item.asset, key) for key in keys]
+            if not tasks:
+                blocked_by.append(f"the parts of {item.asset} are unknown until {INDEX} is finished")
+            blocked_by += [f"{task.label} is not finished" for task in tasks if task.output is None]
+            inputs[item.name] = [task.output for task in tasks if task.output is not None]
+        if blocked_by:
+            return Task(
+                node=node, partition=partition, config=None, inputs=None, output=None, blocked_by=tuple(blocked_by)
+            )
+        try:
+            config = self.profile.resolved(node.configure(self.profile, partition))
+        except ThroughlineError as error:
+            return Task(node=node, partition=partition, config=None, inputs=None, output=None, blocked_by=(str(error),))
+        output = node.stage.find_finished(config, inputs, self.output_root, partition, self.profile.verify)
+        return Task(node=node, partition=partition, config=config, inputs=inputs, output=output)
+
+    def _has_other_output(self, task: Task) -> bool:
+        for path in (self.output_root / task.node.name).glob(f"*/{MANIFEST_NAME}"):
+            try:
+                if json.loads(path.read_bytes()).get("partition") == task.partition:
+                    return True
+            except ValueError:
+                continue  # an altered manifest is the audit's business
+        return False

@@ -1,0 +1,280 @@
+"""A profile: the whole resolved configuration of a run, frozen and validated when it is built."""
+
+import json
+import tomllib
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Self, TypeVar
+
+from pydantic import BaseModel, Field, ValidationError, model_validator
+
+from evaluation.config import (
+    Benchmark,
+    FusionAnalysisConfig,
+    PromptSetsConfig,
+    ReportConfig,
+    ResultsConfig,
+    SamplesConfig,
+    ScoresConfig,
+)
+from features.config import LatentsConfig, TextFeaturesConfig
+from orchestration.launch import LaunchForm, LocalLaunch
+from orchestration.models import is_pinned, resolve_models
+from pipelines.config import FrozenConfig, ModelRef
+from pipelines.errors import ThroughlineError
+from pipelines.stage import Verify
+from pipelines.stage_configs import DatasetConfig, ImagesConfig, LaionSubsetConfig, ShardsConfig
+from recaption.config import CaptionsConfig
+from training.config import Arm, ModelConfig, Strategy, TrainingConfig
+
+ConfigT = TypeVar("ConfigT", bound=BaseModel)
+_AUTOENCODER_FACTOR = 8
+
+
+class DemoWorld(FrozenConfig):
+    """The demo's own web: drawn pictures, LAION metadata that points at them, and the server that hands them out."""
+
+    folder: str
+    port: int = Field(8765, ge=1024, le=65535)
+    """Port on the loopback; it stands in the metadata's links, so another port means another world."""
+    num_images: int = Field(600, ge=20)
+    """Rows of metadata, among them rows that the filters must drop and links that don't work."""
+    seed: int = Field(0, ge=0)
+
+
+class Needs(FrozenConfig):
+    """What a machine must have for a profile; `throughline doctor` compares."""
+
+    num_gpus: int = Field(0, ge=0)
+    gpu_memory_gib: float = Field(0, ge=0)
+    """Memory of each GPU."""
+    memory_gib: float = Field(4, gt=0)
+    disk_gib: float = Field(5, gt=0)
+
+
+class Profile(FrozenConfig):
+    """Everything that decides a run: sources, stages, models, strategies, and how each stage is started."""
+
+    name: str
+    home: str
+    """Folder for outputs, logs and Dagster's storage."""
+    source: tuple[str, ...] = Field(min_length=1)
+    """LAION metadata: folders, globs or parquet files."""
+    world: DemoWorld | None = None
+
+    laion_subset: LaionSubsetConfig
+    images: ImagesConfig
+    captions: CaptionsConfig
+    shards: ShardsConfig = ShardsConfig()
+    latents: LatentsConfig
+    text_features: TextFeaturesConfig | None
+    """None: training encodes captions as it goes. The cache of all layers costs 2 * layers * width bytes a token."""
+    dataset: DatasetConfig = DatasetConfig()
+
+    text_encoder: ModelRef
+    autoencoder: ModelRef
+    template_version: str
+    model: ModelConfig
+    training: TrainingConfig
+    strategies: tuple[Strategy, ...] = tuple(Strategy)
+
+    arms: tuple[str, ...]
+    """Strategies as evaluated, such as ``time_wise+shift``."""
+    prompt_sets: PromptSetsConfig
+    samples: SamplesConfig
+    scores: ScoresConfig
+    fusion_analysis: FusionAnalysisConfig = FusionAnalysisConfig()
+    results: ResultsConfig = ResultsConfig()
+    report: ReportConfig
+
+    launches: dict[str, LaunchForm] = Field(default_factory=dict)
+    """How a stage is started, by name; a stage not named is one process on this machine."""
+    batches: dict[str, int] = Field(default_factory=dict)
+    """Most partitions that one process takes, one after the other with the model loaded once; 1 where not named."""
+    verify: Verify = "size"
+    """What is compared before an output is reused: sizes, or every byte's digest."""
+    check_bytes: bool = True
+    """Whether the digest check reads files back after they were written; off, it compares sizes."""
+    needs: Needs = Needs()
+
+    @model_validator(mode="after")
+    def _agree(self) -> Self:
+        problems = [*self._model_problems(), *self._shape_problems(), *self._arm_problems()]
+        if problems:
+            raise ValueError("; ".join(problems))
+        return self
+
+    def _model_problems(self) -> list[str]:
+        pairs = {
+            "samples.text_encoder": (self.samples.text_encoder, self.text_encoder),
+            "samples.autoencoder": (self.samples.autoencoder, self.autoencoder),
+            "latents.autoencoder": (self.latents.autoencoder, self.autoencoder),
+        }
+        if self.text_features is not None:
+            pairs["text_features.text_encoder"] = (self.text_features.text_encoder, self.text_encoder)
+        return [
+            f"{where} is {model.id}@{model.revision}, the profile's is {own.id}@{own.revision}"
+            for where, (model, own) in pairs.items()
+            if model != own
+        ]
+
+    def _shape_problems(self) -> list[str]:
+        problems = []
+        size_px = self.model.latent_size * _AUTOENCODER_FACTOR
+        if size_px > self.images.transform.size_px:
+            problems.append(f"model.latent_size asks for {size_px} px, images are {self.images.transform.size_px} px")
+        return problems
+
+    def _arm_problems(self) -> list[str]:
+        problems = []
+        if not self.arms:
+            problems.append("arms is empty; name at least one strategy to evaluate")
+        problems += [
+            f"arm {arm.name} needs strategy {arm.strategy.value}, which is not trained"
+            for arm in map(Arm.parse, self.arms)
+            if arm.strategy not in self.strategies
+        ]
+        if self.arms and self.results.baseline not in self.arms:
+            problems.append(f"results.baseline {self.results.baseline} is not among the arms")
+        return problems
+
+    @property
+    def strategy_names(self) -> tuple[str, ...]:
+        return tuple(strategy.value for strategy in self.strategies)
+
+    @property
+    def arm_names(self) -> tuple[str, ...]:
+        return self.arms
+
+    @property
+    def benchmarks(self) -> tuple[Benchmark, ...]:
+        return self.prompt_sets.benchmarks
+
+    @property
+    def output_root(self) -> Path:
+        return Path(self.home) / "outputs"
+
+    @property
+    def log_folder(self) -> Path:
+        return Path(self.home) / "logs"
+
+    @property
+    def digest_cache(self) -> Path:
+        return Path(self.home) / "cache" / "source-digests.json"
+
+    def launch(self, stage: str) -> LaunchForm:
+        """Return how a stage is started."""
+        return self.launches.get(stage, LocalLaunch())
+
+    def partitions_per_run(self, stage: str) -> int:
+        """Return how many partitions of a stage one process takes at most."""
+        return self.batches.get(stage, 1)
+
+    def resolved(self, config: ConfigT) -> ConfigT:
+        """Return a stage's configuration with every model in it pinned; raises ThroughlineError where one can't be."""
+        return resolve_models(config, Path(self.home) / "cache" / "model-commits.json")
+
+    def models(self) -> dict[str, ModelRef]:
+        """Return every model by the place it has in the profile."""
+        return dict(_models_in(self, ""))
+
+    def warnings(self) -> list[str]:
+        """Return what is legal and still worth knowing."""
+        return [
+            f"{where}: {model.id} is not pinned to a commit (revision {model.revision!r}); the first run pins it to "
+            "what the hub has then"
+            for where, model in self.models().items()
+            if not is_pinned(model) and model.path is None
+        ]
+
+
+def _models_in(config: BaseModel, prefix: str) -> list[tuple[str, ModelRef]]:
+    found: list[tuple[str, ModelRef]] = []
+    for name in type(config).model_fields:
+        value = getattr(config, name)
+        if isinstance(value, ModelRef):
+            found.append((prefix + name, value))
+        elif isinstance(value, BaseModel):
+            found += _models_in(value, f"{prefix}{name}.")
+    return found
+
+
+ProfileFunction = Callable[[Path], Profile]
+
+
+def load_profile(name: str, home: Path, changes: Sequence[str] = ()) -> Profile:
+    """Return the profile of that name, or the one a TOML or JSON file makes of another, with `changes` applied.
+
+    A file names its ``base`` and overrides fields in tables of the same shape as the profile. A change is
+    ``field.field=value``, the value as JSON or as plain text. Raises ThroughlineError with one line per wrong field.
+    """
+    from orchestration.profile_library import PROFILES
+
+    overrides: dict[str, Any] = {}
+    if name not in PROFILES:
+        base, overrides = _read_profile_file(name, PROFILES)
+    else:
+        base = name
+    for change in changes:
+        path, separator, text = change.partition("=")
+        if not separator or not path:
+            raise ThroughlineError(f"--set {change}: expected field.field=value")
+        _put(overrides, path.split("."), _parse(text), change)
+    profile = PROFILES[base](home)
+    if not overrides:
+        return profile
+    merged = _merge(profile.model_dump(mode="json"), overrides)
+    try:
+        return Profile.model_validate(merged)
+    except ValidationError as error:
+        raise ThroughlineError(f"profile {name}: {_problems(error)}") from error
+
+
+def _read_profile_file(name: str, known: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    path = Path(name)
+    if path.suffix not in {".toml", ".json"}:
+        raise ThroughlineError(f"no profile {name!r}; there are {', '.join(known)}, or name a .toml file")
+    try:
+        text = path.read_text()
+        content = tomllib.loads(text) if path.suffix == ".toml" else json.loads(text)
+    except (OSError, ValueError) as error:
+        raise ThroughlineError(f"{path}: can't be read as a profile ({error})") from error
+    base = content.pop("base", None)
+    if base not in known:
+        raise ThroughlineError(f'{path}: base is {base!r}; start the file with base = "<one of {", ".join(known)}>"')
+    return base, content
+
+
+def _put(overrides: dict[str, Any], path: list[str], value: Any, change: str) -> None:
+    for name in path[:-1]:
+        overrides = overrides.setdefault(name, {})
+        if not isinstance(overrides, dict):
+            raise ThroughlineError(f"--set {change}: {name} was set to a plain value before")
+    overrides[path[-1]] = value
+
+
+def _parse(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
+def _merge(base: Any, overrides: Mapping[str, Any]) -> Any:
+    """Return `base` with `overrides` laid over it; a field that a union would not have is left to validation."""
+    if not isinstance(base, dict):
+        return dict(overrides)
+    merged = dict(base)
+    for name, value in overrides.items():
+        if isinstance(value, Mapping):
+            merged[name] = _merge(base.get(name), value)
+        else:
+            merged[name] = value
+    return merged
+
+
+def _problems(error: ValidationError) -> str:
+    return "; ".join(
+        f"{'.'.join(map(str, problem['loc'])) or 'it'}: {problem['msg'].removeprefix('Value error, ')}"
+        for problem in error.errors()
+    )

@@ -1,0 +1,72 @@
+"""`throughline ui`: Dagster's web interface and daemon on the loopback, over the outputs of a profile."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Sequence
+
+from orchestration.assets import register_parts
+from orchestration.execution import Execution
+from orchestration.instance import open_instance
+from orchestration.launch import PROJECT_ROOT
+from orchestration.plan import INDEX
+from orchestration.run import Run
+from pipelines.environment import HOME, PROFILE, home_folder, profile_name
+from pipelines.errors import ThroughlineError
+
+_HOST = "127.0.0.1"
+
+
+def serve(execution: Execution, profile: str | None, changes: Sequence[str], port: int) -> int:
+    """Prepare the profile, then serve until stopped; return the exit status."""
+    from orchestration.console import Console
+
+    refuse_taken_port(port)
+    console = Console()
+    plan, home = execution.plan, home_folder()
+    with open_instance(home) as instance:
+        # Parts are Dagster partitions only once the index has registered them; without them "Materialize all" would
+        # have nothing to divide the data assets by.
+        Run(execution, instance, console).carry_out("selected", [plan.graph[INDEX]])
+        register_parts(instance, plan)
+    environment = {**os.environ, HOME: str(home), PROFILE: _profile_for_children(execution, profile, changes)}
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(PROJECT_ROOT), os.environ.get("PYTHONPATH")]))
+    command = [sys.executable, "-m", "dagster", "dev", "-m", "orchestration.definitions"]
+    command += ["--host", _HOST, "--port", str(port)]
+    console.line(f"Dagster: http://{_HOST}:{port}  (stop with Ctrl-C)")
+    process = subprocess.Popen(command, env=environment)
+    try:
+        return process.wait()
+    except KeyboardInterrupt:
+        process.send_signal(signal.SIGINT)
+        process.wait()
+        return 0
+
+
+def refuse_taken_port(port: int) -> None:
+    """Raise ThroughlineError where something listens on the port already."""
+    with socket.socket() as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind((_HOST, port))
+        except OSError as error:
+            raise ThroughlineError(
+                f"port {port} on {_HOST} is taken ({error.strerror}); stop what listens there, or choose another "
+                "with --port"
+            ) from error
+
+
+def _profile_for_children(execution: Execution, name: str | None, changes: Sequence[str]) -> str:
+    """Return a profile name that other processes understand: changes are written to a file."""
+    base = name or profile_name()
+    if not changes:
+        return base
+    profile = execution.plan.profile
+    content = profile.model_dump(mode="json")
+    path = home_folder() / "profiles" / f"{profile.name}-changed.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"base": profile.name, **content}, indent=1))
+    return str(path)
