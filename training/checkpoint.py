@@ -85,6 +85,9 @@ def _train_and_write(run: StageRun[CheckpointConfig]) -> dict[str, Any]:
         text_encoder_id=config.text_encoder.id,
         text_encoder_revision=config.text_encoder.revision,
         template_version=config.template_version,
+        autoencoder_id=latents.metadata.get("autoencoder_id", ""),
+        autoencoder_revision=latents.metadata.get("autoencoder_revision", ""),
+        autoencoder_subfolder=run.inputs["latents"][0].manifest.config.get("subfolder"),
         scaling_factor=latents.scaling_factor,
         shift_factor=latents.shift_factor,
     )

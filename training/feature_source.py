@@ -8,16 +8,20 @@ import tarfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from pipelines.config import ModelRef
 from pipelines.errors import ThroughlineError
 from pipelines.stage import Inputs, StageOutput
 from training.config import CheckpointConfig
 from training.mapped_tensors import MappedTensors, to_tensor
+
+if TYPE_CHECKING:
+    from features.text_encoder import TextEncoder
 
 TRAIN, VALIDATION = "train", "validation"
 _KEY_BYTES = 16
@@ -187,10 +191,16 @@ class PreparedText:
 
 @torch.no_grad()
 def prepare_text(prepare: PrepareText, hidden_states: Tensor, dtype: torch.dtype) -> Tensor:
-    """Apply a model's `prepare_text` in fp32 and keep the result as `dtype`."""
+    """Apply a model's `prepare_text` in fp32 and keep the result as `dtype`.
+
+    Raises ThroughlineError where the text has no tokens, its layers are not the model's, or values are not finite.
+    """
     if hidden_states.shape[1] == 0:
         raise ThroughlineError("a text of no tokens cannot condition an image; give it a caption or a template")
-    prepared = prepare(hidden_states.float()).to(dtype)
+    try:
+        prepared = prepare(hidden_states.float()).to(dtype)
+    except ValueError as error:
+        raise ThroughlineError(str(error)) from error
     if not prepared.isfinite().all():
         raise ThroughlineError(f"text features hold NaN or exceed the range of {dtype}; encode the text again")
     return prepared
@@ -282,7 +292,7 @@ class TextSource:
     def __init__(self, config: CheckpointConfig, inputs: Inputs) -> None:
         self._config, self._inputs = config, inputs
         self._cached = list(inputs.get("text_features", ()))
-        self._encoder: Any = None
+        self._encoder: TextEncoder | None = None
         self.metadata: dict[str, str] = {}
         if self._cached:
             self._check_cached()
@@ -306,21 +316,26 @@ class TextSource:
                 yield encoded.hidden_states.detach().cpu()
 
     def _check_cached(self) -> None:
-        expected = self._config.text_encoder.revision
-        for output in self._cached:
-            found = {record.revision for record in output.manifest.models}
-            if found and expected not in found:
+        config = self._config
+        paths = [path for output in self._cached for path in output.files(".safetensors")]
+        self.metadata = _common_metadata([MappedTensors(path) for path in paths], "text_features")
+        for name, expected in (
+            ("encoder_revision", config.text_encoder.revision),
+            ("template_version", config.template_version),
+        ):
+            found = self.metadata.get(name)
+            if found != expected:
                 raise ThroughlineError(
-                    f"text_features {output.data_version}: made by encoder revision {', '.join(sorted(found))}, "
-                    f"training is configured for {expected}; re-run text_features or name that encoder"
+                    f"text_features {self._cached[0].data_version}: made with {name} {found!r}, training is configured "
+                    f"for {expected!r}; re-run text_features, or configure training for what is cached"
                 )
 
 
-def load_text_encoder(model: Any, template_version: str) -> Any:
-    """Load the frozen text encoder on the CPU in fp32, giving every layer."""
+def load_text_encoder(model: ModelRef, template_version: str, device: str = "cpu") -> "TextEncoder":
+    """Load the frozen text encoder in fp32, giving every layer."""
     from features.text_encoder import TextEncoder
 
-    return TextEncoder.load(model, layers=None, template_version=template_version, dtype="float32", device="cpu")
+    return TextEncoder.load(model, template_version=template_version, device=device)
 
 
 def check_inputs(dataset: StageOutput, inputs: Inputs) -> None:

@@ -9,8 +9,9 @@ Shapes: B images, P distinct prompts, S text tokens, D blocks, G key and value h
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -29,6 +30,8 @@ from training.schedule import build_scheduler, euler_step, flow_time
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+    from features.autoencoder import Autoencoder
 
 OnStep = Callable[[int, int, Tensor], None]
 """Called after each Euler step with its index, the number of steps, and the latents (B, C, h, w)."""
@@ -124,8 +127,8 @@ class Sampler:
     saved: SavedModel
     encode: Callable[[Sequence[str]], list[Tensor]]
     """Texts -> hidden states (L, S, C) each."""
-    decode: Callable[[Tensor], Tensor]
-    """Unscaled latents (B, C, h, w) -> images (B, 3, H, W) in [-1, 1]."""
+    decode: Callable[[Tensor], np.ndarray]
+    """Unscaled latents (B, C, h, w) -> images uint8 (B, H, W, 3)."""
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     _prepared: "OrderedDict[str, Tensor]" = field(default_factory=OrderedDict)
     _unconditional: TextBatch | None = None
@@ -185,8 +188,10 @@ class Sampler:
     ) -> "list[Image]":
         latents = self.latents(prompts, sample_indices, seed, settings, on_step)
         conditioning = self.saved.conditioning
+        from PIL import Image
+
         pixels = self.decode(latents / conditioning.scaling_factor + conditioning.shift_factor)
-        return to_images(pixels)
+        return [Image.fromarray(image) for image in pixels]
 
     def _prepare(self, prompts: Sequence[str]) -> dict[str, Tensor]:
         """Prepared text of some prompts, from the last few hundred where they are among them."""
@@ -208,47 +213,54 @@ class Sampler:
         return TextBatch(prepared.to(self.device), lengths.to(self.device), mask)
 
 
-def to_images(pixels: Tensor) -> "list[Image]":
-    """(B, 3, H, W) in [-1, 1] -> RGB images."""
-    from PIL import Image
-
-    values = ((pixels.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
-    return [Image.fromarray(value) for value in values]
-
-
 def load_sampler(
     checkpoint: StageOutput,
     text_encoder: ModelRef,
     autoencoder: ModelRef,
     *,
     device: str = "cpu",
-    encoder: Any = None,
-    decoder: Any = None,
+    encoder: "Encodes | None" = None,
+    decoder: "Decodes | None" = None,
 ) -> Sampler:
     """Load a checkpoint with its text encoder and autoencoder.
 
-    `encoder` (a features TextEncoder) and `decoder` (a diffusers AutoencoderKL) spare loading them again when several
-    checkpoints are sampled in one process. Raises ThroughlineError where the encoder is not the one trained with.
+    `encoder` (a features TextEncoder) and `decoder` (a features Autoencoder) spare loading them again when several
+    checkpoints are sampled in one process. Raises ThroughlineError where encoder or autoencoder are not those trained
+    with.
     """
     saved = load_model(checkpoint, text_encoder, device)
-    if encoder is None:
-        encoder = load_text_encoder(text_encoder, saved.conditioning.template_version)
-    if decoder is None:
-        decoder = load_autoencoder(autoencoder, device)
+    conditioning = saved.conditioning
+    if autoencoder.revision != conditioning.autoencoder_revision:
+        raise ThroughlineError(
+            f"checkpoint {checkpoint.data_version}: trained on latents of {conditioning.autoencoder_id} at "
+            f"{conditioning.autoencoder_revision}, given {autoencoder.id} at {autoencoder.revision}; name the former"
+        )
+    loaded = encoder if encoder is not None else load_text_encoder(text_encoder, conditioning.template_version, device)
+    decodes = decoder
+    if decodes is None:
+        decodes = load_autoencoder(autoencoder, device, conditioning.autoencoder_subfolder)
 
     def encode(texts: Sequence[str]) -> list[Tensor]:
-        return [encoded.hidden_states for encoded in encoder.encode(list(texts))]
+        # One by one, because rounding depends on a text's batch mates.
+        return [loaded.encode([text])[0].hidden_states for text in texts]
 
-    @torch.no_grad()
-    def decode(latents: Tensor) -> Tensor:
-        return decoder.decode(latents.to(decoder.dtype), return_dict=False)[0]
-
-    return Sampler(saved, encode, decode, torch.device(device))
+    return Sampler(saved, encode, decodes.decode, torch.device(device))
 
 
-def load_autoencoder(model: ModelRef, device: str = "cpu") -> Any:
-    """Load a diffusers AutoencoderKL in fp32 for decoding."""
-    from diffusers import AutoencoderKL
+class Encodes(Protocol):
+    """What sampling needs of a text encoder."""
 
-    decoder = AutoencoderKL.from_pretrained(model.source, revision=model.hub_revision, torch_dtype=torch.float32)
-    return decoder.to(device).eval().requires_grad_(False)
+    def encode(self, captions: Sequence[str], /) -> Sequence[Any]: ...
+
+
+class Decodes(Protocol):
+    """What sampling needs of an autoencoder."""
+
+    def decode(self, latents: Tensor, /) -> np.ndarray: ...
+
+
+def load_autoencoder(model: ModelRef, device: str = "cpu", subfolder: str | None = None) -> "Autoencoder":
+    """Load the autoencoder in fp32."""
+    from features.autoencoder import Autoencoder
+
+    return Autoencoder.load(model, subfolder=subfolder, device=device)

@@ -26,6 +26,9 @@ class ConditioningRecord(FrozenConfig):
     text_encoder_id: str
     text_encoder_revision: str
     template_version: str
+    autoencoder_id: str
+    autoencoder_revision: str
+    autoencoder_subfolder: str | None
     scaling_factor: float
     """Latents are trained on as (z - shift_factor) * scaling_factor."""
     shift_factor: float

@@ -18,7 +18,11 @@ from tests.tiny_models import write_causal_lm
 from training.config import CheckpointConfig, ModelConfig, Strategy, TrainingConfig
 
 NUM_LAYERS, TEXT_WIDTH, KV_HEADS, HEAD_DIM = 4, 48, 2, 8  # of tests.tiny_models.write_causal_lm
-TEMPLATE = "brief-1"
+TEMPLATE = "plain-1"
+
+LATENT_METADATA = {
+    "autoencoder_id": "tiny-vae", "autoencoder_revision": "1", "scaling_factor": "1.5", "shift_factor": "0.06",
+}  # fmt: skip
 
 TINY_MODEL = ModelConfig(
     hidden_size=24,
@@ -112,9 +116,10 @@ def _shard(keys: list[bytes], captions: list[str]) -> bytes:
 
 
 def _text_features(keys: list[bytes], captions: list[str], llm: ModelRef) -> bytes:
+    from features.feature_format import feature_metadata
     from features.text_encoder import TextEncoder
 
-    encoder = TextEncoder.load(llm, layers=None, template_version=TEMPLATE, dtype="float32", device="cpu")
+    encoder = TextEncoder.load(llm, template_version=TEMPLATE)
     encoded = encoder.encode(captions)
     lengths = [len(text.token_ids) for text in encoded]
     tensors = {
@@ -123,7 +128,7 @@ def _text_features(keys: list[bytes], captions: list[str], llm: ModelRef) -> byt
         "token_ids": torch.cat([torch.as_tensor(text.token_ids) for text in encoded]).to(torch.int32),
         "hidden_states": torch.cat([text.hidden_states for text in encoded], dim=1).to(torch.bfloat16).contiguous(),
     }
-    return save(tensors, metadata={"template_version": TEMPLATE})
+    return save(tensors, metadata=feature_metadata(llm, TEMPLATE, encoder.layers))
 
 
 @pytest.fixture(scope="session")
@@ -138,10 +143,11 @@ def tiny_data(tmp_path_factory: pytest.TempPathFactory, llm: ModelRef) -> TinyDa
         generator = torch.Generator().manual_seed(int(part))
         tensors = {
             "sample_keys": torch.tensor([list(key) for key in keys], dtype=torch.uint8),
-            "mean": torch.randn(count, 4, 8, 8, generator=generator),
+            "mean": torch.randn(count, 4, 1, 1, generator=generator)
+            + 0.1 * torch.randn(count, 4, 8, 8, generator=generator),
             "std": torch.rand(count, 4, 8, 8, generator=generator) * 0.1,
         }
-        latent_bytes = save(tensors, metadata={"scaling_factor": "1.5", "shift_factor": "0.06"})
+        latent_bytes = save(tensors, metadata={**LATENT_METADATA})
         shards.append(_publish("shards", {"shard-00000.tar": _shard(keys, captions)}, root, {}, part))
         latents.append(_publish("latents", {"latents-00000.safetensors": latent_bytes}, root, {}, part))
         features = {"text_features-00000.safetensors": _text_features(keys, captions, llm)}
