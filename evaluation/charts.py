@@ -22,6 +22,7 @@ CHART_STYLE = """\
 .chart .line{fill:none;stroke-width:1.6;stroke-linejoin:round}
 .chart .band{stroke:none;opacity:.16}
 .chart .rule{stroke:var(--muted);stroke-width:1;stroke-dasharray:4 3}
+.chart .range{stroke:var(--ink);stroke-width:1;opacity:.55}
 .chart .frame{fill:none;stroke:var(--grid)}
 """
 
@@ -88,8 +89,8 @@ def line_chart(
     title: str,
     x_label: str,
     y_label: str,
-    width: float = 640,
-    height: float = 300,
+    width: float = 540,
+    height: float = 280,
     y_range: tuple[float, float] | None = None,
     rule_at: float | None = None,
     rule_label: str = "",
@@ -149,6 +150,58 @@ def _range_of(series: Sequence[Series], rule_at: float | None) -> tuple[float, f
     return low - margin, high + margin
 
 
+def bar_chart(
+    values: Sequence[float],
+    *,
+    title: str,
+    x_label: str,
+    y_label: str,
+    colour: int = 0,
+    lows: Sequence[float] | None = None,
+    highs: Sequence[float] | None = None,
+    rule_at: float | None = None,
+    rule_label: str = "",
+    width: float = 540,
+    height: float = 200,
+) -> Panel:
+    """Draw one bar per value, numbered from 1; lows and highs add a thin range, a dashed rule marks a value of y."""
+    left, right, top, bottom = 58.0, 14.0, 30.0, 40.0
+    y_high = 1.08 * max([*values, *(highs or ()), rule_at or 0.0])
+    y_high = y_high if y_high > 0 else 1.0
+    slot = (width - left - right) / len(values)
+
+    def to_y(y: float) -> float:
+        return height - bottom - y / y_high * (height - top - bottom)
+
+    parts = [_text(left, 16, title, extra=' class="title"')]
+    for tick in nice_ticks(0.0, y_high, 4):
+        parts.append(f'<path class="grid" d="M{number(left)} {number(to_y(tick))}H{number(width - right)}"/>')
+        parts.append(_text(left - 7, to_y(tick) + 4, tick_label(tick), "end"))
+    for index, value in enumerate(values):
+        x = left + index * slot
+        parts.append(
+            f'<rect x="{number(x + 0.14 * slot)}" y="{number(to_y(value))}" width="{number(0.72 * slot)}" '
+            f'height="{number(to_y(0.0) - to_y(value))}" fill="var(--s{colour})"><title>{index + 1}: '
+            f"{tick_label(value)}</title></rect>"
+        )
+        if lows is not None and highs is not None and highs[index] - lows[index] > 1e-9:
+            middle = number(x + 0.5 * slot)
+            parts.append(
+                f'<path class="range" d="M{middle} {number(to_y(lows[index]))}V{number(to_y(highs[index]))}"/>'
+            )
+    if rule_at is not None:
+        parts.append(f'<path class="rule" d="M{number(left)} {number(to_y(rule_at))}H{number(width - right)}"/>')
+        parts.append(_text(width - right - 2, top - 4, rule_label, "end"))
+    parts += [
+        _text(left + (index + 0.5) * slot, height - bottom + 16, str(index + 1), "middle")
+        for index in _label_steps(len(values), max(1, int((width - left - right) // 30)))
+    ]
+    parts.append(_text((left + width - right) / 2, height - 6, x_label, "middle"))
+    middle_y = number((top + height - bottom) / 2)
+    parts.append(_text(14, float(middle_y), y_label, "middle", f' transform="rotate(-90 14 {middle_y})"'))
+    return Panel(width, height, "".join(parts))
+
+
 def heatmap(
     matrix: Sequence[Sequence[float]],
     *,
@@ -159,7 +212,7 @@ def heatmap(
     column_names: Sequence[str],
     centre: float,
     scale: float,
-    width: float = 640,
+    width: float = 540,
     cell_height: float = 12.0,
 ) -> Panel:
     """Draw one cell per value: the warm colour above `centre`, the cold one below, full at `scale` from it."""
@@ -195,6 +248,56 @@ def heatmap(
     parts.append(_text((left + width - right) / 2, height - 6, x_label, "middle"))
     middle = top + frame_height / 2
     parts.append(_text(14, middle, y_label, "middle", f' transform="rotate(-90 14 {number(middle)})"'))
+    return Panel(width, height, "".join(parts))
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A row of an interval chart: its name, its value with an interval (None: nothing to show), its colour."""
+
+    name: str
+    value: tuple[float, float, float] | None
+    colour: int = 0
+
+
+def interval_chart(
+    estimates: Sequence[Estimate], *, title: str, width: float = 320, row_height: float = 26.0, names: bool = True
+) -> Panel:
+    """Draw one dot with its interval per row; the dashed rule stands at the first row's value."""
+    left, right, top, bottom = (112.0 if names else 12.0), 16.0, 30.0, 26.0
+    height = top + bottom + row_height * len(estimates)
+    parts = [_text(left, 16, title, extra=' class="title"')]
+    shown = [item.value for item in estimates if item.value is not None]
+    if names:
+        parts += [
+            _text(left - 10, top + (row + 0.5) * row_height + 4, item.name, "end") for row, item in enumerate(estimates)
+        ]
+    if not shown:
+        return Panel(width, height, "".join([*parts, _text(left, top + 20, "no scores")]))
+    x_low, x_high = min(low for _, low, _ in shown), max(high for _, _, high in shown)
+    margin = 0.05 * (x_high - x_low) or max(abs(x_high), 1.0) * 0.05
+    x_low, x_high = x_low - margin, x_high + margin
+
+    def to_x(x: float) -> float:
+        return left + (x - x_low) / (x_high - x_low) * (width - left - right)
+
+    for tick in nice_ticks(x_low, x_high, 4):
+        x = number(to_x(tick))
+        parts.append(f'<path class="grid" d="M{x} {number(top)}V{number(height - bottom)}"/>')
+        parts.append(_text(to_x(tick), height - bottom + 16, tick_label(tick), "middle"))
+    if estimates[0].value is not None:
+        x = number(to_x(estimates[0].value[0]))
+        parts.append(f'<path class="rule" d="M{x} {number(top)}V{number(height - bottom)}"/>')
+    for row, item in enumerate(estimates):
+        if item.value is None:
+            continue
+        value, low, high = item.value
+        y = number(top + (row + 0.5) * row_height)
+        parts.append(
+            f'<path class="line" stroke="var(--s{item.colour})" d="M{number(to_x(low))} {y}H{number(to_x(high))}"/>'
+            f'<circle cx="{number(to_x(value))}" cy="{y}" r="4" fill="var(--s{item.colour})">'
+            f"<title>{escape(item.name)}: {tick_label(value)} [{tick_label(low)}, {tick_label(high)}]</title></circle>"
+        )
     return Panel(width, height, "".join(parts))
 
 

@@ -99,6 +99,11 @@ class SamplesConfig(FrozenConfig):
     """Published protocols: GenEval 4, the others 1."""
     prompts_per_unit: int = Field(16, ge=1)
     """Prompts that are sampled together: more use the device better, a kill loses at most so many prompts."""
+    device: Literal["cpu", "cuda"] = execution_field("cpu")
+    threads: int | None = execution_field(None, ge=1)
+    """CPU threads; None leaves torch's choice. Pixels are bit-exact for equal thread counts."""
+    prompt_memory_bytes: int = execution_field(2 << 30, ge=0)
+    """Encoded prompts kept for the next arms of the same process; about 6 MB a prompt at the paper's scale."""
 
     @model_validator(mode="after")
     def _check(self) -> "SamplesConfig":

@@ -85,54 +85,71 @@ def summarise(weights: Any, strategy: Strategy) -> dict[str, Any]:
     }
 
 
-def draw(weights: Any, times: Sequence[float], strategy: Strategy) -> list[Any]:
+def draw(weights: Any, times: Sequence[float], strategy: Strategy, colour: int = 0) -> list[Any]:
     """Return the panels for the weights (D, T, L): layers on x; blocks, and times where they matter, on y."""
-    from evaluation.charts import Series, heatmap, line_chart
+    from evaluation.charts import bar_chart, heatmap
 
     num_blocks, _, num_layers = weights.shape
-    layers = [str(layer) for layer in range(1, num_layers + 1)]
+    names = {"column_names": [str(layer) for layer in range(1, num_layers + 1)]}
     blocks = [str(block) for block in range(num_blocks)]
     by_block, by_time = weights.mean(1), weights.mean(0)
     if strategy is Strategy.FUSE_DIT:
         title = "fuse_dit: the decoder layer whose keys and values each block shares"
+        labels = {"title": title, "x_label": "decoder layer, from 1", "y_label": "block"}
+        height = _cell(num_blocks)
         return [
-            heatmap(by_block.tolist(), title=title, x_label="decoder layer (from 1)", y_label="block",
-                    row_names=blocks, column_names=layers, centre=0.0, scale=1.0, cell_height=_cell(num_blocks))
-        ]  # fmt: skip
-    profile = weights.mean((0, 1))
+            heatmap(by_block.tolist(), row_names=blocks, centre=0.0, scale=1.0, cell_height=height, **labels, **names)
+        ]
     uniform = 1 / num_layers
+    varies = summarise(weights, strategy)
+    over = [word for word in ("block", "time") if varies[f"varies_with_{word}"]]
     panels = [
-        line_chart(
-            [Series(strategy.value, list(range(1, num_layers + 1)), profile.tolist(), 0,
-                    weights.min((0, 1)).tolist(), weights.max((0, 1)).tolist())],
-            title=f"{strategy.value}: weight of each layer (mean; band: all blocks and times)",
-            x_label="layer (hidden_states index)", y_label="weight", height=220,
-            rule_at=uniform, rule_label=f"uniform 1/{num_layers}",
+        bar_chart(
+            weights.mean((0, 1)).tolist(),
+            title=f"{strategy.value}: weight of each layer"
+            + (f", mean and range over {'s and '.join(over)}s" if over else ""),
+            x_label="layer",
+            y_label="weight",
+            colour=colour,
+            lows=weights.min((0, 1)).tolist(),
+            highs=weights.max((0, 1)).tolist(),
+            rule_at=uniform,
+            rule_label=f"- - uniform, 1/{num_layers}",
         )
-    ]  # fmt: skip
-    deviation = max(float(abs(weights.mean(1) * num_layers - 1).max()), float(abs(by_time * num_layers - 1).max()))
-    scale = uniform * max(deviation, 1e-9)
-    note = f"warm above uniform, cold below; full colour at {_percent(deviation)} from it"
-    if not math.isclose(float(weights.max() - weights.min()), 0.0, abs_tol=1e-7):
+    ]
+    shown = [values for word, values in (("block", by_block), ("time", by_time)) if word in over]
+    deviation = max((float(abs(values * num_layers - 1).max()) for values in shown), default=0.0)
+    colours = {"centre": uniform, "scale": uniform * max(deviation, 1e-9), "x_label": "layer"}
+    note = f"warm above uniform, cold below, full at {_percent(deviation)}"
+    if "block" in over:
+        title = f"by block ({note})"
+        height = _cell(num_blocks)
         panels.append(
-            heatmap(by_block.tolist(), title=f"by block, mean over times ({note})", x_label="layer", y_label="block",
-                    row_names=blocks, column_names=layers, centre=uniform, scale=scale, cell_height=_cell(num_blocks))
-        )  # fmt: skip
-    if strategy.has_time_gate:
+            heatmap(
+                by_block.tolist(),
+                title=title,
+                y_label="block",
+                row_names=blocks,
+                cell_height=height,
+                **colours,
+                **names,
+            )
+        )
+    if "time" in over:
+        title = "by time, t = 0 noise, t = 1 data" + (" (same colours)" if "block" in over else f" ({note})")
+        height, rows = _cell(len(times)), [f"{t:.2f}" for t in times]
         panels.append(
-            heatmap(by_time.tolist(), title="by time, mean over blocks (t = 0 noise, t = 1 data; same colours)",
-                    x_label="layer", y_label="t", row_names=[f"{t:.2f}" for t in times], column_names=layers,
-                    centre=uniform, scale=scale, cell_height=_cell(len(times)))
-        )  # fmt: skip
+            heatmap(by_time.tolist(), title=title, y_label="t", row_names=rows, cell_height=height, **colours, **names)
+        )
     return panels
 
 
 def _cell(num_rows: int) -> float:
-    return min(max(240.0 / num_rows, 7.0), 18.0)
+    return min(max(190.0 / num_rows, 6.0), 16.0)
 
 
 def _percent(share: float) -> str:
-    return f"{100 * share:.3g} %"
+    return f"±{100 * share:.0f} %" if share >= 0.1 else f"±{100 * share:.2g} %"
 
 
 def _strategy_of(partition: str | None) -> Strategy:

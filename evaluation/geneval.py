@@ -16,8 +16,9 @@ QUESTIONS_VERSION = "geneval-vqa-1"
 _NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 _RELATIONS = {"left of": "to the left of", "right of": "to the right of", "above": "above", "below": "below"}
 _VOWELS = "aeiou"
+_ALWAYS_PLURAL = ("scissors", "skis")
 _PLURALS = {"person": "people", "sheep": "sheep", "scissors": "scissors", "skis": "skis", "knife": "knives",
-            "mouse": "mice", "computer mouse": "computer mice", "fish": "fish"}  # fmt: skip
+            "mouse": "mice", "fish": "fish"}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -82,16 +83,12 @@ def _number(count: int) -> str:
 
 
 def _with_article(name: str) -> str:
-    """Return "a bench", "an apple", "skis": what is plural already takes no article."""
-    if _plural(name) == name and name != "sheep":
-        return name
-    return f"{'an' if name[0].lower() in _VOWELS else 'a'} {name}"
+    """Return "a bench", "an apple", and "skis" as it is: a plural takes no article."""
+    return name if name in _ALWAYS_PLURAL else f"{'an' if name[0].lower() in _VOWELS else 'a'} {name}"
 
 
 def _plural(name: str) -> str:
     head, _, last = name.rpartition(" ")
-    if name in _PLURALS:
-        return _PLURALS[name]
     if last in _PLURALS:
         plural = _PLURALS[last]
     elif last.endswith(("s", "x", "z", "ch", "sh")):

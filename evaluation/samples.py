@@ -3,17 +3,21 @@
 import hashlib
 import io
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from evaluation.config import SamplesConfig, parse_partition
 from evaluation.prompt_files import EvaluationPrompt
 from evaluation.prompt_sets import read_prompts
+from pipelines.config import ModelRef
 from pipelines.errors import ThroughlineError
-from pipelines.stage import Stage, StageResult, StageRun
-from training.config import Arm
+from pipelines.stage import Stage, StageOutput, StageResult, StageRun
+from training.config import Arm, SamplerConfig
 
 if TYPE_CHECKING:
     from PIL import Image
+
+    from training.sampling import Sampler
 
 
 def png_bytes(image: "Image.Image") -> bytes:
@@ -21,6 +25,67 @@ def png_bytes(image: "Image.Image") -> bytes:
     stream = io.BytesIO()
     image.convert("RGB").save(stream, "PNG", compress_level=6)
     return stream.getvalue()
+
+
+class _RememberingEncoder:
+    """A text encoder that encodes each prompt once per process, and by itself.
+
+    By itself, because rounding depends on a text's batch mates: whatever was encoded before, by other arms or before a
+    kill, a prompt's hidden states are the same.
+    """
+
+    def __init__(self, encoder: Any, max_num_bytes: int) -> None:
+        self._encoder = encoder
+        self._left = max_num_bytes
+        self._known: dict[str, Any] = {}
+
+    def encode(self, texts: Sequence[str]) -> list[Any]:
+        """Return the encoded texts, in order."""
+        return [self._encode_one(text) for text in texts]
+
+    def _encode_one(self, text: str) -> Any:
+        if text in self._known:
+            return self._known[text]
+        (encoded,) = self._encoder.encode([text])
+        num_bytes = encoded.hidden_states.numel() * encoded.hidden_states.element_size()
+        if num_bytes <= self._left:
+            self._left -= num_bytes
+            self._known[text] = encoded
+        return encoded
+
+
+@lru_cache(maxsize=1)
+def _text_encoder(model: ModelRef, template_version: str, max_num_bytes: int) -> _RememberingEncoder:
+    from training.feature_source import load_text_encoder
+
+    return _RememberingEncoder(load_text_encoder(model, template_version), max_num_bytes)
+
+
+@lru_cache(maxsize=1)
+def _autoencoder(model: ModelRef, device: str) -> Any:
+    from training.sampling import load_autoencoder
+
+    return load_autoencoder(model, device)
+
+
+def _load_sampler(checkpoint: StageOutput, config: SamplesConfig) -> "Sampler":
+    """Load the checkpoint; encoder, autoencoder and encoded prompts stay for the next request of this process."""
+    import torch
+
+    from training.sampling import load_sampler
+    from training.saved_model import read_conditioning
+
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    version = read_conditioning(checkpoint).template_version
+    return load_sampler(
+        checkpoint,
+        config.text_encoder,
+        config.autoencoder,
+        device=config.device,
+        encoder=_text_encoder(config.text_encoder, version, config.prompt_memory_bytes),
+        decoder=_autoencoder(config.autoencoder, config.device),
+    )
 
 
 def produce(run: StageRun[SamplesConfig]) -> StageResult:
@@ -47,9 +112,7 @@ def produce(run: StageRun[SamplesConfig]) -> StageResult:
     todo = [(name, chunk) for name, chunk in units if not run.is_finished(name)]
     num_done = (len(prompts) - sum(len(chunk) for _, chunk in todo)) * per_prompt
     if todo:
-        from training.sampling import load_sampler
-
-        sampler = load_sampler(checkpoint, config.text_encoder, config.autoencoder)
+        sampler = _load_sampler(checkpoint, config)
         settings = config.sampler.model_copy(update={"gate_shift": arm.gate_shift})
         with run.progress(len(prompts) * per_prompt, "images", initial=num_done) as progress:
             for name, chunk in todo:
@@ -72,7 +135,7 @@ def produce(run: StageRun[SamplesConfig]) -> StageResult:
 
 
 def _sample(
-    sampler: Any, prompts: Sequence[EvaluationPrompt], per_prompt: int, seed: int, settings: Any
+    sampler: "Sampler", prompts: Sequence[EvaluationPrompt], per_prompt: int, seed: int, settings: SamplerConfig
 ) -> list[tuple[EvaluationPrompt, int, "Image.Image"]]:
     wanted = [(prompt, index) for prompt in prompts for index in range(per_prompt)]
     images = sampler.generate([prompt.prompt for prompt, _ in wanted], [index for _, index in wanted], seed, settings)

@@ -1,0 +1,52 @@
+"""Finds everything that an output was made from, by following its manifests through the output root."""
+
+from collections import deque
+from collections.abc import Iterable
+from typing import Any
+
+from pipelines.errors import ThroughlineError
+from pipelines.manifest import MANIFEST_NAME, InputRef
+from pipelines.stage import StageOutput
+
+STAGE_ORDER = (
+    "laion_index", "laion_subset", "images", "captions", "shards", "latents", "text_features", "dataset",
+    "checkpoint", "prompt_sets", "samples", "scores", "judge_calibration", "fusion_analysis", "results",
+)  # fmt: skip
+
+
+def collect(outputs: Iterable[StageOutput]) -> dict[str, list[StageOutput]]:
+    """Return the given outputs and all that they were made from: stage -> outputs, in the order of the graph.
+
+    An input lies at ``<output root>/<stage>/<data_version>``. Raises ThroughlineError where one is missing or altered.
+    """
+    found: dict[tuple[str, str], StageOutput] = {}
+    waiting = deque(outputs)
+    while waiting:
+        output = waiting.popleft()
+        key = (output.manifest.stage, output.data_version)
+        if key in found:
+            continue
+        found[key] = output
+        for refs in output.manifest.inputs.values():
+            waiting.extend(_load(output, ref) for ref in refs if (ref.stage, ref.data_version) not in found)
+    by_stage: dict[str, list[StageOutput]] = {}
+    for output in sorted(found.values(), key=_place):
+        by_stage.setdefault(output.manifest.stage, []).append(output)
+    return by_stage
+
+
+def _place(output: StageOutput) -> tuple[Any, ...]:
+    stage = output.manifest.stage
+    number = STAGE_ORDER.index(stage) if stage in STAGE_ORDER else len(STAGE_ORDER)
+    return (number, stage, output.manifest.partition or "", output.data_version)
+
+
+def _load(output: StageOutput, ref: InputRef) -> StageOutput:
+    path = output.folder.parent.parent / ref.stage / ref.data_version / MANIFEST_NAME
+    try:
+        return StageOutput.load(path)
+    except ThroughlineError as error:
+        label = f"{output.manifest.stage} {output.manifest.partition or ''}".rstrip()
+        raise ThroughlineError(
+            f"{label} was made from {ref.stage} {ref.data_version}, which is lost: {error}"
+        ) from error
