@@ -7,21 +7,25 @@ that training draws its own latents and scales them.
 import io
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from features.config import LatentsConfig
 from pipelines.errors import ThroughlineError
+from pipelines.manifest import Conservation
+from pipelines.progress import Progress
 from pipelines.stage import Stage, StageOutput, StageResult, StageRun
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from features.shard_samples import ShardSample
+    from features.autoencoder import Autoencoder
+    from pipelines.shard_reader import Sample
 
 
 def produce(run: StageRun[LatentsConfig]) -> StageResult:
     """Encode the images of every shard that has no latents yet."""
-    from features.shard_samples import shard_units
+    from features.shard_units import shard_units
 
     shards = run.input("shards")
     units = shard_units(shards)
@@ -34,14 +38,18 @@ def produce(run: StageRun[LatentsConfig]) -> StageResult:
         total = sum(shards.manifest.file(path.name).num_rows or 0 for path in units.values())
         with run.progress(total or None, "images", initial=num_done) as progress:
             for name in pending:
-                _encode_shard(run, autoencoder, shards, name, progress)
+                _encode_shard(run, autoencoder, shards, units[name], name, progress)
         seconds = time.monotonic() - started
         count = progress.done - num_done
         measurements = {"seconds": round(seconds, 3), "images_per_second": round(count / seconds, 3)}
-    return StageResult(summary=_summary(run), measurements=measurements)
+    return StageResult(
+        summary=_summary(run),
+        measurements=measurements,
+        conservation=None if units else Conservation(rows_in=0, rows_out=0),
+    )
 
 
-def _load_autoencoder(config: LatentsConfig) -> Any:
+def _load_autoencoder(config: LatentsConfig) -> "Autoencoder":
     import torch
 
     from features.autoencoder import Autoencoder
@@ -59,37 +67,33 @@ def _load_autoencoder(config: LatentsConfig) -> Any:
 
 
 def _encode_shard(
-    run: StageRun[LatentsConfig], autoencoder: Any, shards: StageOutput, name: str, progress: Any
-) -> None:
+    run: StageRun[LatentsConfig], autoencoder: "Autoencoder", shards: StageOutput, path: Path, name: str,
+    progress: Progress,
+) -> None:  # fmt: skip
     from features.latent_format import LatentWriter, latent_metadata
-    from features.shard_samples import read_shard, shard_units
+    from features.shard_units import open_shard
 
     config = run.config
-    samples = read_shard(shards, shard_units(shards)[name], images=True)
     scratch_path = run.scratch / f"{name}.safetensors"
     side = config.image_px // autoencoder.downscale
     shape = (autoencoder.latent_channels, side, side)
-    writer = LatentWriter(
-        scratch_path,
-        [sample.sample_key for sample in samples],
-        shape,
-        config.storage_dtype,
-        latent_metadata(config.autoencoder, autoencoder),
-    )
-    for start in range(0, len(samples), config.batch_size):
-        batch = samples[start : start + config.batch_size]
-        writer.write(start, *autoencoder.encode(_pixels(batch, config.image_px)))
-        progress.advance(len(batch))
+    metadata = latent_metadata(config.autoencoder, autoencoder)
+    with open_shard(shards, path) as shard:
+        writer = LatentWriter(scratch_path, shard.keys, shape, config.storage_dtype, metadata)
+        for start in range(0, len(shard), config.batch_size):
+            batch = shard[start : start + config.batch_size]
+            writer.write(start, *autoencoder.encode(_pixels(batch, config.image_px)))
+            progress.advance(len(batch))
     writer.close()
     with run.unit(name) as unit:
-        unit.adopt(scratch_path, f"latents-{name}.safetensors", num_rows=len(samples))
-        unit.account(rows_in=len(samples), rows_out=len(samples))
+        unit.adopt(scratch_path, f"latents-{name}.safetensors", num_rows=len(shard))
+        unit.account(rows_in=len(shard), rows_out=len(shard))
         unit.notes.update(
             shape=list(shape), scaling_factor=autoencoder.scaling_factor, shift_factor=autoencoder.shift_factor
         )
 
 
-def _pixels(samples: Sequence["ShardSample"], image_px: int) -> "np.ndarray":
+def _pixels(samples: Sequence["Sample"], image_px: int) -> "np.ndarray":
     """Return uint8 (B, image_px, image_px, 3)."""
     import numpy as np
     from PIL import Image
@@ -97,7 +101,7 @@ def _pixels(samples: Sequence["ShardSample"], image_px: int) -> "np.ndarray":
     pixels = np.empty((len(samples), image_px, image_px, 3), dtype=np.uint8)
     for row, sample in enumerate(samples):
         try:
-            image = Image.open(io.BytesIO(sample.image or b"")).convert("RGB")
+            image = Image.open(io.BytesIO(sample.image_bytes)).convert("RGB")
         except (OSError, ValueError, SyntaxError) as error:
             raise ThroughlineError(f"sample {sample.sample_key}: its image cannot be decoded ({error})") from error
         if image.size != (image_px, image_px):

@@ -6,15 +6,21 @@ encodes captions itself where there is no cache.
 
 import os
 import time
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from features.config import TextFeaturesConfig
+from pipelines.manifest import Conservation
+from pipelines.progress import Progress
 from pipelines.stage import Stage, StageOutput, StageResult, StageRun
+
+if TYPE_CHECKING:
+    from features.text_encoder import TextEncoder
 
 
 def produce(run: StageRun[TextFeaturesConfig]) -> StageResult:
     """Encode the captions of every shard that has no features yet."""
-    from features.shard_samples import shard_units
+    from features.shard_units import shard_units
 
     shards = run.input("shards")
     units = shard_units(shards)
@@ -27,14 +33,18 @@ def produce(run: StageRun[TextFeaturesConfig]) -> StageResult:
         total = sum(shards.manifest.file(path.name).num_rows or 0 for path in units.values())
         with run.progress(total or None, "captions", initial=num_done) as progress:
             for name in pending:
-                _encode_shard(run, encoder, shards, name, progress)
+                _encode_shard(run, encoder, shards, units[name], name, progress)
         seconds = time.monotonic() - started
         count = progress.done - num_done
         measurements = {"seconds": round(seconds, 3), "captions_per_second": round(count / seconds, 3)}
-    return StageResult(summary=_summary(run), measurements=measurements)
+    return StageResult(
+        summary=_summary(run),
+        measurements=measurements,
+        conservation=None if units else Conservation(rows_in=0, rows_out=0),
+    )
 
 
-def _load_encoder(config: TextFeaturesConfig) -> Any:
+def _load_encoder(config: TextFeaturesConfig) -> "TextEncoder":
     import torch
 
     from features.text_encoder import TextEncoder
@@ -52,23 +62,20 @@ def _load_encoder(config: TextFeaturesConfig) -> Any:
 
 
 def _encode_shard(
-    run: StageRun[TextFeaturesConfig], encoder: Any, shards: StageOutput, name: str, progress: Any
-) -> None:
+    run: StageRun[TextFeaturesConfig], encoder: "TextEncoder", shards: StageOutput, path: Path, name: str,
+    progress: Progress,
+) -> None:  # fmt: skip
     from features.feature_format import TextFeatureWriter, feature_metadata
-    from features.shard_samples import read_shard, shard_units
+    from features.shard_units import open_shard
 
     config = run.config
-    samples = read_shard(shards, shard_units(shards)[name], images=False)
-    captions = [sample.caption or "" for sample in samples]
+    with open_shard(shards, path) as shard:
+        sample_keys = shard.keys
+        captions = [sample.caption for sample in shard]
     lengths = [len(ids) for ids in encoder.tokenise(captions)]
     scratch_path = run.scratch / f"{name}.safetensors"
-    writer = TextFeatureWriter(
-        scratch_path,
-        [sample.sample_key for sample in samples],
-        lengths,
-        encoder.width,
-        feature_metadata(config.text_encoder, config.template_version, encoder.layers),
-    )
+    metadata = feature_metadata(config.text_encoder, config.template_version, encoder.layers)
+    writer = TextFeatureWriter(scratch_path, sample_keys, lengths, encoder.width, metadata)
     num_truncated = 0
     for index, text in encoder.encode_by_length(captions, config.max_batch_tokens):
         writer.write(index, text)
@@ -76,8 +83,8 @@ def _encode_shard(
         progress.advance()
     writer.close()
     with run.unit(name) as unit:
-        unit.adopt(scratch_path, f"text_features-{name}.safetensors", num_rows=len(samples))
-        unit.account(rows_in=len(samples), rows_out=len(samples))
+        unit.adopt(scratch_path, f"text_features-{name}.safetensors", num_rows=len(sample_keys))
+        unit.account(rows_in=len(sample_keys), rows_out=len(sample_keys))
         unit.notes.update(
             num_tokens=sum(lengths), num_truncated=num_truncated, layers=list(encoder.layers), width=encoder.width
         )

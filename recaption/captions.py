@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipelines.errors import ThroughlineError
+from pipelines.manifest import Conservation
 from pipelines.protocols import caption_prompt
 from pipelines.stage import Stage, StageResult, StageRun, Unit
 from recaption.checks import EMPTY, caption_flags, count_flags
@@ -38,7 +39,12 @@ def produce(run: StageRun[CaptionsConfig]) -> StageResult:
     tables = _image_tables(run)
     pending = {name: path for name, path in tables.items() if not run.is_finished(name)}
     measurements = _caption(run, tables, pending) if pending else {}
-    return StageResult(summary=_summary(run), measurements=measurements, seeds={"engine": run.config.captioner.seed})
+    return StageResult(
+        summary=_summary(run),
+        measurements=measurements,
+        seeds={"engine": run.config.captioner.seed},
+        conservation=None if tables else Conservation(rows_in=0, rows_out=0),
+    )
 
 
 def _image_tables(run: StageRun[CaptionsConfig]) -> dict[str, Path]:

@@ -1,0 +1,25 @@
+"""The shards of a part as units of work for the caches."""
+
+from pathlib import Path
+
+from pipelines.errors import ThroughlineError
+from pipelines.shard_reader import Shard
+from pipelines.stage import StageOutput
+
+
+def shard_units(shards: StageOutput) -> dict[str, Path]:
+    """Return unit name ("00000") -> tar file, in order."""
+    return {path.stem.rpartition("-")[2]: path for path in shards.files(".tar")}
+
+
+def open_shard(shards: StageOutput, path: Path) -> Shard:
+    """Open a shard; raises ThroughlineError where it holds another number of samples than its manifest says."""
+    shard = Shard(path)
+    expected = shards.manifest.file(path.name).num_rows
+    if expected is not None and len(shard) != expected:
+        shard.close()
+        raise ThroughlineError(
+            f"{path}: {len(shard)} samples, manifest says {expected}; re-run shards for part "
+            f"{shards.manifest.partition}"
+        )
+    return shard

@@ -1,0 +1,17 @@
+import pytest
+
+from features.templates import apply_template, unconditional_text
+
+
+def test_the_released_template_glues_instruction_and_caption():
+    assert apply_template("released-1", "A dog.") == "Describe this image.A dog."
+    assert unconditional_text("released-1") == "Describe this image."
+
+
+def test_captions_with_braces_stay_as_they_are():
+    assert apply_template("plain-1", "{caption} {0}") == "{caption} {0}"
+
+
+def test_an_unknown_template_names_the_known_ones():
+    with pytest.raises(ValueError, match="plain-1, released-1"):
+        apply_template("plain-2", "")
