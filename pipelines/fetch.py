@@ -121,12 +121,13 @@ class Fetcher:
 
     async def fetch(self, url: str) -> Fetched:
         """Return the bytes behind `url`, or why there are none; network failures never raise."""
-        for attempt in range(self._config.retries + 1):
-            outcome = await self._attempt(url)
-            if not self._is_worth_retrying(outcome) or attempt == self._config.retries:
+        outcome = await self._attempt(url)
+        for retry in range(self._config.retries):
+            if not self._is_worth_retrying(outcome):
                 break
-            backoff = self._config.backoff_seconds * 2**attempt * random.uniform(0.5, 1.5)
+            backoff = self._config.backoff_seconds * 2**retry * random.uniform(0.5, 1.5)
             await asyncio.sleep(max(backoff, outcome.retry_after_seconds or 0.0))
+            outcome = await self._attempt(url)
         return outcome
 
     def _is_worth_retrying(self, outcome: Fetched) -> bool:
@@ -313,5 +314,5 @@ def _failure(error: Exception, host: str) -> Fetched:
             return outcome(status.BAD_HTTP, f"{host}: {type(error).__name__}")
 
 
-def _errno_name(error: OSError) -> str:
-    return errno.errorcode.get(error.errno or 0, type(error).__name__).lower()
+def _errno_name(error: Exception) -> str:
+    return errno.errorcode.get(getattr(error, "errno", None) or 0, type(error).__name__).lower()

@@ -3,6 +3,9 @@
 Duplicates are left to `pipelines.laion_subset`: they need memory of the rows before.
 """
 
+# pyarrow.compute makes its functions when it is imported, where no type checker sees them.
+# pyright: reportAttributeAccessIssue=false
+
 from collections.abc import Callable
 from dataclasses import dataclass
 

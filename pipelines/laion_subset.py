@@ -3,6 +3,9 @@
 Duplicates are looked for within the part; `pipelines.dataset` settles equal sample keys between parts.
 """
 
+# pyarrow.compute makes its functions when it is imported, where no type checker sees them.
+# pyright: reportAttributeAccessIssue=false
+
 import hashlib
 from collections import Counter
 from collections.abc import Iterator

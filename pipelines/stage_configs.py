@@ -48,16 +48,16 @@ class LaionSubsetConfig(FrozenConfig):
     https. A row whose value for an active rule is null or NaN is dropped as ``<column>_missing`` unless `keep_missing`.
     """
 
-    min_similarity: float | None = Field(None, ge=-1, le=1)
+    min_similarity: float | None = Field(default=None, ge=-1, le=1)
     """CLIP similarity of picture and text; LAION-400M's own threshold is 0.3, applied before publication."""
     nsfw_allowed: tuple[str, ...] | None = None
     """NSFW labels to keep, in any case: ``UNLIKELY``, ``UNSURE``, ``NSFW``."""
-    min_side_px: int | None = Field(None, ge=1)
+    min_side_px: int | None = Field(default=None, ge=1)
     """Least of width and height as LAION states them."""
-    max_aspect: float | None = Field(None, ge=1)
+    max_aspect: float | None = Field(default=None, ge=1)
     """Longer side over shorter side as LAION states them."""
-    min_text_chars: int | None = Field(None, ge=1)
-    max_text_chars: int | None = Field(None, ge=1)
+    min_text_chars: int | None = Field(default=None, ge=1)
+    max_text_chars: int | None = Field(default=None, ge=1)
     """Length of the alt-text in characters (code points)."""
     keep_empty_text: bool = False
     """Whether rows with null or blank alt-text stay; null then becomes the empty string."""
@@ -89,27 +89,27 @@ class ImageFormat(StrEnum):
 class FetchConfig(FrozenConfig):
     """How pictures are asked for. Time-outs and retries count towards the result: they decide which rows arrive."""
 
-    user_agent: str = Field("Mozilla/5.0 (compatible; throughline/0.1)", min_length=1)
+    user_agent: str = Field(default="Mozilla/5.0 (compatible; throughline/0.1)", min_length=1)
     opt_out_agent: str | None = None
     """Agent name whose opt-out directives are obeyed as well (``X-Robots-Tag: <agent>: noai``)."""
     opt_out_directives: tuple[str, ...] = ("noai", "noimageai", "noindex", "noimageindex")
     """Directives of X-Robots-Tag that drop a picture; the default is img2dataset's. Empty: none are honoured."""
-    connect_seconds: float = Field(10.0, gt=0)
-    read_seconds: float = Field(10.0, gt=0)
+    connect_seconds: float = Field(default=10.0, gt=0)
+    read_seconds: float = Field(default=10.0, gt=0)
     """Longest silence of a server."""
-    total_seconds: float = Field(30.0, gt=0)
+    total_seconds: float = Field(default=30.0, gt=0)
     """Longest time for one attempt, redirects included; waiting for a free connection doesn't count."""
     verify_tls: bool = True
     """Whether a server's certificate must be valid."""
-    retries: int = Field(2, ge=0, le=10)
+    retries: int = Field(default=2, ge=0, le=10)
     """Further attempts after a failure that can heal: no connection, 429, 5xx, a broken body, time-outs."""
     retry_timeouts: bool = True
     backoff_seconds: float = execution_field(0.5, ge=0)
     """Mean wait before the first retry, doubled for each further one; jitter is half to one and a half of it."""
-    max_retry_after_seconds: float = Field(30.0, ge=0)
+    max_retry_after_seconds: float = Field(default=30.0, ge=0)
     """A server that asks for a longer wait (Retry-After) is not asked again."""
-    max_redirects: int = Field(5, ge=0)
-    max_body_bytes: int = Field(20 << 20, ge=1)
+    max_redirects: int = Field(default=5, ge=0)
+    max_body_bytes: int = Field(default=20 << 20, ge=1)
     """Limit while streaming, after content decoding."""
     allowed_private_hosts: tuple[str, ...] = ()
     """``host:port`` pairs that may resolve to private or loopback addresses; for the demo's web alone."""
@@ -123,14 +123,14 @@ class ImageTransform(FrozenConfig):
     formats: tuple[ImageFormat, ...] = tuple(ImageFormat)
     animation: Literal["drop", "first_frame"] = "drop"
     """What becomes of a picture with more than one frame (GIF, APNG, WebP); other frames are never decoded."""
-    max_source_pixels: int = Field(64_000_000, ge=1)
+    max_source_pixels: int = Field(default=64_000_000, ge=1)
     """Checked on the header, before anything is decoded."""
-    min_source_side_px: int = Field(1, ge=1)
-    max_source_aspect: float | None = Field(None, ge=1)
-    size_px: int = Field(256, ge=8)
+    min_source_side_px: int = Field(default=1, ge=1)
+    max_source_aspect: float | None = Field(default=None, ge=1)
+    size_px: int = Field(default=256, ge=8)
     resample: Literal["bilinear", "bicubic", "lanczos", "box"] = "bicubic"
     """Filter of the resize; Pillow's filters widen their support when they shrink, so none of them aliases."""
-    jpeg_quality: int = Field(95, ge=1, le=100)
+    jpeg_quality: int = Field(default=95, ge=1, le=100)
     jpeg_subsampling: Literal["4:4:4", "4:2:0"] = "4:2:0"
 
 
@@ -139,14 +139,14 @@ class ImagesConfig(FrozenConfig):
 
     fetch: FetchConfig = FetchConfig()
     transform: ImageTransform = ImageTransform()
-    rows_per_shard: int = Field(1000, ge=1)
+    rows_per_shard: int = Field(default=1000, ge=1)
     """Subset rows per shard; those that fail are missing from it."""
     max_failure_share: float = execution_field(0.9, gt=0, le=1)
     """A longer share of failures than this over `failure_window` rows in a row stops the stage; 1 never stops it."""
     failure_window: int = execution_field(100, ge=1)
     """Rows over which failures are counted; in a shard of fewer rows, all of it, if it has at least 20."""
     decode_workers: int = execution_field(2, ge=1)
-    decode_seconds: float = Field(30.0, gt=0)
+    decode_seconds: float = Field(default=30.0, gt=0)
     """A picture that keeps a decoder busy for longer is given up."""
     shards_in_flight: int = execution_field(4, ge=1)
     """Shards fetched at the same time, so that one slow host doesn't idle the rest; costs their pictures' memory."""
@@ -157,14 +157,14 @@ class ShardsConfig(FrozenConfig):
 
     drop_truncated: bool = True
     """Drop captions that did not end by themselves (finish reason other than ``stop``)."""
-    min_caption_chars: int = Field(1, ge=1)
+    min_caption_chars: int = Field(default=1, ge=1)
     """Shorter captions, blank ends not counted, are dropped as empty."""
 
 
 class DatasetConfig(FrozenConfig):
     """The roll-up over all parts."""
 
-    validation_share: float = Field(0.0, ge=0, lt=1)
+    validation_share: float = Field(default=0.0, ge=0, lt=1)
     """Share of samples held out, chosen by sample key: the same samples whatever else is in the set."""
     validation_salt: str = "validation-1"
     """Another salt gives another choice."""
