@@ -191,7 +191,7 @@ def bar_chart(
             )
     if rule_at is not None:
         parts.append(f'<path class="rule" d="M{number(left)} {number(to_y(rule_at))}H{number(width - right)}"/>')
-        parts.append(_text(width - right - 2, top - 4, rule_label, "end"))
+        parts.append(_text(width - right, height - 6, rule_label, "end"))
     parts += [
         _text(left + (index + 0.5) * slot, height - bottom + 16, str(index + 1), "middle")
         for index in _label_steps(len(values), max(1, int((width - left - right) // 30)))

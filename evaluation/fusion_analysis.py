@@ -119,8 +119,12 @@ def draw(weights: Any, times: Sequence[float], strategy: Strategy, colour: int =
     ]
     shown = [values for word, values in (("block", by_block), ("time", by_time)) if word in over]
     deviation = max((float(abs(values * num_layers - 1).max()) for values in shown), default=0.0)
-    colours = {"centre": uniform, "scale": uniform * max(deviation, 1e-9), "x_label": "layer"}
-    note = f"warm above uniform, cold below, full at {_percent(deviation)}"
+    colours = {
+        "centre": uniform,
+        "scale": uniform * max(deviation, 1e-9),
+        "x_label": "layer (warm: above uniform, cold: below)",
+    }
+    note = f"full colour at {_percent(deviation)}"
     if "block" in over:
         title = f"by block ({note})"
         height = _cell(num_blocks)

@@ -16,7 +16,8 @@ MISSING = "missing"
 NOT_A_NUMBER = "not_a_number"
 OUT_OF_RANGE = "out_of_range"
 AMBIGUOUS = "ambiguous"
-STATUSES = (OK, MISSING, NOT_A_NUMBER, OUT_OF_RANGE, AMBIGUOUS)
+CUT = "cut"
+STATUSES = (OK, MISSING, NOT_A_NUMBER, OUT_OF_RANGE, AMBIGUOUS, CUT)
 RATING_RANGE = (1.0, 5.0)
 
 # A probability recomputed from a logarithm may pass 1 by rounding, not by more.
@@ -105,14 +106,20 @@ _VALUE = re.compile(
 )
 
 
-def read_ratings(text: str) -> dict[str, Rating]:
+def read_ratings(text: str, *, is_cut: bool = False) -> dict[str, Rating]:
     """Return a rating for each axis of `RATING_AXES`, from an answer in UnifiedReward's format.
 
     "missing": no line for the axis, or nothing behind its label. "not_a_number": something that is no number (NaN,
     N/A, X). "out_of_range": a number outside 1 to 5; it is never clipped. "ambiguous": several lines for the axis
-    that disagree. Lines may come in any order, with Markdown around them and prose between them.
+    that disagree. "cut": the axis stands in the last line of an answer that ended at the token limit (`is_cut`), where
+    2.69 may have become 2. Lines may come in any order, with Markdown around them and prose between them.
     """
-    return {axis: _read_axis(text, axis) for axis in RATING_AXES}
+    if not is_cut:
+        return {axis: _read_axis(text, axis) for axis in RATING_AXES}
+    whole_lines, _, last_line = text.rpartition("\n")
+    ratings = {axis: _read_axis(whole_lines, axis) for axis in RATING_AXES}
+    touched = {axis for axis in RATING_AXES if _read_axis(last_line, axis).status != MISSING}
+    return {axis: Rating(CUT, None) if axis in touched else rating for axis, rating in ratings.items()}
 
 
 def _read_axis(text: str, axis: str) -> Rating:

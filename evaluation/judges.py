@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from evaluation.geneval import ClauseQuestion, clause_questions, is_fulfilled
-from evaluation.judge_answers import MISSING, OK, YesNo, read_ratings, read_yes_no
+from evaluation.judge_answers import MISSING, OK, Rating, YesNo, read_ratings, read_yes_no
 from evaluation.prompt_files import EvaluationPrompt
 from pipelines.protocols import NO, YES, unified_reward_prompt, vqascore_question
 from recaption.engine import VisionAnswer
@@ -77,7 +77,7 @@ def read_answer(question: Question, answer: VisionAnswer) -> Reading:
     if question.wants_yes_no:
         found = read_yes_no(answer.text, answer.logprobs)
         return Reading(found.said, found.status, found)
-    ratings = read_ratings(answer.text)
+    ratings = _ratings_of(answer)
     worst = next((rating.status for rating in ratings.values() if rating.status != OK), OK)
     parsed = ";".join(f"{axis}={'' if r.value is None else f'{r.value:g}'}:{r.status}" for axis, r in ratings.items())
     return Reading(parsed, worst)
@@ -96,9 +96,12 @@ def scores_of(prompt: EvaluationPrompt, questions: Sequence[Question], answers: 
     if answer.error is not None:
         return [Score(metric, None, ANSWER_FAILED) for metric in METRICS["drawbench"]]
     return [
-        Score(f"unified_{axis.lower()}", rating.value, rating.status)
-        for axis, rating in read_ratings(answer.text).items()
+        Score(f"unified_{axis.lower()}", rating.value, rating.status) for axis, rating in _ratings_of(answer).items()
     ]
+
+
+def _ratings_of(answer: VisionAnswer) -> dict[str, Rating]:
+    return read_ratings(answer.text, is_cut=answer.finish_reason == "length")
 
 
 def _geneval_score(questions: Sequence[Question], readings: Sequence[Reading]) -> Score:

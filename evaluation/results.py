@@ -168,9 +168,9 @@ def produce(run: StageRun[ResultsConfig]) -> StageResult:
         "judge": judge,
         **settings,
         "metrics": {
-            "geneval": "geneval_vqa x 100: share of images whose every clause the judge answers right, mean of tasks",
-            "genai": 'VQAScore x 100: P("Yes") at the first answer token, mean over tagged prompts',
-            "unified_style": "UnifiedReward style, 1 to 5, mean over DrawBench",
+            "geneval": "share of images (%) whose every clause the judge answers right (geneval_vqa), mean of tasks",
+            "genai": "100 x P(Yes) at the first answer token (VQAScore), mean over prompts that carry a skill",
+            "unified_style": "rating from 1 to 5, mean over DrawBench",
         },
         "arms": arms,
         "table_1": table(rows, TABLE_1, arms, **settings),

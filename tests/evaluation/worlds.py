@@ -59,15 +59,20 @@ def write_prompt_files(folder: Path, repeats: int = 1) -> PromptSetsConfig:
     """Write small prompt files in the three published formats; `repeats` makes more prompts of the same kinds."""
     folder.mkdir(parents=True, exist_ok=True)
     geneval, image, skills, drawbench = (
-        folder / name for name in ("evaluation_metadata.jsonl", "genai_image.json", "genai_skills.json", "DrawBench.csv")
+        folder / name
+        for name in ("evaluation_metadata.jsonl", "genai_image.json", "genai_skills.json", "DrawBench.csv")
     )
     geneval.write_text("".join(json.dumps(line) + "\n" for line in GENEVAL_LINES * repeats))
     prompts = GENAI_PROMPTS * repeats
-    entries = {f"{i:05d}": {"id": f"{i:05d}", "prompt": prompt, "models": {"X": [5, 5, 5]}} for i, prompt in enumerate(prompts)}
+    entries = {
+        f"{i:05d}": {"id": f"{i:05d}", "prompt": prompt, "models": {"X": [5, 5, 5]}} for i, prompt in enumerate(prompts)
+    }
     image.write_text(json.dumps(entries, indent=4))
     count = len(GENAI_PROMPTS)
     skills.write_text(
-        json.dumps({name: [int(i) + count * r for r in range(repeats) for i in ids] for name, ids in GENAI_SKILLS.items()})
+        json.dumps(
+            {name: [int(i) + count * r for r in range(repeats) for i in ids] for name, ids in GENAI_SKILLS.items()}
+        )
     )
     lines = [f'"{prompt.replace(chr(34), chr(34) * 2)}",{category}' for prompt, category in DRAWBENCH_ROWS * repeats]
     drawbench.write_bytes(("Prompts,Category\r\n" + "\r\n".join(lines) + "\r\n").encode())
@@ -108,7 +113,9 @@ class KnowingPool:
     def start(self) -> None:
         pass
 
-    def answer(self, batches: Iterable[tuple[Any, Sequence[VisionRequest]]]) -> Iterator[tuple[Any, list[VisionAnswer]]]:
+    def answer(
+        self, batches: Iterable[tuple[Any, Sequence[VisionRequest]]]
+    ) -> Iterator[tuple[Any, list[VisionAnswer]]]:
         for key, requests in batches:
             self.num_batches += 1
             yield key, [self._answer(request) for request in requests]
@@ -152,7 +159,12 @@ def run_stand_in(
 
 
 def write_samples(
-    root: Path, arm: str, benchmark: str, prompts: StageOutput, checkpoint: StageOutput | None = None, per_prompt: int = 1
+    root: Path,
+    arm: str,
+    benchmark: str,
+    prompts: StageOutput,
+    checkpoint: StageOutput | None = None,
+    per_prompt: int = 1,
 ) -> StageOutput:
     """Write samples of an arm: pictures that depend on arm, prompt and index."""
 
@@ -161,7 +173,10 @@ def write_samples(
         with run.unit("samples") as unit:
             for row in pq.read_table(prompts.path("prompts.parquet")).to_pylist():
                 for index in range(per_prompt if row["benchmark"] == benchmark else 0):
-                    path, data = f"images/{row['prompt_id']}-{index}.png", encoded(picture(f"{arm}{row['prompt']}{index}"))
+                    path, data = (
+                        f"images/{row['prompt_id']}-{index}.png",
+                        encoded(picture(f"{arm}{row['prompt']}{index}")),
+                    )
                     unit.write(path, data)
                     rows.append({"prompt_id": row["prompt_id"], "sample_index": index, "path": path,
                                  "sha256": hashlib.sha256(data).hexdigest(), "prompt": row["prompt"]})  # fmt: skip
@@ -175,7 +190,11 @@ def write_samples(
 
 
 def write_checkpoint(
-    root: Path, strategy: Strategy, inputs: Mapping[str, Sequence[StageOutput]], config: ModelConfig = TINY_MODEL, steps: int = 300
+    root: Path,
+    strategy: Strategy,
+    inputs: Mapping[str, Sequence[StageOutput]],
+    config: ModelConfig = TINY_MODEL,
+    steps: int = 300,
 ) -> StageOutput:
     """Write a checkpoint with real weights of a small model, nudged away from where training starts."""
     import torch
@@ -220,7 +239,9 @@ class DataWorld:
     shards: list[StageOutput] = field(default_factory=list)
 
 
-def _counted(name: str, rows_in: int, drops: Sequence[str], tables: Mapping[str, list[dict[str, Any]]] | None = None) -> Any:
+def _counted(
+    name: str, rows_in: int, drops: Sequence[str], tables: Mapping[str, list[dict[str, Any]]] | None = None
+) -> Any:
     def produce(run: StageRun[StandInConfig]) -> StageResult:
         with run.unit("00000") as unit:
             for path, rows in (tables or {}).items():
@@ -243,12 +264,22 @@ def write_data(root: Path, num_images: int = 12) -> tuple[DataWorld, StageOutput
             {"sample_key": key, "alt_text": f"IMG_{n} <b>& friends</b>", "image": encoded(picture(key, 128), "JPEG")}
             for n, key in enumerate(keys)
         ]
-        captions = [{"sample_key": key, "caption": f"a drawn scene number {n}, with “shapes”"} for n, key in enumerate(keys)]
+        captions = [
+            {"sample_key": key, "caption": f"a drawn scene number {n}, with “shapes”"} for n, key in enumerate(keys)
+        ]
         rows = num_images + 8
         world.subset.append(
-            run_stand_in(root, "laion_subset", _counted("laion_subset", rows + 6, ["low_similarity"] * 4 + ["nsfw"] * 2), {}, part)
+            run_stand_in(
+                root,
+                "laion_subset",
+                _counted("laion_subset", rows + 6, ["low_similarity"] * 4 + ["nsfw"] * 2),
+                {},
+                part,
+            )
         )
-        images = _counted("images", rows, ["http_404"] * 5 + ["opt_out"] * 2 + ["timeout"], {"images-00000.parquet": pictures})
+        images = _counted(
+            "images", rows, ["http_404"] * 5 + ["opt_out"] * 2 + ["timeout"], {"images-00000.parquet": pictures}
+        )
         world.images.append(run_stand_in(root, "images", images, {"subset": world.subset[-1:]}, part))
         captioned = _counted("captions", num_images, [], {"captions-00000.parquet": captions})
         world.captions.append(run_stand_in(root, "captions", captioned, {"images": world.images[-1:]}, part))
