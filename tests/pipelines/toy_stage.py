@@ -1,0 +1,108 @@
+"""A stage of three small units, and a program that runs it, kills it at chosen lines, and races two of it.
+
+As a program: ``kill ROOT STRIDE`` prints one JSON line per kill; ``run ROOT`` runs the stage and prints its version.
+"""
+
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from pipelines import atomic, manifest, stage
+from pipelines.config import FrozenConfig, execution_field
+from pipelines.stage import Stage, StageResult, StageRun
+
+UNITS = ("00000", "00001", "00002")
+
+
+class ToyConfig(FrozenConfig):
+    value: int = 1
+    seconds: float = execution_field(0.0)
+    count_file: str | None = execution_field(None)
+    """One byte is appended for each unit that is computed."""
+
+
+def produce(run: StageRun[ToyConfig]) -> StageResult:
+    for number, name in enumerate(UNITS):
+        if run.is_finished(name):
+            continue
+        if run.config.count_file:
+            with Path(run.config.count_file).open("a") as stream:
+                stream.write("x")
+        time.sleep(run.config.seconds)
+        with run.unit(name) as unit:
+            unit.write(f"a-{name}.bin", bytes([number, run.config.value]) * 100, num_rows=3)
+            unit.write(f"deep/b-{name}.bin", name.encode())
+            unit.drop(f"{number:032x}", "odd", "because")
+            unit.account(rows_in=4, rows_out=3)
+            unit.notes["number"] = number
+    return StageResult(summary={"numbers": [unit.notes["number"] for unit in run.finished_units()]})
+
+
+STAGE = Stage(name="toy", code_version="1", config_type=ToyConfig, produce=produce)
+
+_TRACED = {stage.__file__, atomic.__file__, manifest.__file__, __file__}
+
+
+class _KillAt:
+    """Counts executed lines of the stage runner, and kills this process in front of one of them."""
+
+    def __init__(self, line: int | None) -> None:
+        self.line, self.count = line, 0
+
+    def __call__(self, frame: FrameType, event: str, _: Any) -> Any:
+        if frame.f_code.co_filename not in _TRACED:
+            return None
+        if event == "line":
+            self.count += 1
+            if self.count == self.line:
+                os.kill(os.getpid(), signal.SIGKILL)
+        return self
+
+
+def count_lines(root: Path) -> int:
+    counter = _KillAt(None)
+    sys.settrace(counter)
+    try:
+        STAGE.run(ToyConfig(), {}, root)
+    finally:
+        sys.settrace(None)
+    return counter.count
+
+
+def killed_run(root: Path, line: int) -> bool:
+    """Run the stage in a child that is killed in front of its line number `line`; return whether it was."""
+    child = os.fork()
+    if child == 0:
+        sys.settrace(_KillAt(line))
+        STAGE.run(ToyConfig(), {}, root)
+        os._exit(0)
+    _, status = os.waitpid(child, 0)
+    return os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
+
+
+def kill_everywhere(root: Path, stride: int) -> None:
+    for line in range(1, count_lines(root / "undisturbed"), stride):
+        folder = root / str(line)
+        was_killed = killed_run(folder, line)
+        again = killed_run(folder, line)  # a second kill, in a run that resumes
+        output = STAGE.run(ToyConfig(), {}, folder)
+        problems = manifest.damaged_files(output.folder, output.manifest, read_bytes=True)
+        left = sorted(path.name for path in (folder / "toy" / "work").iterdir() if path.is_dir())
+        record = {"line": line, "killed": was_killed, "again": again, "version": output.data_version}
+        print(json.dumps(record | {"problems": problems, "left": left}), flush=True)
+
+
+if __name__ == "__main__":
+    import pyarrow.parquet  # noqa: F401 - once here, not in each child
+
+    command, root = sys.argv[1], Path(sys.argv[2])
+    if command == "kill":
+        kill_everywhere(root, int(sys.argv[3]))
+    else:
+        config = ToyConfig(seconds=0.2, count_file=str(root / "count"))
+        print(STAGE.run(config, {}, root).data_version)
