@@ -240,3 +240,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.stderr.close()
         status = EXIT_FAILED
     sys.exit(status)
+
+
+if __name__ == "__main__":
+    main()

@@ -18,6 +18,7 @@ from pipelines.errors import ThroughlineError
 
 EVALUATION_JOB = "evaluation_only"
 EVERYTHING_JOB = "everything"
+_BEFORE = "before"
 
 
 class Reporter(Protocol):
@@ -42,14 +43,12 @@ def build_job(
     name: str, nodes: Sequence[Node], execution: Execution, description: str, reporter: Reporter | None = None
 ) -> dg.JobDefinition:
     """Return a job that brings every partition of the nodes up to date."""
-    names = {node.name for node in nodes}
+    # One chain: a failure stops everything after it, and nothing else takes the machine meanwhile.
     ops, dependencies = [], {}
-    for node in nodes:
-        upstream = sorted({item.asset for item in node.inputs} & names)
-        ops.append(_build_op(name, node, upstream, execution, reporter or _Silent()))
-        dependencies[_op_name(name, node.name)] = {
-            asset: dg.DependencyDefinition(_op_name(name, asset)) for asset in upstream
-        }
+    for before, node in zip((None, *nodes), nodes, strict=False):
+        ops.append(_build_op(name, node, before, execution, reporter or _Silent()))
+        if before is not None:
+            dependencies[_op_name(name, node.name)] = {_BEFORE: dg.DependencyDefinition(_op_name(name, before.name))}
     graph = dg.GraphDefinition(name, node_defs=ops, dependencies=dependencies, description=description)
     return graph.to_job(executor_def=dg.in_process_executor)
 
@@ -58,14 +57,12 @@ def _op_name(job: str, asset: str) -> str:
     return f"{job}__{asset}"
 
 
-def _build_op(
-    job: str, node: Node, upstream: Sequence[str], execution: Execution, reporter: Reporter
-) -> dg.OpDefinition:
+def _build_op(job: str, node: Node, before: Node | None, execution: Execution, reporter: Reporter) -> dg.OpDefinition:
     plan = execution.plan
 
     @dg.op(
         name=_op_name(job, node.name),
-        ins={asset: dg.In(dg.Nothing) for asset in upstream},
+        ins={} if before is None else {_BEFORE: dg.In(dg.Nothing)},
         out=dg.Out(dg.Nothing),
         description=node.description,
     )

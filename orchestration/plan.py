@@ -67,7 +67,7 @@ class Task:
     def request(self, output_root: Path, verify: str = "size") -> StageRequest:
         """Return what a stage's process is given; raises ThroughlineError while inputs are missing."""
         if self.inputs is None or self.config is None:
-            raise ThroughlineError(f"{self.label} can't start yet: {'; '.join(self.blocked_by)}")
+            raise ThroughlineError(f"{self.label} can't start: {'; '.join(self.blocked_by[:3])}")
         return StageRequest(
             stage=self.node.name,
             partition=self.partition,

@@ -1,0 +1,60 @@
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from dagster import DagsterInstance
+
+from orchestration.execution import Execution
+from orchestration.instance import open_instance
+from orchestration.plan import Plan
+from tests.orchestration.small.stages import SMALL_GRAPH, IndexConfig, SmallProfile
+
+NUMBERS = {"00000": [1, 2, 30], "00001": [5, 7], "00002": [9]}
+
+
+@pytest.fixture
+def profile(tmp_path: Path) -> SmallProfile:
+    return SmallProfile(home=tmp_path / "home", index=IndexConfig(numbers=NUMBERS))
+
+
+@pytest.fixture
+def instance(profile: SmallProfile, monkeypatch: pytest.MonkeyPatch) -> Iterator[DagsterInstance]:
+    """A persistent Dagster instance as the command line sets it up."""
+    monkeypatch.setenv("DAGSTER_HOME", str(profile.home / "dagster"))
+    with open_instance(profile.home) as opened:
+        yield opened
+
+
+def plan_of(profile: SmallProfile) -> Plan:
+    return Plan(SMALL_GRAPH, profile, profile.output_root)
+
+
+def execution_of(profile: SmallProfile) -> Execution:
+    return Execution(plan_of(profile), profile.log_folder)
+
+
+class Recorder:
+    """Keeps what an observer is told."""
+
+    def __init__(self) -> None:
+        self.records: list[dict] = []
+        self.lines: list[str] = []
+
+    def progress(self, record: dict) -> None:
+        self.records.append(record)
+
+    def line(self, text: str) -> None:
+        self.lines.append(text)
+
+
+@pytest.fixture
+def materialize_all(profile: SmallProfile) -> Callable[[], Execution]:
+    """Computes every task of the small graph without Dagster."""
+
+    def carry_out() -> Execution:
+        execution = execution_of(profile)
+        for name in execution.plan.graph.nodes:
+            execution.materialize(name, execution.plan.partitions(name), Recorder())
+        return execution
+
+    return carry_out

@@ -1,0 +1,116 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from orchestration.execution import Execution
+from orchestration.launch import AccelerateLaunch, LocalLaunch, RayJobLaunch, StageFailed
+from pipelines.errors import ThroughlineError
+from tests.orchestration.conftest import Recorder, execution_of
+from tests.orchestration.small.stages import KeepConfig, SmallProfile
+
+
+def _with_index(profile: SmallProfile) -> Execution:
+    execution = execution_of(profile)
+    execution.materialize("laion_index", [None], Recorder())
+    return execution
+
+
+def test_several_partitions_run_in_one_process(profile: SmallProfile, tmp_path: Path) -> None:
+    starts = tmp_path / "starts"
+    profile.keep = KeepConfig(starts=str(starts))
+    recorder = Recorder()
+    outcomes = _with_index(profile).materialize("kept", ["00000", "00001", "00002"], recorder)
+    assert len({line.split()[0] for line in starts.read_text().splitlines()}) == 1
+    assert [outcome.reused for outcome in outcomes] == [False, False, False]
+    assert [record["label"] for record in recorder.records if record["done"] == record["total"]] == [
+        "kept 00000",
+        "kept 00001",
+        "kept 00002",
+    ]
+
+
+def test_a_finished_output_starts_no_process(profile: SmallProfile, tmp_path: Path) -> None:
+    starts = tmp_path / "starts"
+    profile.keep = KeepConfig(starts=str(starts))
+    execution = _with_index(profile)
+    execution.materialize("kept", ["00000"], Recorder())
+    outcomes = execution.materialize("kept", ["00000", "00001"], Recorder())
+    assert [outcome.reused for outcome in outcomes] == [True, False]
+    assert [line.split()[1] for line in starts.read_text().splitlines()] == ["00000", "00001"]
+
+
+def test_the_stages_own_sentence_is_the_error(profile: SmallProfile) -> None:
+    profile.keep = KeepConfig(fail_at="00001")
+    execution = _with_index(profile)
+    with pytest.raises(StageFailed, match=r"^part 00001: expected even numbers, found 3; .* \(log: .*\.log\)$"):
+        execution.materialize("kept", ["00000", "00001", "00002"], Recorder())
+    assert execution.plan.task("kept", "00000").output is not None, "what was finished before stays"
+    assert execution.plan.task("kept", "00002").output is None
+
+
+def test_a_crash_gives_its_last_words_and_the_log(profile: SmallProfile) -> None:
+    profile.keep = KeepConfig(crash_at="00000")
+    with pytest.raises(StageFailed) as caught:
+        _with_index(profile).materialize("kept", ["00000"], Recorder())
+    message = str(caught.value)
+    assert "kept 00000: its process ended with status 1: RuntimeError: a bug of the stage" in message
+    log = Path(message.rpartition("log: ")[2].rstrip(")"))
+    assert "Traceback" in log.read_text()
+
+
+def test_a_task_whose_inputs_are_missing_is_refused(profile: SmallProfile) -> None:
+    with pytest.raises(ThroughlineError, match="total can't start: the parts of kept are unknown"):
+        execution_of(profile).materialize("total", [None], Recorder())
+
+
+def test_a_stage_ends_when_its_launcher_is_killed(tmp_path: Path) -> None:
+    """The launcher dies by SIGKILL and can't clean up: the kernel ends the stage."""
+    module = tmp_path / "sleeper.py"
+    module.write_text("import time, os\nprint(os.getpid(), flush=True)\ntime.sleep(120)\n")
+    driver = tmp_path / "driver.py"
+    driver.write_text(
+        "import sys\n"
+        "from pathlib import Path\n"
+        "from orchestration.launch import Launcher, LocalLaunch\n"
+        "from pipelines.stage import StageRequest\n"
+        "request = StageRequest(stage='sleeper', config={}, output_root='unused')\n"
+        "launcher = Launcher(Path(sys.argv[1]), on_line=lambda line: print(line, flush=True))\n"
+        "launcher.run('sleeper', [request], LocalLaunch())\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": f"{Path.cwd()}{os.pathsep}{tmp_path}"}
+    process = subprocess.Popen(
+        [sys.executable, str(driver), str(tmp_path / "logs")], stdout=subprocess.PIPE, text=True, env=environment
+    )
+    assert process.stdout is not None
+    sleeper = int(process.stdout.readline())
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    deadline = time.monotonic() + 20
+    while _is_running(sleeper):
+        assert time.monotonic() < deadline, "the stage's process outlived its launcher"
+        time.sleep(0.05)
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        return "State:\tZ" not in Path(f"/proc/{pid}/status").read_text()
+    except FileNotFoundError:
+        return False
+
+
+def test_launch_forms_give_every_request_to_the_module() -> None:
+    requests = [Path("/r/1.json"), Path("/r/2.json")]
+    ends = ["--config", "/r/1.json", "--config", "/r/2.json"]
+    for form in (LocalLaunch(), AccelerateLaunch(num_processes=2, cpu=True), RayJobLaunch(environment={"A": "1"})):
+        command = form.command("pipelines.images", requests)
+        assert command[-4:] == ends
+        assert command[-5] == "pipelines.images"
+    command = RayJobLaunch(environment={"A": "1"}).command("pipelines.images", requests)
+    runtime = json.loads(command[command.index("--runtime-env-json") + 1])
+    assert runtime["env_vars"] == {"A": "1", "THROUGHLINE_PROGRESS_JSON": "1"}

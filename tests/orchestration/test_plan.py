@@ -1,0 +1,97 @@
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+
+from orchestration.execution import Execution
+from orchestration.graph import Graph, Group, Input, Node
+from orchestration.plan import State
+from pipelines.errors import ThroughlineError
+from tests.orchestration.conftest import NUMBERS, Recorder, execution_of, plan_of
+from tests.orchestration.small.stages import IndexConfig, KeepConfig, SmallProfile
+
+Carry = Callable[[], Execution]
+
+
+def test_parts_are_unknown_until_the_index_is_finished(profile: SmallProfile) -> None:
+    plan = plan_of(profile)
+    assert plan.partitions("kept") == ()
+    assert "unknown until laion_index" in plan.task("total").blocked_by[0]
+
+
+def test_finished_outputs_are_found_without_any_history(profile: SmallProfile, materialize_all: Carry) -> None:
+    materialize_all()
+    plan = plan_of(profile)
+    assert len(plan.all_tasks()) == 1 + 3 + 1 + 2 + 6 + 1
+    assert {plan.state(task) for task in plan.all_tasks()} == {State.FINISHED}
+
+
+def test_each_partition_reads_the_partitions_that_belong_to_it(profile: SmallProfile, materialize_all: Carry) -> None:
+    plan = materialize_all().plan
+    for key, strategy in {"uniform|geneval": "uniform", "time_wise+shift|drawbench": "time_wise"}.items():
+        output = plan.task("judged", key).output
+        assert output is not None
+        assert json.loads(output.path("inputs.json").read_bytes()) == [key, {"fit": [strategy]}]
+    fit = plan.task("fit", "uniform").output
+    assert fit is not None
+    assert json.loads(fit.path("inputs.json").read_bytes())[1] == {"total": [None], "kept": list(NUMBERS)}
+
+
+def test_a_changed_configuration_makes_stale_what_is_made_from_it_and_nothing_else(
+    profile: SmallProfile, materialize_all: Carry
+) -> None:
+    materialize_all()
+    profile.keep = KeepConfig(drop_below=3)
+    plan = plan_of(profile)
+    assert plan.state(plan.task("laion_index")) is State.FINISHED
+    assert plan.state(plan.task("kept", "00000")) is State.STALE
+    assert plan.state(plan.task("table")) is State.STALE
+
+
+def test_a_new_part_is_known_once_the_index_is_computed_again(profile: SmallProfile, materialize_all: Carry) -> None:
+    materialize_all()
+    profile.index = IndexConfig(numbers={**NUMBERS, "00003": [40]})
+    execution = execution_of(profile)
+    assert execution.plan.parts() == ()
+    execution.materialize("laion_index", [None], Recorder())
+    assert execution.plan.parts() == ("00000", "00001", "00002", "00003")
+
+
+def test_a_damaged_output_counts_as_unfinished(profile: SmallProfile, materialize_all: Carry) -> None:
+    output = materialize_all().plan.task("total").output
+    assert output is not None
+    output.path("total.json").write_bytes(b"")
+    plan = plan_of(profile)
+    assert plan.task("total").output is None
+    assert plan.task("table").blocked_by
+
+
+def test_deleting_dagsters_storage_loses_nothing(profile: SmallProfile, materialize_all: Carry) -> None:
+    materialize_all()
+    shutil.rmtree(profile.home / "dagster", ignore_errors=True)
+    assert plan_of(profile).task("table").output is not None
+
+
+def test_graph_rejects_an_input_that_comes_later() -> None:
+    node = Node(
+        name="a",
+        module="m",
+        group=Group.DATA,
+        description="",
+        configure=lambda profile, _: KeepConfig(),
+        inputs=(Input(name="b", asset="b"),),
+    )
+    with pytest.raises(ValueError, match="a reads b"):
+        Graph((node, replace(node, name="b", inputs=())))
+
+
+def test_selection_follows_the_edges(profile: SmallProfile) -> None:
+    graph = plan_of(profile).graph
+    assert [node.name for node in graph.select("fit")] == ["fit"]
+    assert [node.name for node in graph.select("+total")] == ["laion_index", "kept", "total"]
+    assert [node.name for node in graph.select("judged+")] == ["judged", "table"]
+    assert [node.name for node in graph.select("group:evaluation")] == ["judged", "table"]
+    with pytest.raises(ThroughlineError, match=r"no asset 'fitt'.*it has: laion_index, kept"):
+        graph.select("fitt")
