@@ -98,11 +98,11 @@ class PoolConfig(FrozenConfig):
 class CaptionCheckConfig(FrozenConfig):
     """Bounds of the caption checks. A flag marks a caption; only empty and truncated ones are dropped, by `shards`."""
 
-    min_words: int = Field(4, ge=0)
+    min_words: int = Field(default=4, ge=0)
     """Fewer words than this: flag ``too_short``."""
-    ngram_words: int = Field(4, ge=1)
+    ngram_words: int = Field(default=4, ge=1)
     """Length of the word n-grams that are counted for flag ``repetition``."""
-    max_repeated_share: float = Field(0.3, ge=0.0, le=1.0)
+    max_repeated_share: float = Field(default=0.3, ge=0.0, le=1.0)
     """Largest share of a caption's n-grams that may be repeats of an earlier one."""
 
 

@@ -39,16 +39,23 @@ class OpenAIEngine:
     def generate(self, requests: Sequence[VisionRequest]) -> list[VisionAnswer]:
         """Answer all requests; raises ThroughlineError where the endpoint is down, or refuses every request alike."""
         stop = threading.Event()
+        failures: list[BaseException] = []
 
-        def ask(request: VisionRequest) -> VisionAnswer:
+        def ask(request: VisionRequest) -> VisionAnswer | None:
+            if stop.is_set():
+                return None
             try:
                 return self._ask(request, stop)
-            except BaseException:
-                stop.set()  # the endpoint is at fault: the requests behind this one need not wait for their own failure
+            except BaseException as error:
+                failures.append(error)  # the first is the cause; what is asked beside it only stops for it
+                stop.set()
                 raise
 
         with ThreadPoolExecutor(self._config.max_concurrency) as threads:
-            return list(threads.map(ask, requests))
+            asked = [threads.submit(ask, request) for request in requests]
+        if failures:
+            raise failures[0]
+        return [answer for future in asked if (answer := future.result()) is not None]
 
     def _ask(self, request: VisionRequest, stop: threading.Event) -> VisionAnswer:
         body = _body(self._config, request)

@@ -11,7 +11,7 @@ import os
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -103,8 +103,8 @@ class _Task:
 
     key: Any
     requests: Any
-    slot: _Slot | None = None
-    deaths: int = field(default=0)
+    slot: _Slot
+    deaths: int = 0
 
 
 class RayPool:
@@ -148,49 +148,65 @@ class RayPool:
     ) -> Iterator[tuple[KeyT, list[VisionAnswer]]]:
         self.start()
         source = iter(batches)
-        again: deque[_Task] = deque()
         under_way: dict[Any, _Task] = {}
-        exhausted = False
-        while True:
-            while (slot := self._free_slot()) is not None:
-                if again:
-                    task = again.popleft()
-                elif not exhausted and (batch := next(source, None)) is not None:
-                    task = _Task(key=batch[0], requests=batch[1])
+        again: deque[_Task] = deque()
+        try:
+            while True:
+                self._hand_out(source, again, under_way)
+                if not under_way and not again:
+                    return
+                reference = self._next_event(under_way)
+                if reference not in under_way:
+                    self._finish_loading(reference)
+                    continue
+                task = under_way.pop(reference)
+                task.slot.under_way -= 1
+                try:
+                    answers = self._ray.get(reference)
+                except self._ray.exceptions.RayActorError as error:
+                    self._count_death(task, error)
+                    again.append(task)
+                    self._replace(task.slot, error)
+                except self._ray.exceptions.RayTaskError as error:
+                    raise _as_throughline_error(self._engine, error) from error
                 else:
-                    exhausted = True
-                    break
+                    yield task.key, answers
+        finally:
+            for task in under_way.values():  # the caller stopped early: what still comes is for nobody
+                task.slot.under_way -= 1
+
+    def _hand_out(self, source: Iterator[tuple[Any, Any]], again: deque[_Task], under_way: dict[Any, _Task]) -> None:
+        """Give every free engine a batch: first those whose engine died, then new ones."""
+        while (slot := self._free_slot()) is not None:
+            if again:
+                task = again.popleft()
                 task.slot = slot
-                slot.under_way += 1
-                under_way[slot.actor.generate.remote(task.requests)] = task
-            if exhausted and not under_way and not again:
+            elif (batch := next(source, None)) is not None:
+                task = _Task(key=batch[0], requests=batch[1], slot=slot)
+            else:
                 return
-            loading = [slot.loading for slot in self._slots if slot.loading is not None]
-            done, _ = self._ray.wait([*under_way, *loading], num_returns=1)
-            reference = done[0]
-            if reference not in under_way:
-                self._finish_loading(reference)
-                continue
-            task = under_way.pop(reference)
-            slot = task.slot
-            if slot is None:
-                raise AssertionError("a batch under way has an engine")
-            slot.under_way -= 1
-            try:
-                answers = self._ray.get(reference)
-            except self._ray.exceptions.RayActorError as error:
-                task.deaths += 1
-                if task.deaths > self._pool.max_actor_restarts:
-                    raise ThroughlineError(
-                        f"batch {task.key!r}: its engine died {task.deaths} times ({_first_line(error)}); lower the "
-                        "rows per batch or the engine's memory settings, then run again"
-                    ) from error
-                again.append(task)
-                self._replace(slot, error)
-                continue
-            except self._ray.exceptions.RayTaskError as error:
-                raise _as_throughline_error(self._engine, error) from error
-            yield task.key, answers
+            slot.under_way += 1
+            under_way[slot.actor.generate.remote(task.requests)] = task
+
+    def _next_event(self, under_way: dict[Any, _Task]) -> Any:
+        """Wait for a batch to end or an engine to be up, and return its reference."""
+        loading = [slot.loading for slot in self._slots if slot.loading is not None]
+        timeout = None if under_way else self._pool.start_timeout_seconds
+        done, _ = self._ray.wait([*under_way, *loading], num_returns=1, timeout=timeout)
+        if not done:
+            raise ThroughlineError(
+                f"{self._engine.model.id}: all its engines died, and none came up again within {timeout:g} s; "
+                "see what is left of the cluster, then run again: finished shards are kept"
+            )
+        return done[0]
+
+    def _count_death(self, task: _Task, error: Exception) -> None:
+        task.deaths += 1
+        if task.deaths > self._pool.max_actor_restarts:
+            raise ThroughlineError(
+                f"batch {task.key!r}: its engine died {task.deaths} times ({_first_line(error)}); lower the "
+                "rows per batch or the engine's memory settings, then run again"
+            ) from error
 
     def engine_pids(self) -> list[int]:
         """Return the process ids of the engines that are up."""
