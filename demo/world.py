@@ -1,0 +1,218 @@
+"""Builds the demo world: pictures, the pages of a mini web that serves them, LAION metadata, and the truth about all.
+
+A world is a folder that appears whole or not at all; the same parameters give the same bytes. `demo.web` serves it.
+"""
+
+import argparse
+import fcntl
+import hashlib
+import json
+import shutil
+import time
+from collections import Counter
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipelines.atomic import sync_folder, write_json
+from pipelines.digest import digest_json, file_sha256
+from pipelines.errors import ThroughlineError
+
+HOST = "127.0.0.1"
+DEFAULT_PORT = 8765
+"""Stands in every URL, and sample keys hash the URL: another port is another world."""
+WORLD_NAME = "world.json"
+PAGES_NAME = "pages.json"
+PACK_NAME = "bodies.pack"
+TRUTH_NAME = "truth.parquet"
+LAION_FOLDER = "laion"
+
+LAION_SCHEMA = pa.schema(
+    {
+        "SAMPLE_ID": pa.float64(),
+        "URL": pa.string(),
+        "TEXT": pa.string(),
+        "HEIGHT": pa.int64(),
+        "WIDTH": pa.int64(),
+        "LICENSE": pa.string(),
+        "NSFW": pa.string(),
+        "similarity": pa.float64(),
+    }
+)
+"""LAION-400M's columns; SAMPLE_ID is a float there, which JSON and spreadsheets show as 1.234e+12."""
+
+TRUTH_SCHEMA = pa.schema(
+    {
+        "url": pa.string(),
+        "part": pa.string(),
+        "row": pa.int64(),
+        "flaw": pa.string(),
+        "behaviour": pa.string(),
+        "outcome": pa.string(),
+        "copy_of": pa.string(),
+        "caption": pa.string(),
+        "scene": pa.string(),
+    }
+)
+"""`flaw`: the filter reason that the row invites, or null. `behaviour`, `outcome`: see `demo.web_pages`. `copy_of`:
+the URL whose bytes this one repeats."""
+
+_CODE_FILES = ("scenes.py", "sprites.py", "laion_rows.py", "web_pages.py", "world.py", "world_rows.py")
+
+
+@dataclass(frozen=True, kw_only=True)
+class World:
+    """A built world."""
+
+    folder: Path
+    id: str
+    """Digest of its parameters and files."""
+    parameters: dict[str, Any]
+    counts: dict[str, Any]
+
+    @property
+    def laion_dir(self) -> Path:
+        """The folder of metadata files, ``part-00000.parquet`` and on."""
+        return self.folder / LAION_FOLDER
+
+    @property
+    def parts(self) -> list[Path]:
+        return sorted(self.laion_dir.glob("part-*.parquet"))
+
+    @property
+    def port(self) -> int:
+        return self.parameters["port"]
+
+    def truth(self) -> list[dict[str, Any]]:
+        """Return one record of `TRUTH_SCHEMA` per metadata row, in the order of parts and rows."""
+        return pq.read_table(self.folder / TRUTH_NAME).to_pylist()
+
+    @classmethod
+    def open(cls, folder: Path) -> Self:
+        """Return the world in `folder`; raises ThroughlineError where there is none."""
+        try:
+            record = json.loads((folder / WORLD_NAME).read_text())
+            return cls(folder=folder, id=record["id"], parameters=record["parameters"], counts=record["counts"])
+        except (OSError, ValueError, KeyError) as error:
+            raise ThroughlineError(
+                f"{folder}: no demo world here ({type(error).__name__}); run `python -m demo.world --out {folder}`"
+            ) from error
+
+
+def ensure_world(
+    out_dir: Path, *, num_images: int = 840, num_parts: int = 2, seed: int = 0, port: int = DEFAULT_PORT
+) -> World:
+    """Return the world of these parameters in `out_dir`, building it where it is missing, other or damaged.
+
+    `num_images` counts metadata rows over all parts. Two processes that ask at the same time build once. Raises
+    ThroughlineError where `out_dir` holds something that is not a world.
+    """
+    out_dir = Path(out_dir)
+    out_dir.parent.mkdir(parents=True, exist_ok=True)
+    rows_per_part = num_images // num_parts
+    with out_dir.with_name(f".{out_dir.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if (world := _intact(out_dir, _parameters(seed, num_parts, rows_per_part, port))) is not None:
+            return world
+        return build_world(out_dir, seed=seed, num_parts=num_parts, rows_per_part=rows_per_part, port=port)
+
+
+def build_world(
+    out_dir: Path, *, seed: int = 0, num_parts: int = 2, rows_per_part: int = 420, port: int = DEFAULT_PORT
+) -> World:
+    """Build the world of these parameters at `out_dir`, replacing a world that is there; 840 rows take some 10 s.
+
+    Raises ThroughlineError where `out_dir` holds something that is not a world, or the numbers make none.
+    """
+    from demo.world_rows import PartBuilder, Site  # draws; a server of a finished world has no need of it
+
+    out_dir = Path(out_dir)
+    if num_parts < 1 or rows_per_part < 10:
+        raise ThroughlineError(f"demo world: {num_parts} parts of {rows_per_part} rows; at least 1 part of 10 rows")
+    if out_dir.exists() and any(out_dir.iterdir()) and not (out_dir / WORLD_NAME).exists():
+        raise ThroughlineError(f"{out_dir}: is not empty and holds no demo world; name another folder")
+    parameters = _parameters(seed, num_parts, rows_per_part, port)
+    staging = out_dir.with_name(f".{out_dir.name}.tmp")
+    shutil.rmtree(staging, ignore_errors=True)
+    (staging / LAION_FOLDER).mkdir(parents=True)
+    with (staging / PACK_NAME).open("wb") as pack:
+        site = Site(pack=pack, origin=f"http://{HOST}:{port}")
+        parts = [PartBuilder(site, seed, f"{number:05d}", rows_per_part).build() for number in range(num_parts)]
+    write_json(staging / PAGES_NAME, {path: asdict(page) for path, page in site.pages.items()})
+    truth: list[dict[str, Any]] = []
+    for name, (laion_rows, truth_rows) in zip((f"part-{i:05d}.parquet" for i in range(num_parts)), parts, strict=True):
+        pq.write_table(pa.Table.from_pylist(laion_rows, LAION_SCHEMA), staging / LAION_FOLDER / name)
+        truth += truth_rows
+    pq.write_table(pa.Table.from_pylist(truth, TRUTH_SCHEMA), staging / TRUTH_NAME)
+    return _publish(staging, out_dir, parameters, truth)
+
+
+def _parameters(seed: int, num_parts: int, rows_per_part: int, port: int) -> dict[str, Any]:
+    code = hashlib.sha256()
+    for name in _CODE_FILES:
+        code.update(Path(__file__).with_name(name).read_bytes())
+    return {
+        "seed": seed,
+        "num_parts": num_parts,
+        "rows_per_part": rows_per_part,
+        "port": port,
+        "code": code.hexdigest()[:16],
+    }
+
+
+def _publish(staging: Path, out_dir: Path, parameters: dict[str, Any], truth: list[dict[str, Any]]) -> World:
+    paths = sorted(path for path in staging.rglob("*") if path.is_file())
+    files = {str(path.relative_to(staging)): file_sha256(path) for path in paths}
+    passed = [row for row in truth if row["flaw"] is None]
+    record = {
+        "id": digest_json({"parameters": parameters, "files": files}),
+        "parameters": parameters,
+        "files": files,
+        "counts": {
+            "rows": len(truth),
+            "flaws": dict(sorted(Counter(row["flaw"] for row in truth if row["flaw"]).items())),
+            "behaviours": dict(sorted(Counter(row["behaviour"] for row in passed).items())),
+            "outcomes": dict(sorted(Counter(row["outcome"] for row in passed).items())),
+        },
+    }
+    write_json(staging / WORLD_NAME, record)
+    retired = out_dir.with_name(f".{out_dir.name}.old")
+    shutil.rmtree(retired, ignore_errors=True)
+    if out_dir.exists():
+        out_dir.rename(retired)
+    staging.rename(out_dir)
+    sync_folder(out_dir.parent)
+    shutil.rmtree(retired, ignore_errors=True)
+    return World.open(out_dir)
+
+
+def _intact(folder: Path, parameters: dict[str, Any]) -> World | None:
+    """Return the world in `folder` if it has these parameters and every file its digest."""
+    try:
+        record = json.loads((folder / WORLD_NAME).read_text())
+        if record["parameters"] != parameters:
+            return None
+        if any(file_sha256(folder / name) != digest for name, digest in record["files"].items()):
+            return None
+    except (OSError, ValueError, KeyError):
+        return None
+    return World.open(folder)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--num-images", type=int, default=840, help="metadata rows over all parts")
+    parser.add_argument("--num-parts", type=int, default=2)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--port", type=int, default=DEFAULT_PORT)
+    options = parser.parse_args()
+    started = time.monotonic()
+    built = ensure_world(
+        options.out, num_images=options.num_images, num_parts=options.num_parts, seed=options.seed, port=options.port
+    )
+    print(f"{built.folder}: world {built.id} in {time.monotonic() - started:.1f} s")
+    print(json.dumps(built.counts, indent=1))
