@@ -55,17 +55,17 @@ class _RememberingEncoder:
 
 
 @lru_cache(maxsize=1)
-def _text_encoder(model: ModelRef, template_version: str, max_num_bytes: int) -> _RememberingEncoder:
+def _text_encoder(model: ModelRef, template_version: str, device: str, max_num_bytes: int) -> _RememberingEncoder:
     from training.feature_source import load_text_encoder
 
-    return _RememberingEncoder(load_text_encoder(model, template_version), max_num_bytes)
+    return _RememberingEncoder(load_text_encoder(model, template_version, device), max_num_bytes)
 
 
 @lru_cache(maxsize=1)
-def _autoencoder(model: ModelRef, device: str) -> Any:
+def _autoencoder(model: ModelRef, device: str, subfolder: str | None) -> Any:
     from training.sampling import load_autoencoder
 
-    return load_autoencoder(model, device)
+    return load_autoencoder(model, device, subfolder)
 
 
 def _load_sampler(checkpoint: StageOutput, config: SamplesConfig) -> "Sampler":
@@ -77,14 +77,15 @@ def _load_sampler(checkpoint: StageOutput, config: SamplesConfig) -> "Sampler":
 
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    version = read_conditioning(checkpoint).template_version
+    made_with = read_conditioning(checkpoint)
+    version, subfolder = made_with.template_version, made_with.autoencoder_subfolder
     return load_sampler(
         checkpoint,
         config.text_encoder,
         config.autoencoder,
         device=config.device,
-        encoder=_text_encoder(config.text_encoder, version, config.prompt_memory_bytes),
-        decoder=_autoencoder(config.autoencoder, config.device),
+        encoder=_text_encoder(config.text_encoder, version, config.device, config.prompt_memory_bytes),
+        decoder=_autoencoder(config.autoencoder, config.device, subfolder),
     )
 
 

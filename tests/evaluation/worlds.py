@@ -23,13 +23,15 @@ from pipelines.stage import Stage, StageOutput, StageResult, StageRun
 from recaption.config import OpenAIEngineConfig
 from recaption.engine import VisionAnswer, VisionRequest
 from training.config import ModelConfig, Strategy
+from training.saved_model import ConditioningRecord, write_conditioning
 
 JUDGE = OpenAIEngineConfig(model=ModelRef(id="test/judge", revision="sha256:0123456789abcdef"))
 ENCODER = ModelRef(id="test/encoder", revision="sha256:feed")
 TINY_MODEL = ModelConfig(
-    hidden_size=32, num_blocks=3, num_heads=2, num_kv_heads=1, head_dim=16, mlp_width=64, latent_channels=4,
-    latent_size=8, text_width=24, num_text_layers=6, fuse_first_layer=2, gate_width=16, gate_embedding_size=8,
+    hidden_size=32, num_blocks=3, num_heads=4, num_kv_heads=2, head_dim=8, mlp_width=64, latent_channels=4,
+    latent_size=8, text_width=48, num_text_layers=4, fuse_first_layer=1, gate_width=16, gate_embedding_size=8,
 )  # fmt: skip
+"""Fits tests.tiny_models.write_causal_lm and write_autoencoder."""
 
 GENEVAL_LINES = (
     {"tag": "single_object", "include": [{"class": "star", "count": 1}], "prompt": "a photo of a star"},
@@ -195,6 +197,8 @@ def write_checkpoint(
     inputs: Mapping[str, Sequence[StageOutput]],
     config: ModelConfig = TINY_MODEL,
     steps: int = 300,
+    text_encoder: ModelRef = ENCODER,
+    autoencoder: ModelRef = ENCODER,
 ) -> StageOutput:
     """Write a checkpoint with real weights of a small model, nudged away from where training starts."""
     import torch
@@ -206,8 +210,8 @@ def write_checkpoint(
     model = build_model(config, strategy)
     weights = {}
     for name, tensor in model.state_dict().items():
-        nudge = 0.4 * torch.randn(tensor.shape, generator=generator) if name.startswith("fusion.") else 0.0
-        weights[name] = (tensor + nudge).contiguous()
+        size = 0.4 if name.startswith("fusion.") else 0.05
+        weights[name] = (tensor + size * torch.randn(tensor.shape, generator=generator)).contiguous()
     chance, bias = random.Random(1), random.Random(strategy.value).uniform(-0.02, 0.02)
     metrics = []
     for step in range(steps):
@@ -215,9 +219,22 @@ def write_checkpoint(
         metrics.append({"step": step, "loss": loss, "grad_norm": 1.0, "learning_rate": 1e-4})
     metrics[-1]["validation_loss"] = metrics[-1]["loss"]
 
+    conditioning = ConditioningRecord(
+        strategy=strategy,
+        text_encoder_id=text_encoder.id,
+        text_encoder_revision=text_encoder.revision,
+        template_version="plain-1",
+        autoencoder_id=autoencoder.id,
+        autoencoder_revision=autoencoder.revision,
+        autoencoder_subfolder=None,
+        scaling_factor=1.5,
+        shift_factor=0.06,
+    )
+
     def produce(run: StageRun[StandInConfig]) -> StageResult:
         with run.unit("model") as unit:
             unit.write("model.safetensors", save(weights))
+            unit.write("conditioning.json", write_conditioning(conditioning))
             unit.write("config.json", config.model_dump_json().encode())
             unit.write("metrics.jsonl", b"".join(json.dumps(row).encode() + b"\n" for row in metrics))
         summary = {"strategy": strategy.value, "consumption_digest": "abcdef0123456789" * 2, "num_samples_seen": 9600,
@@ -226,7 +243,7 @@ def write_checkpoint(
                    "validation_loss": metrics[-1]["loss"]}  # fmt: skip
         return StageResult(summary=summary)
 
-    return run_stand_in(root, "checkpoint", produce, inputs, strategy.value, StandInConfig(text_encoder=ENCODER))
+    return run_stand_in(root, "checkpoint", produce, inputs, strategy.value, StandInConfig(text_encoder=text_encoder))
 
 
 @dataclass

@@ -1,0 +1,56 @@
+"""Models and finished upstream outputs that the tests of the evaluation share."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from pipelines.config import ModelRef
+from pipelines.stage import StageOutput
+from tests.evaluation.worlds import KnowingPool, plausible_answer, write_checkpoint, write_data, write_prompt_sets
+from tests.tiny_models import write_autoencoder, write_causal_lm
+from training.config import Strategy
+
+
+@pytest.fixture(scope="session")
+def encoder(tmp_path_factory: pytest.TempPathFactory) -> ModelRef:
+    return write_causal_lm(tmp_path_factory.mktemp("encoder"))
+
+
+@pytest.fixture(scope="session")
+def autoencoder(tmp_path_factory: pytest.TempPathFactory) -> ModelRef:
+    return write_autoencoder(tmp_path_factory.mktemp("autoencoder"))
+
+
+@pytest.fixture(scope="session")
+def upstream(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An output root with data, prompts and checkpoints; tests read it and write elsewhere or beside."""
+    return tmp_path_factory.mktemp("upstream")
+
+
+@pytest.fixture(scope="session")
+def dataset(upstream: Path) -> StageOutput:
+    return write_data(upstream)[1]
+
+
+@pytest.fixture(scope="session")
+def prompts(upstream: Path) -> StageOutput:
+    return write_prompt_sets(upstream)
+
+
+@pytest.fixture(scope="session")
+def checkpoints(
+    upstream: Path, dataset: StageOutput, encoder: ModelRef, autoencoder: ModelRef
+) -> dict[Strategy, StageOutput]:
+    inputs = {"dataset": [dataset]}
+    models = {"text_encoder": encoder, "autoencoder": autoencoder}
+    return {strategy: write_checkpoint(upstream, strategy, inputs, **models) for strategy in Strategy}
+
+
+@pytest.fixture
+def pool(monkeypatch: pytest.MonkeyPatch) -> Iterator[KnowingPool]:
+    """A judge whose answers look like a judge's; a test may give it another `answer`."""
+    judge = KnowingPool(plausible_answer)
+    for module in ("evaluation.scores", "evaluation.judge_calibration"):
+        monkeypatch.setattr(f"{module}.engine_pool", lambda *_: judge)
+    yield judge
