@@ -275,6 +275,8 @@ def train(
             f"batch_size {training.batch_size} does not divide by {accelerator.num_processes} processes * "
             f"{training.accumulation_steps} accumulation steps"
         )
+    if accelerator.num_processes != training.num_processes and accelerator.is_main_process:
+        logger.warning("configured for %d processes, running in %d", training.num_processes, accelerator.num_processes)
     run = Run(config, model, source, scratch, accelerator)
     first_step, started = run.num_steps_done, time.monotonic()
     if not accelerator.is_main_process:

@@ -11,10 +11,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+import torch
 
 from pipelines.config import FrozenConfig
 from pipelines.stage import StageOutput, StageRequest, write_request
 from tests.training.conftest import TinyData
+from training.checkpoint import STAGE
 from training.config import CheckpointConfig, Strategy
 
 pytestmark = pytest.mark.slow
@@ -25,7 +27,7 @@ TIMEOUT_SECONDS = 150
 
 def _environment() -> dict[str, str]:
     own = {name: value for name, value in os.environ.items() if not name.startswith(("ACCELERATE_", "MASTER_"))}
-    return own | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    return own | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true"}
 
 
 def _request(data: TinyData, config: FrozenConfig, root: Path, name: str, partition: str) -> Path:
@@ -52,7 +54,8 @@ def _command(requests: Sequence[Path], num_processes: int = 1) -> list[str]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--multi_cpu", "--num_machines", "1"]
+    # accelerate's own --cpu starts a single process without MPI; with ACCELERATE_USE_CPU this form is gloo on the CPU.
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_machines", "1"]
     more = ["--num_processes", str(num_processes), "--main_process_port", str(port), "--mixed_precision", "no"]
     return [*launch, *more, "--dynamo_backend", "no", "-m", "training.checkpoint", *configs]
 
@@ -93,15 +96,21 @@ def _config(data: TinyData, strategy: Strategy, **training: object) -> Checkpoin
     return data.config(strategy, **{"steps": 40, "validate_every": 10, "checkpoint_every": 3, **training})
 
 
-def test_killed_twice_and_resumed_equals_undisturbed(tiny_data: TinyData, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def whole(tiny_data: TinyData, tmp_path_factory: pytest.TempPathFactory) -> StageOutput:
+    """The undisturbed run that killed ones must equal."""
+    torch.set_num_threads(1)
     config = _config(tiny_data, Strategy.JOINT)
-    whole_request = _request(tiny_data, config, tmp_path / "whole", "joint", "joint")
-    request = _request(tiny_data, config, tmp_path / "killed", "joint", "joint")
-    work = tmp_path / "killed" / "out" / "checkpoint" / "work"
+    return STAGE.run(config, tiny_data.inputs, tmp_path_factory.mktemp("whole"), "joint")
+
+
+def test_killed_twice_and_resumed_equals_undisturbed(tiny_data: TinyData, whole: StageOutput, tmp_path: Path) -> None:
+    request = _request(tiny_data, _config(tiny_data, Strategy.JOINT), tmp_path, "joint", "joint")
+    work = tmp_path / "out" / "checkpoint" / "work"
     first = _kill_when([request], work, 6)
     second = _kill_when([request], work, first + 6)
     assert 6 <= first < second < 40
-    (resumed,), (whole,) = _run([request]), _run([whole_request])
+    (resumed,) = _run([request])
     assert resumed.manifest.measurements["resumed_at_step"] >= second
     assert whole.manifest.measurements["resumed_at_step"] == 0
     for name in ("model.safetensors", "metrics.jsonl", "ledger.parquet"):
@@ -110,50 +119,60 @@ def test_killed_twice_and_resumed_equals_undisturbed(tiny_data: TinyData, tmp_pa
     assert not list(work.glob("*/scratch"))
 
 
-def test_two_processes_see_what_one_sees(tiny_data: TinyData, tmp_path: Path) -> None:
+def test_a_corrupt_newest_snapshot_falls_back_and_ends_the_same(
+    tiny_data: TinyData, whole: StageOutput, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = _config(tiny_data, Strategy.JOINT)
+    request = _request(tiny_data, config, tmp_path, "joint", "joint")
+    _kill_when([request], tmp_path / "out" / "checkpoint" / "work", 9)
+    newest = sorted(tmp_path.glob("out/checkpoint/work/*/scratch/snapshots/step-*[0-9]"))[-1]
+    tensors = newest / "tensors.safetensors"
+    tensors.write_bytes(tensors.read_bytes()[:-1] + b"\xff")
+    resumed = STAGE.run(config, tiny_data.inputs, tmp_path / "out", "joint")
+    assert newest.name in caplog.text
+    assert "going back to the snapshot before it" in caplog.text
+    assert 0 < resumed.manifest.measurements["resumed_at_step"] < int(newest.name.removeprefix("step-"))
+    assert resumed.data_version == whole.data_version
+
+
+def test_two_processes_see_what_one_sees(tiny_data: TinyData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     strategies = (Strategy.DEPTH_WISE, Strategy.FUSE_DIT)
-    one = [_request(tiny_data, _config(tiny_data, s, steps=8), tmp_path / "one", s.value, s.value) for s in strategies]
+    configs = [_config(tiny_data, strategy, steps=8) for strategy in strategies]
+    singles = [STAGE.run(config, tiny_data.inputs, tmp_path / "one", config.strategy.value) for config in configs]
+    _interrupt_at(monkeypatch, 5, configs[1], tiny_data, tmp_path / "two" / "out")
     two = [
         _request(tiny_data, _config(tiny_data, s, steps=8, num_processes=2), tmp_path / "two", s.value, s.value)
         for s in strategies
     ]
-    singles, doubles = _run(one), _run(two, num_processes=2)
-    assert [output.manifest.partition for output in doubles] == [strategy.value for strategy in strategies]
-    for single, double in zip(singles, doubles, strict=True):
+    first, second, first_again = _run([*two, two[0]], num_processes=2)
+    assert first_again == first  # the follower heard that there was nothing left to do
+    assert second.manifest.measurements["resumed_at_step"] == 3
+    for single, double in zip(singles, (first, second), strict=True):
+        assert double.manifest.partition == single.manifest.partition
         assert double.manifest.measurements["num_processes"] == 2
         assert double.manifest.summary["consumption_digest"] == single.manifest.summary["consumption_digest"]
         assert double.path("ledger.parquet").read_bytes() == single.path("ledger.parquet").read_bytes()
         for a, b in zip(_metrics(single), _metrics(double), strict=True):
             assert a == pytest.approx(b, rel=1e-3)
-    again = _run(two, num_processes=2)  # all followers hear that there is nothing to do
-    assert [output.manifest.environment for output in again] == [output.manifest.environment for output in doubles]
 
 
-def test_two_processes_resume_where_one_was_killed(tiny_data: TinyData, tmp_path: Path) -> None:
-    config = _config(tiny_data, Strategy.STATIC)
-    request = _request(tiny_data, config, tmp_path, "static", "static")
-    killed_at = _kill_when([request], tmp_path / "out" / "checkpoint" / "work", 6)
-    (output,) = _run([request], num_processes=2)
-    assert output.manifest.measurements["resumed_at_step"] >= killed_at
-    assert [row["step"] for row in _metrics(output)] == list(range(40))
-    assert output.manifest.summary["num_samples_seen"] == 40 * 8
+def _interrupt_at(
+    monkeypatch: pytest.MonkeyPatch, step: int, config: CheckpointConfig, data: TinyData, root: Path
+) -> None:
+    """Leave behind a run of one process that was stopped at a step."""
+    from training import loop
 
+    original = loop.train_step
 
-def test_a_corrupt_newest_snapshot_falls_back_and_ends_the_same(tiny_data: TinyData, tmp_path: Path) -> None:
-    config = _config(tiny_data, Strategy.STATIC)
-    request = _request(tiny_data, config, tmp_path / "killed", "static", "static")
-    work = tmp_path / "killed" / "out" / "checkpoint" / "work"
-    _kill_when([request], work, 9)
-    newest = sorted(work.glob("*/scratch/snapshots/step-*"))[-1]
-    tensors = newest / "tensors.safetensors"
-    tensors.write_bytes(tensors.read_bytes()[:-1] + b"\xff")
-    done = subprocess.run(
-        _command([request]), cwd=ROOT, env=_environment(), capture_output=True, text=True, check=True, timeout=150
-    )
-    assert newest.name in done.stderr
-    assert "going back to the snapshot before it" in done.stderr
-    (whole,) = _run([_request(tiny_data, config, tmp_path / "whole", "static", "static")])
-    assert StageOutput.load(Path(done.stdout.strip())).data_version == whole.data_version
+    def interrupted(run: loop.Run, at_step: int) -> tuple[float, float]:
+        if at_step == step:
+            raise KeyboardInterrupt
+        return original(run, at_step)
+
+    monkeypatch.setattr(loop, "train_step", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        STAGE.run(config, data.inputs, root, config.strategy.value)
+    monkeypatch.undo()
 
 
 def test_an_error_stops_all_processes_with_one_sentence(tiny_data: TinyData, tmp_path: Path) -> None:
