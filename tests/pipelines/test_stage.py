@@ -33,7 +33,7 @@ def start(*arguments: str) -> "subprocess.Popen[str]":
 
 def test_a_run_killed_at_any_line_resumes_to_the_same_data_version(tmp_path: Path) -> None:
     expected = STAGE.run(ToyConfig(), {}, tmp_path / "here").data_version
-    driver = start("-m", toy_stage.__name__, "kill", str(tmp_path / "there"), "13")
+    driver = start("-m", toy_stage.__name__, "kill", str(tmp_path / "there"), "17")
     output, errors = driver.communicate(timeout=300)
     assert driver.returncode == 0, errors
     records = [json.loads(line) for line in output.splitlines()]

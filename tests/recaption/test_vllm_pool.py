@@ -41,7 +41,9 @@ def test_answers_are_those_of_transformers_greedy_in_fp32(pool, transformers_mod
         with torch.no_grad():
             output = model.generate(**inputs, max_new_tokens=12, do_sample=False)
         new_ids = output[0, inputs["input_ids"].shape[1] :]
-        assert answer.text == processor.tokenizer.decode(new_ids, skip_special_tokens=True).strip()
+        # vLLM leaves out a character that was cut in the middle; the random model writes such.
+        expected = processor.tokenizer.decode(new_ids, skip_special_tokens=True).strip().rstrip("\ufffd")
+        assert answer.text.rstrip("\ufffd") == expected
         assert answer.num_prompt_tokens == inputs["input_ids"].shape[1]
         assert answer.num_answer_tokens == len(new_ids)
         assert answer.finish_reason == ("stop" if new_ids[-1] == processor.tokenizer.eos_token_id else "length")

@@ -1,0 +1,171 @@
+"""The report: one file that opens offline, the same bytes from the same lineage, nothing unescaped or forgotten."""
+
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from evaluation.config import (
+    BENCHMARKS,
+    FusionAnalysisConfig,
+    JudgeCalibrationConfig,
+    ReportConfig,
+    ResultsConfig,
+    ScoresConfig,
+)
+from evaluation.fusion_analysis import STAGE as FUSION_ANALYSIS
+from evaluation.judge_calibration import STAGE as JUDGE_CALIBRATION
+from evaluation.lineage import collect
+from evaluation.report import STAGE, grouped, show
+from evaluation.results import STAGE as RESULTS
+from evaluation.scores import STAGE as SCORES
+from pipelines.errors import ThroughlineError
+from pipelines.stage import StageOutput
+from tests.evaluation.worlds import JUDGE, KnowingPool, write_checkpoint, write_data, write_prompt_sets, write_samples
+from training.config import Strategy
+
+CONFIG = ReportConfig(profile="test", note="It shows <much>.\n\nIt can't show all.", num_captions=5)
+ARMS = ("penultimate", "time_wise", "time_wise+shift", "fuse_dit")
+
+
+class Page(HTMLParser):
+    """Collects what a page refers to, and whether its tags are balanced."""
+
+    _VOID = ("meta", "img", "br", "col", "link", "input", "hr")
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.references: list[str] = []
+        self.text = ""
+        self.feed(html)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        if tag not in self._VOID:
+            self.open.append(tag)
+        self.references += [value or "" for name, value in attrs if name in ("src", "href", "srcset", "data")]
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.references += [value or "" for name, value in attrs if name in ("src", "href")]
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open and self.open[-1] == tag, f"</{tag}> closes {self.open[-3:]}"
+        self.open.pop()
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def build(root: Path, pool: KnowingPool) -> StageOutput:
+    """Make a whole small lineage up to the results."""
+    _, dataset = write_data(root)
+    prompts = write_prompt_sets(root)
+    strategies = (Strategy.PENULTIMATE, Strategy.TIME_WISE, Strategy.FUSE_DIT)
+    checkpoints = {s: write_checkpoint(root, s, {"dataset": [dataset]}) for s in strategies}
+    scores = []
+    for arm in ARMS:
+        for benchmark in BENCHMARKS:
+            samples = write_samples(root, arm, benchmark, prompts, checkpoints[Strategy(arm.removesuffix("+shift"))])
+            given = {"samples": [samples], "prompt_sets": [prompts]}
+            scores.append(SCORES.run(ScoresConfig(judge=JUDGE), given, root, f"{arm}|{benchmark}"))
+    analyses = [
+        FUSION_ANALYSIS.run(FusionAnalysisConfig(), {"checkpoint": [item]}, root, strategy.value)
+        for strategy, item in checkpoints.items()
+    ]
+    given = {"scores": scores, "checkpoint": list(checkpoints.values()), "fusion_analysis": analyses}
+    return RESULTS.run(ResultsConfig(num_resamples=200), given, root)
+
+
+@pytest.fixture
+def results(tmp_path: Path, pool: KnowingPool) -> StageOutput:
+    return build(tmp_path, pool)
+
+
+def test_the_report_needs_nothing_but_itself(results: StageOutput, tmp_path: Path) -> None:
+    report = STAGE.run(CONFIG, {"results": [results]}, tmp_path)
+    html = report.path("report.html").read_text()
+    page = Page(html)
+    assert page.open == []
+    assert all(reference.startswith(("data:image/webp;base64,", "#")) for reference in page.references)
+    outside = re.findall(r"https?://[^\s\"'<)]+", html)
+    assert set(outside) <= {"http://www.w3.org/2000/svg"}
+    assert "<script" not in html and "@import" not in html and "url(" not in html
+    targets = set(re.findall(r'id="([^"]+)"', html))
+    assert {reference[1:] for reference in page.references if reference.startswith("#")} <= targets
+
+
+def test_two_machines_write_the_same_bytes(results: StageOutput, tmp_path: Path, pool: KnowingPool) -> None:
+    here = STAGE.run(CONFIG, {"results": [results]}, tmp_path)
+    elsewhere = tmp_path / "another" / "root"
+    there = STAGE.run(CONFIG, {"results": [build(elsewhere, pool)]}, elsewhere)
+    assert here.data_version == there.data_version
+    assert str(tmp_path) not in here.path("report.html").read_text()
+
+
+def test_texts_of_the_web_stay_texts(results: StageOutput, tmp_path: Path) -> None:
+    html = STAGE.run(CONFIG, {"results": [results]}, tmp_path).path("report.html").read_text()
+    assert "<b>& friends</b>" not in html
+    assert "&lt;b&gt;&amp; friends&lt;/b&gt;" in html
+    assert "It shows &lt;much&gt;." in html
+
+
+def test_every_section_is_there_with_its_numbers(results: StageOutput, tmp_path: Path) -> None:
+    page = Page(STAGE.run(CONFIG, {"results": [results]}, tmp_path).path("report.html").read_text())
+    assert results.data_version in page.text
+    expected = (
+        "profile test", "low similarity", "opt out", "caption truncated", "duplicate key", "test/judge", "test/encoder",
+        "paper, other judge: do not compare absolutes", "time-wise + shift", "Same prompt and same starting noise",
+        "Which layers are listened to", "not a number", "evaluation_metadata.jsonl",
+    )  # fmt: skip
+    for said in expected:
+        assert said in page.text, said
+    assert page.text.count("a drawn scene number") == 5
+    for stage in collect([results]):
+        assert stage in page.text
+
+
+def test_each_grid_shows_the_same_prompts_for_every_arm(results: StageOutput, tmp_path: Path) -> None:
+    html = STAGE.run(CONFIG, {"results": [results]}, tmp_path).path("report.html").read_text()
+    pictures = re.findall(r'<img src="data:[^"]+" alt="([^:"]+): ([^"]+)"', html)
+    by_arm: dict[str, list[str]] = {}
+    for arm, prompt in pictures:
+        by_arm.setdefault(arm, []).append(prompt)
+    assert len(by_arm) == len(ARMS)
+    assert len({tuple(prompts) for prompts in by_arm.values()}) == 1
+
+
+def test_the_judges_trial_is_shown_where_there_is_one(results: StageOutput, tmp_path: Path) -> None:
+    lineage = collect([results])
+    given = {"images": lineage["images"], "captions": lineage["captions"]}
+    trial = JUDGE_CALIBRATION.run(JudgeCalibrationConfig(judge=JUDGE, num_images=9), given, tmp_path)
+    report = STAGE.run(CONFIG, {"results": [results], "judge_calibration": [trial]}, tmp_path)
+    assert "area under the ROC curve" in report.path("report.html").read_text()
+
+
+def test_a_broken_lineage_is_named(results: StageOutput, tmp_path: Path) -> None:
+    lost = collect([results])["captions"][0]
+    lost.manifest_path.unlink()
+    with pytest.raises(ThroughlineError, match=f"captions {lost.data_version}, which is lost"):
+        STAGE.run(CONFIG, {"results": [results]}, tmp_path)
+
+
+def test_a_report_beyond_its_size_is_refused(results: StageOutput, tmp_path: Path) -> None:
+    with pytest.raises(ThroughlineError, match="lower thumbnail_px"):
+        STAGE.run(CONFIG.model_copy(update={"max_num_bytes": 100_000}), {"results": [results]}, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("value", "digits", "signed", "shown"),
+    [
+        (1.25, 1, False, "1.2"), (-0.04, 1, False, "0.0"), (-0.04, 1, True, "±0.0"), (0.04, 1, True, "±0.0"),
+        (-3.456, 2, True, "−3.46"), (3.456, 2, True, "+3.46"), (None, 1, False, "–"),
+    ],
+)  # fmt: skip
+def test_numbers_are_set_with_care(value: float | None, digits: int, signed: bool, shown: str) -> None:
+    assert show(value, digits, signed=signed) == shown
+
+
+def test_counts_are_grouped_with_thin_spaces() -> None:
+    assert grouped(1234567) == "1\u202f234\u202f567"
+    assert grouped(None) == "–"

@@ -1,0 +1,183 @@
+import json
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+from pipelines import images
+from pipelines.errors import ThroughlineError
+from pipelines.images import read_shards
+from pipelines.manifest import damaged_files
+from pipelines.stage import StageOutput, StageRequest, write_request
+from pipelines.stage_configs import FetchConfig, ImagesConfig
+from tests.pipelines.hostile_server import HostileServer
+from tests.pipelines.laion_world import images_config, laion_row, run_images, run_subset, write_laion
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+def subset_of(urls: list[str], folder: Path) -> StageOutput:
+    rows = [laion_row(url, f"text {index}") for index, url in enumerate(urls)]
+    return run_subset(
+        write_laion(folder / "laion" / "p.parquet", rows).parent, folder / "out", drop_duplicate_urls=False
+    )
+
+
+def test_shards_are_cut_by_row_whatever_the_row_groups(server: HostileServer, tmp_path: Path) -> None:
+    table = pq.read_table(
+        subset_of([server.url(f"/scene/{index}") for index in range(25)], tmp_path).path("rows.parquet")
+    )
+    cuts = []
+    for row_group_size in (3, 25):
+        pq.write_table(table, tmp_path / "rows.parquet", row_group_size=row_group_size)
+        cuts.append([(name, [row.url for row in rows]) for name, rows in read_shards(tmp_path / "rows.parquet", 10)])
+    assert cuts[0] == cuts[1]
+    assert [(name, len(urls)) for name, urls in cuts[0]] == [("00000", 10), ("00001", 10), ("00002", 5)]
+
+
+def test_an_empty_subset_is_an_empty_output(server: HostileServer, tmp_path: Path) -> None:
+    output = run_images(server, subset_of(["ftp://nothing"], tmp_path), tmp_path)
+    conservation = output.manifest.conservation
+    assert conservation is not None
+    assert (conservation.rows_in, conservation.rows_out) == (0, 0)
+    assert output.manifest.files == ()
+
+
+def test_a_shard_without_pictures_has_a_status_for_each_row_and_no_table(server: HostileServer, tmp_path: Path) -> None:
+    urls = [server.url("/404?x") for _ in range(3)] + [server.url(f"/scene/{index}") for index in range(2)]
+    output = run_images(server, subset_of(urls, tmp_path), tmp_path, rows_per_shard=3)
+    assert [entry.path for entry in output.manifest.files] == [
+        "dropped.parquet",
+        "images-00001.parquet",
+        "status-00000.parquet",
+        "status-00001.parquet",
+    ]
+
+
+def test_an_unreachable_host_is_one_sentence_and_finished_shards_stay(server: HostileServer, tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    good = [server.url(f"/scene/{index}") for index in range(20)]
+    subset = subset_of(good + [f"http://127.0.0.1:{port}/{index}.jpg" for index in range(30)], tmp_path)
+    fetch = images_config(server).fetch.model_copy(
+        update={"allowed_private_hosts": (server.host, f"127.0.0.1:{port}"), "retries": 0}
+    )
+    options = {"fetch": fetch, "rows_per_shard": 20, "max_failure_share": 0.9, "shards_in_flight": 1}
+    with pytest.raises(ThroughlineError) as caught:
+        run_images(server, subset, tmp_path, **options)
+    message = str(caught.value)
+    assert message.startswith("images 00000 shard 00001: 20 of 20 rows in a row failed")
+    assert f"connect_error (127.0.0.1:{port}: econnrefused), 20 times" in message
+    assert "\n" not in message
+    server.requests.clear()
+    with pytest.raises(ThroughlineError):
+        run_images(server, subset, tmp_path, **options)
+    assert not server.requests  # the first shard was kept
+    output = run_images(server, subset, tmp_path, **options | {"max_failure_share": 1.0})
+    assert output.manifest.summary == {
+        "num_rows": 50,
+        "num_ok": 20,
+        "statuses": {"connect_error": 30, "ok": 20},
+    }
+
+
+def test_failures_below_the_share_and_opt_outs_do_not_stop(server: HostileServer, tmp_path: Path) -> None:
+    paths = ["/404"] * 17 + ["/noai"] * 20 + ["/jpeg"] * 3
+    subset = subset_of([server.url(f"{path}?{index}") for index, path in enumerate(paths)], tmp_path)
+    output = run_images(server, subset, tmp_path, rows_per_shard=40, failure_window=20, max_failure_share=0.85)
+    assert output.manifest.summary["statuses"] == {"http_not_found": 17, "ok": 3, "opted_out": 20}
+    with pytest.raises(ThroughlineError, match=r"17 of 20 rows in a row failed, more than the allowed share 0\.8;"):
+        run_images(server, subset, tmp_path / "strict", rows_per_shard=40, failure_window=20, max_failure_share=0.8)
+
+
+def test_a_killed_download_resumes_to_the_same_bytes_and_leaves_no_process(
+    server: HostileServer, tmp_path: Path
+) -> None:
+    paths = [f"/scene/{index}" if index % 5 else "/404?x" for index in range(30)]
+    paths[25:] = [f"/slow-scene/{index}" for index in range(5)]
+    subset = subset_of([server.url(path) for path in paths], tmp_path)
+    config = images_config(server, rows_per_shard=5, shards_in_flight=1)
+    expected = images.STAGE.run(config, {"subset": [subset]}, tmp_path / "undisturbed", "00000")
+    request = StageRequest(
+        stage="images",
+        partition="00000",
+        config=config.model_dump(mode="json"),
+        inputs={"subset": [str(subset.manifest_path)]},
+        output_root=str(tmp_path / "killed"),
+    )
+    write_request(tmp_path / "request.json", request)
+    command = [sys.executable, "-m", "pipelines.images", "--config", str(tmp_path / "request.json")]
+    process = subprocess.Popen(command, cwd=REPOSITORY, stderr=subprocess.PIPE, start_new_session=True)
+    try:
+        journal = tmp_path / "killed" / "images" / "work"
+        deadline = time.monotonic() + 60
+        while len(list(journal.glob("*/units/*.json"))) < 2:
+            assert time.monotonic() < deadline
+            assert process.poll() is None
+            time.sleep(0.01)
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+    finished = len(list(journal.glob("*/units/*.json")))
+    assert 2 <= finished < 6
+    server.requests.clear()
+    resumed = images.STAGE.run(config, {"subset": [subset]}, tmp_path / "killed", "00000")
+    assert resumed.data_version == expected.data_version
+    assert server.requests.total() == 5 * (6 - finished)
+    assert not damaged_files(resumed.folder, resumed.manifest, read_bytes=True)
+    deadline = time.monotonic() + 10
+    while _processes_of_session(process.pid):
+        assert time.monotonic() < deadline, "decode workers outlived their killed parent"
+        time.sleep(0.1)
+
+
+def _processes_of_session(session: int) -> list[int]:
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                state, _, _, its_session = (entry / "stat").read_text().rpartition(")")[2].split()[:4]
+            except OSError:
+                continue
+            if int(its_session) == session and state != "Z":
+                found.append(int(entry.name))
+    return found
+
+
+def test_another_order_of_completion_changes_nothing(server: HostileServer, tmp_path: Path) -> None:
+    paths = [f"/slow-scene/{index}" if index % 3 == 0 else f"/scene/{index}" for index in range(20)]
+    subset = subset_of([server.url(path) for path in paths], tmp_path)
+    versions = {
+        run_images(server, subset, tmp_path / f"{number}", **options).data_version
+        for number, options in enumerate([{"shards_in_flight": 3}, {"shards_in_flight": 1, "decode_workers": 1}])
+    }
+    assert len(versions) == 1
+
+
+def test_settings_that_decide_which_rows_arrive_are_part_of_the_fingerprint() -> None:
+    def fingerprint(config: ImagesConfig) -> str:
+        return images.STAGE.fingerprint(config, {})
+
+    assert fingerprint(ImagesConfig(decode_workers=7, max_failure_share=0.5)) == fingerprint(ImagesConfig())
+    for fetch in (FetchConfig(total_seconds=1), FetchConfig(opt_out_directives=()), FetchConfig(retries=0)):
+        assert fingerprint(ImagesConfig(fetch=fetch)) != fingerprint(ImagesConfig())
+
+
+def test_progress_tells_failures_by_reason(
+    server: HostileServer, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    subset = subset_of([server.url("/404?x")] * 1 + [server.url("/jpeg")], tmp_path)
+    capfd.readouterr()
+    os.environ["THROUGHLINE_PROGRESS_JSON"] = "1"
+    try:
+        run_images(server, subset, tmp_path)
+    finally:
+        del os.environ["THROUGHLINE_PROGRESS_JSON"]
+    last = json.loads(capfd.readouterr().err.splitlines()[-1])["progress"]
+    assert (last["done"], last["total"]) == (2, 2)
+    assert last["details"] == {"ok": 1, "failed": "1 (http_not_found 1)"}
