@@ -56,7 +56,7 @@ def show(value: float | None, digits: int = 1, *, signed: bool = False) -> str:
         return "–"
     text = f"{value:+.{digits}f}" if signed else f"{value:.{digits}f}"
     if float(text) == 0:
-        text = text.replace("-", "").replace("+", "±" if signed else "")
+        text = ("±" if signed else "") + text.lstrip("+-")
     return text.replace("-", "−")
 
 
