@@ -58,8 +58,8 @@ def run_subset(source: Path, root: Path, part: str = "00000", **rules: Any) -> S
 
 def images_config(server: HostileServer, **changes: Any) -> ImagesConfig:
     fetch = FetchConfig(
-        read_seconds=0.5,
-        total_seconds=1.0,
+        read_seconds=10.0,
+        total_seconds=20.0,
         retries=2,
         retry_timeouts=False,
         backoff_seconds=0.01,

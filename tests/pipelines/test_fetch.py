@@ -1,5 +1,4 @@
 import asyncio
-import os
 import socket
 import time
 
@@ -9,16 +8,17 @@ from aiohttp.abc import AbstractResolver, ResolveResult
 from pipelines.decode_pool import DecodePool
 from pipelines.fetch import Fetched, Fetcher
 from pipelines.fetch_status import FetchStatus
-from pipelines.image_decode import DecodeOutcome, decode
+from pipelines.image_decode import decode
 from pipelines.stage_configs import FetchConfig, ImageTransform
+from tests.pipelines.bad_decoder import decode_or_misbehave
 from tests.pipelines.hostile_server import JPEG, HostileServer
 
 
 def config_for(server: HostileServer, **changes: object) -> FetchConfig:
     values: dict[str, object] = {
         "connect_seconds": 1.0,
-        "read_seconds": 0.5,
-        "total_seconds": 1.0,
+        "read_seconds": 1.0,
+        "total_seconds": 2.5,
         "retries": 2,
         "retry_timeouts": False,
         "backoff_seconds": 0.01,
@@ -240,16 +240,7 @@ def test_a_host_gets_no_more_connections_than_its_limit() -> None:
 def test_a_dead_or_hung_decoder_takes_no_other_picture_along() -> None:
     async def run() -> list[str]:
         bodies = [JPEG, b"die", JPEG, b"hang", JPEG]
-        async with DecodePool(2, 1.0, TRANSFORM, _decode_or_misbehave) as pool:
+        async with DecodePool(2, 1.0, TRANSFORM, decode_or_misbehave) as pool:
             return [outcome.status.value for outcome in await asyncio.gather(*map(pool.decode, bodies))]
 
     assert asyncio.run(run()) == ["ok", "decoder_crashed", "ok", "decode_timeout", "ok"]
-
-
-def _decode_or_misbehave(body: bytes, transform: ImageTransform) -> DecodeOutcome:
-    if body == b"die":
-        os.abort()
-    if body == b"hang":
-        while True:  # busy, as a decoder in an endless loop is
-            pass
-    return decode(body, transform)

@@ -169,15 +169,12 @@ def test_settings_that_decide_which_rows_arrive_are_part_of_the_fingerprint() ->
 
 
 def test_progress_tells_failures_by_reason(
-    server: HostileServer, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    server: HostileServer, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    subset = subset_of([server.url("/404?x")] * 1 + [server.url("/jpeg")], tmp_path)
+    subset = subset_of([server.url("/404?x"), server.url("/jpeg")], tmp_path)
     capfd.readouterr()
-    os.environ["THROUGHLINE_PROGRESS_JSON"] = "1"
-    try:
-        run_images(server, subset, tmp_path)
-    finally:
-        del os.environ["THROUGHLINE_PROGRESS_JSON"]
+    monkeypatch.setenv("THROUGHLINE_PROGRESS_JSON", "1")
+    run_images(server, subset, tmp_path)
     last = json.loads(capfd.readouterr().err.splitlines()[-1])["progress"]
     assert (last["done"], last["total"]) == (2, 2)
     assert last["details"] == {"ok": 1, "failed": "1 (http_not_found 1)"}
