@@ -16,6 +16,14 @@ Benchmark = Literal["geneval", "genai_bench", "drawbench"]
 BENCHMARKS: tuple[Benchmark, ...] = get_args(Benchmark)
 
 
+def _images_per_prompt() -> dict[Benchmark, int]:
+    return {"geneval": 4, "genai_bench": 1, "drawbench": 1}
+
+
+def _num_grid_prompts() -> dict[Benchmark, int]:
+    return {"geneval": 4, "genai_bench": 5, "drawbench": 3}
+
+
 def parse_partition(partition: str | None) -> tuple[str, Benchmark]:
     """Return arm and benchmark of a partition key such as ``time_wise+shift|geneval``.
 
@@ -93,9 +101,7 @@ class SamplesConfig(FrozenConfig):
     """Steps, guidance and schedule; the arm's own options (Eq. 11) come from its name."""
     seed: int = Field(0, ge=0)
     """The noise of an image depends on (seed, prompt, sample index) alone, so all arms start from the same noise."""
-    images_per_prompt: dict[Benchmark, int] = Field(
-        default_factory=lambda: {"geneval": 4, "genai_bench": 1, "drawbench": 1}
-    )
+    images_per_prompt: dict[Benchmark, int] = Field(default_factory=_images_per_prompt)
     """Published protocols: GenEval 4, the others 1."""
     prompts_per_unit: int = Field(16, ge=1)
     """Prompts that are sampled together: more use the device better, a kill loses at most so many prompts."""
@@ -164,9 +170,7 @@ class ReportConfig(FrozenConfig):
     note: str = ""
     """What this run can and can't show, in the profile's words; blank lines separate paragraphs."""
     num_captions: int = Field(12, ge=0, le=60)
-    num_grid_prompts: dict[Benchmark, int] = Field(
-        default_factory=lambda: {"geneval": 4, "genai_bench": 5, "drawbench": 3}
-    )
+    num_grid_prompts: dict[Benchmark, int] = Field(default_factory=_num_grid_prompts)
     """Rows of each benchmark's sample grid."""
     thumbnail_px: int = Field(160, ge=32, le=512)
     """Width and height of pictures in the report; 160 px costs about 6 kB a picture."""

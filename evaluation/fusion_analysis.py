@@ -90,12 +90,12 @@ def draw(weights: Any, times: Sequence[float], strategy: Strategy, colour: int =
     from evaluation.charts import bar_chart, heatmap
 
     num_blocks, _, num_layers = weights.shape
-    names = {"column_names": [str(layer) for layer in range(1, num_layers + 1)]}
+    names: dict[str, Any] = {"column_names": [str(layer) for layer in range(1, num_layers + 1)]}
     blocks = [str(block) for block in range(num_blocks)]
     by_block, by_time = weights.mean(1), weights.mean(0)
     if strategy is Strategy.FUSE_DIT:
         title = "fuse_dit: the decoder layer whose keys and values each block shares"
-        labels = {"title": title, "x_label": "decoder layer, from 1", "y_label": "block"}
+        labels: dict[str, Any] = {"title": title, "x_label": "decoder layer, from 1", "y_label": "block"}
         height = _cell(num_blocks)
         return [
             heatmap(by_block.tolist(), row_names=blocks, centre=0.0, scale=1.0, cell_height=height, **labels, **names)

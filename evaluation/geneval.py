@@ -42,12 +42,10 @@ def clause_questions(metadata: Mapping[str, Any]) -> list[ClauseQuestion]:
     questions = []
     for clause in include:
         name, count = clause["class"], clause["count"]
-        if count == 1:
-            questions.append(ClauseQuestion("object", _with_article(name), True))
-        else:
-            questions.append(ClauseQuestion("count", f"{_number(count)} {_plural(name)}", True))
-        if "color" in clause:
+        if "color" in clause:  # says that the object is there, too
             questions.append(ClauseQuestion("color", _counted(count, f"{clause['color']} {name}"), True))
+        else:
+            questions.append(ClauseQuestion("object" if count == 1 else "count", _counted(count, name), True))
         if "position" in clause:
             relation, target = clause["position"]
             statement = f"{_counted(count, name)} {_RELATIONS[relation]} {_counted(**_object_of(include[target]))}"

@@ -72,7 +72,8 @@ def parse_geneval(path: Path) -> list[EvaluationPrompt]:
 
     `skills` is the task tag; `metadata` holds the include and exclude clauses as they stand in the file.
     """
-    problems, prompts = _Problems(path), []
+    problems = _Problems(path)
+    prompts: list[EvaluationPrompt] = []
     for number, line in enumerate(_read_text(path).split("\n"), start=1):
         if not line.strip():
             continue
@@ -199,8 +200,8 @@ def _json_object(text: str, path: Path) -> dict[str, Any]:
     def refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         result = dict(pairs)
         if len(result) != len(pairs):
-            seen: set[str] = set()
-            key = next(key for key, _ in pairs if key in seen or seen.add(key))
+            names = [name for name, _ in pairs]
+            key = next(name for name in result if names.count(name) > 1)
             raise ThroughlineError(f"{path}:{_JsonLines(text).of_key(key)}: key {key!r} stands twice in one object")
         return result
 
@@ -242,7 +243,8 @@ def parse_drawbench(path: Path) -> list[EvaluationPrompt]:
 
     One published category ends in a space.
     """
-    problems, prompts = _Problems(path), []
+    problems = _Problems(path)
+    prompts: list[EvaluationPrompt] = []
     reader = csv.reader(_read_text(path).splitlines(keepends=True), strict=True)
     try:
         header = next(reader, [])

@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from evaluation.config import BENCHMARKS, PromptFile, PromptSetsConfig
+from evaluation.config import BENCHMARKS, Benchmark, PromptFile, PromptSetsConfig
 from evaluation.prompt_files import EvaluationPrompt, parse_drawbench, parse_genai_bench, parse_geneval
 from pipelines.digest import file_sha256
 from pipelines.errors import ThroughlineError
@@ -83,13 +83,14 @@ def _check_count(file: PromptFile, prompts: Sequence[EvaluationPrompt]) -> None:
         raise ThroughlineError(f"{file.path}: {len(prompts)} prompts, expected {file.num_prompts}; check the file")
 
 
-def _load(config: PromptSetsConfig) -> tuple[dict[str, list[EvaluationPrompt]], list[SourceFile]]:
+def _load(config: PromptSetsConfig) -> tuple[dict[Benchmark, list[EvaluationPrompt]], list[SourceFile]]:
     parsers: dict[str, tuple[Sequence[PromptFile | None], Callable[..., list[EvaluationPrompt]]]] = {
         "geneval": ([config.geneval], parse_geneval),
         "genai_bench": ([config.genai_image, config.genai_skills], parse_genai_bench),
         "drawbench": ([config.drawbench], parse_drawbench),
     }
-    prompts, sources = {}, []
+    prompts: dict[Benchmark, list[EvaluationPrompt]] = {}
+    sources: list[SourceFile] = []
     for benchmark in BENCHMARKS:
         declared, parse = parsers[benchmark]
         files = [file for file in declared if file is not None]
