@@ -3,6 +3,7 @@
 The captions are a model's work, so this measures agreement with the captioner and discrimination, not truth.
 """
 
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -149,6 +150,8 @@ def produce(run: StageRun[JudgeCalibrationConfig]) -> StageResult:
         if missing:
             raise ThroughlineError(f"judge_calibration: no picture for the caption of {missing[0]}; give all images")
         pool = engine_pool(config.judge, config.pool)
+        print(f"{run.label}: asking {config.judge.model.id}", file=sys.stderr, flush=True)
+        pool.start()
         batches = ((name, list(_requests(chunk, pictures))) for name, chunk in todo.items())
         num_done = len(pairs) - sum(len(chunk) for chunk in todo.values())
         with run.progress(len(pairs), "images", initial=num_done) as progress:

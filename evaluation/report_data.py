@@ -82,35 +82,43 @@ class CaptionedPicture:
 
 
 def sample_captions(lineage: Lineage, wanted: int, size_px: int) -> list[CaptionedPicture]:
-    """Return captions with their pictures, spread evenly over the sample keys."""
+    """Return captions with their pictures, spread evenly over parts, their tables, and the sample keys in a table.
+
+    Reads no more tables than captions are wanted, however many there are.
+    """
+    images = {item.data_version: item for item in lineage.get("images", ())}
+    tables = []
+    for output in lineage.get("captions", ()):
+        (made_from,) = output.manifest.inputs["images"]
+        for path in output.files(".parquet"):
+            name = f"images-{path.name.removeprefix('captions-')}"
+            if path.name.startswith("captions-"):
+                tables.append((path, images[made_from.data_version].path(name)))
+    chosen = [tables[index] for index in evenly(len(tables), wanted)]
+    pictures: list[CaptionedPicture] = []
+    for place, (captions_path, images_path) in enumerate(chosen):
+        share = wanted * (place + 1) // len(chosen) - wanted * place // len(chosen)
+        pictures += _captions_of_table(captions_path, images_path, share, size_px)
+    return pictures
+
+
+def _captions_of_table(captions_path: Path, images_path: Path, wanted: int, size_px: int) -> list[CaptionedPicture]:
     import pyarrow.parquet as pq
 
-    captions: dict[str, str] = {}
-    for path in _tables(lineage, "captions"):
-        table = pq.read_table(path, columns=["sample_key", "caption"])
-        captions.update(zip(table["sample_key"].to_pylist(), table["caption"].to_pylist(), strict=True))
+    table = pq.read_table(captions_path, columns=["sample_key", "caption"])
+    captions = dict(zip(table["sample_key"].to_pylist(), table["caption"].to_pylist(), strict=True))
     keys = sorted(captions)
     chosen = {keys[index] for index in evenly(len(keys), wanted)}
     pictures: dict[str, CaptionedPicture] = {}
-    for path in _tables(lineage, "images") if chosen else ():
-        file = pq.ParquetFile(path)
-        for batch in file.iter_batches(batch_size=256, columns=["sample_key", "alt_text", "image"]):
-            # Most rows are passed over, so their pictures are never turned into Python objects.
-            for index, key in enumerate(batch.column("sample_key").to_pylist()):
-                if key in chosen and key not in pictures:
-                    alt_text = batch.column("alt_text")[index].as_py() or ""
-                    uri = picture_uri(batch.column("image")[index].as_py(), size_px)
-                    pictures[key] = CaptionedPicture(key, alt_text, captions[key], uri)
+    columns = ["sample_key", "alt_text", "image"]
+    for batch in pq.ParquetFile(images_path).iter_batches(batch_size=256, columns=columns):
+        # Most rows are passed over, so their pictures are never turned into Python objects.
+        for index, key in enumerate(batch.column("sample_key").to_pylist()):
+            if key in chosen and key not in pictures:
+                alt_text = batch.column("alt_text")[index].as_py() or ""
+                uri = picture_uri(batch.column("image")[index].as_py(), size_px)
+                pictures[key] = CaptionedPicture(key, alt_text, captions[key], uri)
     return [pictures[key] for key in sorted(pictures)]
-
-
-def _tables(lineage: Lineage, stage: str) -> list[Path]:
-    return [
-        path
-        for output in lineage.get(stage, ())
-        for path in output.files(".parquet")
-        if path.name.startswith(f"{stage}-")
-    ]
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """Owns the scores: a judge model's answers about the samples of one arm and benchmark, and the numbers made of them."""
 
+import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -165,6 +166,8 @@ def produce(run: StageRun[ScoresConfig]) -> StageResult:
     todo = {batch.name: batch for batch in batches if not run.is_finished(batch.name)}
     if todo:
         pool = engine_pool(config.judge, config.pool)
+        print(f"{run.label}: asking {config.judge.model.id}", file=sys.stderr, flush=True)
+        pool.start()
         num_done = len(images) - sum(len(batch.images) for batch in todo.values())
         requests = ((name, batch.requests(samples, config.max_rating_tokens)) for name, batch in todo.items())
         with run.progress(len(images), "images", initial=num_done) as progress:
