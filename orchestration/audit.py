@@ -197,7 +197,7 @@ def _ref_of(manifest_path: Path) -> InputRef:
 
 def refs_of_run(home: Path, run_id: str) -> list[InputRef]:
     """Return the outputs that a Dagster run materialized, by the start of its id."""
-    from dagster import DagsterEventType, EventRecordsFilter
+    from dagster import DagsterEventType
 
     from orchestration.instance import open_instance
 
@@ -207,20 +207,17 @@ def refs_of_run(home: Path, run_id: str) -> list[InputRef]:
             raise ThroughlineError(
                 f"{run_id}: neither a data version nor the start of one run's id ({len(runs)} match)"
             )
-        records = instance.get_event_records(
-            EventRecordsFilter(DagsterEventType.ASSET_MATERIALIZATION), limit=100_000, ascending=True
-        )
-        refs = []
-        for record in records:
-            materialization = record.asset_materialization
-            if record.run_id == runs[0].run_id and materialization is not None:
-                refs.append(
-                    InputRef(
-                        stage=materialization.asset_key.to_user_string(),
-                        partition=materialization.partition,
-                        data_version=(materialization.tags or {}).get("dagster/data_version", ""),
-                    )
-                )
+        entries = instance.all_logs(runs[0].run_id, of_type=DagsterEventType.ASSET_MATERIALIZATION)
+        events = [entry.asset_materialization for entry in entries]
+        refs = [
+            InputRef(
+                stage=event.asset_key.to_user_string(),
+                partition=event.partition,
+                data_version=(event.tags or {}).get("dagster/data_version", ""),
+            )
+            for event in events
+            if event is not None
+        ]
     if not refs:
         raise ThroughlineError(f"run {runs[0].run_id} materialized nothing")
     return refs

@@ -53,6 +53,7 @@ class Execution:
     surroundings: Surroundings = field(default_factory=Surroundings)
     observer: Observer | None = None
     """Takes precedence over the observer of a single call: the command line shows progress itself."""
+    _prepared: bool = False
 
     def materialize(self, asset: str, partitions: Sequence[str | None], observer: Observer) -> list[Outcome]:
         """Return the outcomes of some partitions of an asset, computing those that are not finished.
@@ -77,8 +78,10 @@ class Execution:
         return [Outcome(task, task.partition in reused) for task in finished]
 
     def prepare(self, say: Callable[[str], None]) -> None:
-        """Put in place what the profile needs around its stages; quick once it is there."""
-        self.surroundings.prepare(self.plan.profile, say)
+        """Put in place what the profile needs around its stages, once per process."""
+        if not self._prepared:
+            self.surroundings.prepare(self.plan.profile, say)
+            self._prepared = True
 
     def _start(self, pending: Sequence[Task], observer: Observer) -> None:
         profile, node = self.plan.profile, pending[0].node

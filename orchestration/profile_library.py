@@ -139,11 +139,10 @@ def demo(home: Path) -> Profile:
         ),
         arms=_ARMS,
         prompt_sets=PromptSetsConfig(
-            geneval=PromptFile.scan(_DEMO / "prompts" / "geneval" / "evaluation_metadata.jsonl"),
-            genai_image=PromptFile.scan(_DEMO / "prompts" / "genai_bench" / "genai_image.json"),
-            genai_skills=PromptFile.scan(_DEMO / "prompts" / "genai_bench" / "genai_skills.json"),
-            drawbench=PromptFile.scan(_DEMO / "prompts" / "drawbench" / "DrawBench.csv"),
-            limits={"geneval": 18, "genai_bench": 24, "drawbench": 12},
+            geneval=PromptFile.scan(_DEMO / "prompt_files" / "geneval" / "evaluation_metadata.jsonl"),
+            genai_image=PromptFile.scan(_DEMO / "prompt_files" / "genai_bench" / "genai_image.json"),
+            genai_skills=PromptFile.scan(_DEMO / "prompt_files" / "genai_bench" / "genai_skills.json"),
+            drawbench=PromptFile.scan(_DEMO / "prompt_files" / "drawbench" / "DrawBench.csv"),
         ),
         samples=SamplesConfig(
             text_encoder=text_encoder,

@@ -37,7 +37,7 @@ class DemoWorld(FrozenConfig):
     folder: str
     port: int = Field(8765, ge=1024, le=65535)
     """Port on the loopback; it stands in the metadata's links, so another port means another world."""
-    num_images: int = Field(600, ge=20)
+    num_images: int = Field(840, ge=20)
     """Rows of metadata, among them rows that the filters must drop and links that don't work."""
     seed: int = Field(0, ge=0)
 

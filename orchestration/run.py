@@ -18,6 +18,7 @@ from pipelines.stage import StageOutput
 if TYPE_CHECKING:
     from dagster import DagsterInstance, ExecuteInProcessResult
 
+_INTERRUPTIONS = ("DagsterExecutionInterruptedError", "KeyboardInterrupt")
 _QUIET = {"loggers": {"console": {"config": {"log_level": "CRITICAL"}}}}
 
 
@@ -108,13 +109,15 @@ def _rows(tasks: Sequence[Task]) -> str:
 
 
 def _failure(result: "ExecuteInProcessResult") -> str:
-    """Return the one sentence of a failed run."""
+    """Return the one sentence of a failed run; raises KeyboardInterrupt where a person or a signal stopped it."""
     for event in result.all_events:
         if event.is_step_failure:
             data = event.step_failure_data
             if data.user_failure_data and data.user_failure_data.description:
                 return str(data.user_failure_data.description)
             if data.error:
+                if data.error.cls_name in _INTERRUPTIONS:
+                    raise KeyboardInterrupt
                 cause = data.error
                 while cause.cause is not None:
                     cause = cause.cause

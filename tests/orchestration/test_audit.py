@@ -97,9 +97,7 @@ def test_a_lost_input_is_named(profile: SmallProfile, materialize_all: Carry) ->
     assert "no manifest here" in problems["laion_index"][0]
 
 
-def test_outputs_are_found_by_the_first_digits_of_a_data_version(
-    profile: SmallProfile, materialize_all: Carry
-) -> None:
+def test_outputs_are_found_by_the_first_digits_of_a_data_version(profile: SmallProfile, materialize_all: Carry) -> None:
     execution = materialize_all()
     output, root = _output(execution, "fit", "uniform"), execution.plan.output_root
     assert find_output(root, output.data_version[:10]) == [output.ref]

@@ -1,5 +1,4 @@
 import io
-import os
 from pathlib import Path
 
 import dagster as dg
@@ -53,7 +52,7 @@ def test_outputs_that_dagster_forgot_are_recorded_again_without_a_process(
     profile.keep = KeepConfig(starts=str(starts))
     _run(profile, instance)
     monkeypatch.setenv("DAGSTER_HOME", str(tmp_path / "other"))
-    os.makedirs(tmp_path / "other")
+    (tmp_path / "other").mkdir()
     with dg.DagsterInstance.get() as forgetful:
         run, _ = _run(profile, forgetful)
         assert _events(forgetful, "kept") == len(NUMBERS)
@@ -65,7 +64,7 @@ def test_a_failure_stops_the_run_with_one_sentence_and_keeps_what_was_finished(
     profile: SmallProfile, instance: dg.DagsterInstance
 ) -> None:
     profile.keep = KeepConfig(fail_at="00002")
-    with pytest.raises(ThroughlineError, match="^part 00002: expected even numbers"):
+    with pytest.raises(ThroughlineError, match=r"^part 00002: expected even numbers"):
         _run(profile, instance)
     assert _events(instance, "kept") == 2
     assert _events(instance, "total") == 0
@@ -74,17 +73,16 @@ def test_a_failure_stops_the_run_with_one_sentence_and_keeps_what_was_finished(
     assert run.tallies["kept"].computed == 1
 
 
-def test_the_evaluation_job_leaves_data_and_training_alone(
-    profile: SmallProfile, instance: dg.DagsterInstance
-) -> None:
+def test_the_evaluation_job_leaves_data_and_training_alone(profile: SmallProfile, instance: dg.DagsterInstance) -> None:
     execution = execution_of(profile)
     definitions = build_definitions(execution)
-    result = definitions.resolve_job_def("evaluation_only").execute_in_process(
-        instance=instance, raise_on_error=False
-    )
+    result = definitions.resolve_job_def("evaluation_only").execute_in_process(instance=instance, raise_on_error=False)
     assert not result.success, "without checkpoints it says so"
     assert _events(instance, "laion_index") == 0
     _run(profile, instance)
-    assert build_definitions(execution_of(profile)).resolve_job_def("evaluation_only").execute_in_process(
-        instance=instance
-    ).success
+    assert (
+        build_definitions(execution_of(profile))
+        .resolve_job_def("evaluation_only")
+        .execute_in_process(instance=instance)
+        .success
+    )

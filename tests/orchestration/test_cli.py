@@ -1,0 +1,93 @@
+import json
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from orchestration.cli import main
+from orchestration.console import progress_text
+from orchestration.ui import refuse_taken_port
+from pipelines.errors import ThroughlineError
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(autouse=True)
+def _home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("THROUGHLINE_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("DAGSTER_HOME", str(tmp_path / "home" / "dagster"))
+
+
+def _main(*arguments: str) -> object:
+    with pytest.raises(SystemExit) as caught:
+        main(arguments)
+    return caught.value.code
+
+
+def test_help_loads_nothing_but_the_standard_library() -> None:
+    code = (
+        "import sys\nfrom orchestration.cli import main\n"
+        "try:\n    main(['--help'])\nexcept SystemExit:\n    pass\n"
+        "print([name for name in ('dagster', 'pydantic', 'numpy', 'pyarrow', 'torch') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_profile_show_prints_what_set_takes(capsys: pytest.CaptureFixture[str]) -> None:
+    assert _main("profile", "show", "paper") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "training.steps = 500000" in lines
+    assert 'captions.captioner.model.id = "Qwen/Qwen3-VL-32B-Instruct"' in lines
+    assert _main("profile", "show", "paper", "--set", "training.steps=5", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["training"]["steps"] == 5
+
+
+def test_a_missing_source_is_one_sentence_and_status_one(tmp_path: Path) -> None:
+    said = _main("run", "--profile", "single_gpu", "--set", f'source=["{tmp_path}/no"]', "--select", "laion_index")
+    assert said == (
+        f"error: laion_index can't start: {tmp_path}/no: no such file or folder; "
+        "name LAION metadata as a folder, glob or parquet file"
+    )
+
+
+def test_an_empty_source_is_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    said = _main("run", "--profile", "single_gpu", "--set", f'source=["{tmp_path}/empty"]')
+    assert isinstance(said, str) and "the folder is empty" in said and "\n" not in said
+
+
+def test_an_unknown_asset_is_one_sentence() -> None:
+    said = _main("run", "--profile", "single_gpu", "--select", "imagez")
+    assert isinstance(said, str) and said.startswith("error: no asset 'imagez' in the graph; it has: laion_index")
+
+
+def test_status_of_nothing_says_what_is_missing(capsys: pytest.CaptureFixture[str]) -> None:
+    assert _main("status", "--profile", "single_gpu") == 0
+    assert "laion_index" in capsys.readouterr().out
+    assert _main("status", "--profile", "single_gpu", "--json") == 0
+    records = json.loads(capsys.readouterr().out)
+    assert {record["state"] for record in records} == {"missing"}
+
+
+def test_audit_of_nothing_is_refused() -> None:
+    said = _main("audit", "--profile", "single_gpu")
+    assert isinstance(said, str) and "is not finished; run `throughline run` first" in said
+
+
+def test_a_taken_port_is_one_sentence() -> None:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        port = listener.getsockname()[1]
+        with pytest.raises(ThroughlineError, match=f"port {port} on 127.0.0.1 is taken"):
+            refuse_taken_port(port)
+    refuse_taken_port(port)
+
+
+def test_progress_is_one_line_with_rate_time_left_and_details() -> None:
+    record = {"label": "images 00000", "done": 30, "total": 90, "noun": "images", "rate": 2.0, "details": {"failed": 3}}
+    assert progress_text(record) == "images 00000  30/90 images  2.0/s  0:30 left  failed 3"
+    assert "████████░░░░░░░░░░░░░░░░" in progress_text(record, bar=True)

@@ -1,0 +1,81 @@
+from pathlib import Path
+
+import pytest
+
+from orchestration.launch import AccelerateLaunch
+from orchestration.models import LOCAL
+from orchestration.nodes import GRAPH
+from orchestration.profile_library import PROFILES
+from orchestration.profiles import load_profile
+from pipelines.errors import ThroughlineError
+
+
+@pytest.mark.parametrize("name", PROFILES)
+def test_every_profile_builds_and_configures_every_stage(name: str, tmp_path: Path) -> None:
+    profile = load_profile(name, tmp_path)
+    for node in GRAPH.wanted(profile).nodes.values():
+        if node.name != "laion_index":  # needs the metadata files themselves
+            config = node.configure(profile, {"checkpoint": "joint"}.get(node.name))
+            assert type(config) is node.stage.config_type, node.name
+
+
+def test_paper_is_the_published_scale(tmp_path: Path) -> None:
+    profile = load_profile("paper", tmp_path)
+    training, model = profile.training, profile.model
+    assert (training.batch_size, training.steps, training.learning_rate) == (512, 500_000, 1e-4)
+    assert (model.hidden_size, model.num_blocks, model.num_text_layers) == (2048, 24, 36)
+    assert (profile.samples.sampler.num_steps, profile.samples.sampler.guidance_scale) == (50, 6.0)
+    launch = profile.launch("checkpoint")
+    assert isinstance(launch, AccelerateLaunch) and launch.num_processes == training.num_processes
+
+
+def test_unpinned_models_are_named(tmp_path: Path) -> None:
+    warnings = load_profile("paper", tmp_path).warnings()
+    assert warnings and all("is not pinned to a commit" in warning for warning in warnings)
+    assert load_profile("demo", tmp_path).warnings() == []
+    assert load_profile("demo", tmp_path).text_encoder.revision == LOCAL
+
+
+def test_fields_are_set_by_path(tmp_path: Path) -> None:
+    changes = ["training.steps=7", "training.warmup_steps=1", 'source=["/data/laion"]', "name=mine"]
+    profile = load_profile("single_gpu", tmp_path, changes)
+    assert (profile.training.steps, profile.source, profile.name) == (7, ("/data/laion",), "mine")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("training.stepz=3", r"training\.stepz: Extra inputs are not permitted"),
+        ("training.steps=no", r"training\.steps: .*integer"),
+        ("training.steps", "expected field.field=value"),
+        ('arms=["uniform","jointt"]', "no such strategy"),
+        ('strategies=["uniform"]', "arm penultimate needs strategy penultimate, which is not trained"),
+        ('arms=["joint"]', "results.baseline penultimate is not among the arms"),
+        ("latents.autoencoder.revision=main", r"latents\.autoencoder is .*, the profile's is"),
+        ("model.latent_size=64", "asks for 512 px, images are 256 px"),
+    ],
+)
+def test_a_wrong_change_is_refused_with_one_sentence(tmp_path: Path, change: str, message: str) -> None:
+    with pytest.raises(ThroughlineError, match=message) as caught:
+        load_profile("single_gpu", tmp_path, [change])
+    assert "\n" not in str(caught.value)
+
+
+def test_a_toml_file_changes_a_base(tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text('base = "single_gpu"\nname = "mine"\n[training]\nsteps = 9\nwarmup_steps = 1\n')
+    profile = load_profile(str(path), tmp_path)
+    assert (profile.name, profile.training.steps) == ("mine", 9)
+    path.write_text("[training]\nsteps = 9\n")
+    with pytest.raises(ThroughlineError, match="start the file with base = "):
+        load_profile(str(path), tmp_path)
+    with pytest.raises(ThroughlineError, match="can't be read as a profile"):
+        load_profile(str(tmp_path / "none.toml"), tmp_path)
+    with pytest.raises(ThroughlineError, match="there are demo, single_gpu, paper"):
+        load_profile("no_such_profile", tmp_path)
+
+
+def test_a_profile_survives_being_written_down(tmp_path: Path) -> None:
+    for name in PROFILES:
+        profile = load_profile(name, tmp_path)
+        assert type(profile).model_validate(profile.model_dump(mode="json")) == profile
