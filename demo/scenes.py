@@ -7,6 +7,7 @@ import re
 import zlib
 from collections import Counter
 from dataclasses import dataclass
+from itertools import pairwise
 from types import MappingProxyType
 
 import numpy as np
@@ -94,7 +95,7 @@ _Cell = tuple[float, float, float, float]
 
 
 def _sample_groups(rng: np.random.Generator, count: int) -> list[tuple[str, str]]:
-    """Draw `count` different (colour, noun) groups; often they share the noun or the colour, to be told apart by one."""
+    """Draw `count` different (colour, noun) groups; often they share noun or colour."""
     nouns, colours = sorted(NOUNS), sorted(COLOURS)
     shared = rng.random()
     groups: list[tuple[str, str]] = []
@@ -114,7 +115,7 @@ def _strip(count: int, cell: _Cell, axis: int) -> list[_Cell]:
     low, high = cell[axis], cell[axis + 2]
     edges = np.linspace(low, high, count + 1)
     cells = []
-    for start, stop in zip(edges[:-1], edges[1:], strict=True):
+    for start, stop in pairwise(edges):
         part = list(cell)
         part[axis], part[axis + 2] = float(start), float(stop)
         cells.append((part[0], part[1], part[2], part[3]))
@@ -200,7 +201,7 @@ def list_phrase(phrases: list[str]) -> str:
 
 
 def caption(scene: Scene) -> str:
-    """Return the one canonical caption: groups by noun and colour, a relation where there are two groups, background."""
+    """Return the one canonical caption: groups by noun and colour, a relation between two, background."""
     groups = scene.groups()
     phrases = [group_phrase(group, count) for group, count in groups.items()]
     relation = scene.relation(*groups) if len(groups) == 2 else None
@@ -218,7 +219,9 @@ class CaptionFacts:
 
 
 _SINGULAR = MappingProxyType({plural(noun): noun for noun in NOUNS} | {noun: noun for noun in NOUNS})
-_GROUP = re.compile(rf"(an?|two|three|four) ({'|'.join(COLOURS)}) ({'|'.join(sorted(_SINGULAR, key=len, reverse=True))})")
+_GROUP = re.compile(
+    rf"(an?|two|three|four) ({'|'.join(COLOURS)}) ({'|'.join(sorted(_SINGULAR, key=len, reverse=True))})"
+)
 
 
 def parse_caption(text: str) -> CaptionFacts:

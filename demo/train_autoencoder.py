@@ -27,6 +27,8 @@ BLOCK_OUT_CHANNELS = (16, 24, 48, 96)
 """0.11 s to decode a 256 px picture on one AVX2 core; (32, 64, 96, 96) took 0.38 s for no need of this bar."""
 LATENT_CHANNELS = 16
 IMAGE_SIZE_PX = 256
+STATISTICS_SCENES = 64
+"""Scenes over which the latents' mean and standard deviation are taken."""
 TRAINING_NORM_EPSILON = 1e-6 * 2**20
 """See `build_model`."""
 
@@ -222,7 +224,9 @@ def export(ema: dict[str, torch.Tensor], config: TrainConfig, num_steps_done: in
     model.eval()
     as_diffusers(model)
     rng = np.random.default_rng((config.seed, 1 << 32))
-    pictures = [jpeg_coded(render(sample_scene(rng), size_px=IMAGE_SIZE_PX), quality=90) for _ in range(64)]
+    pictures = [
+        jpeg_coded(render(sample_scene(rng), size_px=IMAGE_SIZE_PX), quality=90) for _ in range(STATISTICS_SCENES)
+    ]
     normalise_latents(model, to_tensor(pictures))
     staging = out_dir.with_name(f".{out_dir.name}.new")
     shutil.rmtree(staging, ignore_errors=True)
@@ -247,7 +251,15 @@ def save_checkpoint(path: Path, state: dict) -> None:
     temporary.replace(path)
 
 
-def train(config: TrainConfig, out_dir: Path, work_dir: Path, *, export_every_steps: int, device: str = "cpu") -> None:
+def train(
+    config: TrainConfig,
+    out_dir: Path,
+    work_dir: Path,
+    *,
+    export_every_steps: int,
+    checkpoint_every_steps: int = 100,
+    device: str = "cpu",
+) -> None:
     """Train to `config.num_steps`, resuming from ``work_dir/checkpoint.pt`` where one of the same config lies."""
     torch.manual_seed(config.seed)
     model = build_model().to(device, memory_format=torch.channels_last).train()
@@ -288,7 +300,7 @@ def train(config: TrainConfig, out_dir: Path, work_dir: Path, *, export_every_st
             mse = (reconstruction.detach() - pixels).square().mean().item() / 4.0
             rate = (time.monotonic() - started) / (done - first_step)
             print(f"step {done} loss {loss.item():.4f} psnr {-10 * np.log10(mse):.2f} s/step {rate:.3f}", flush=True)
-        if done % 100 == 0 or done == config.num_steps:
+        if done % checkpoint_every_steps == 0 or done == config.num_steps:
             state = {"model": model.state_dict(), "ema": ema, "step": done, "config": asdict(config)}
             save_checkpoint(checkpoint, state | {"optimizers": [optimizer.state_dict() for optimizer in optimizers]})
         if done % export_every_steps == 0 or done == config.num_steps:
