@@ -3,7 +3,14 @@
 from collections.abc import Mapping
 from pathlib import Path
 
-from evaluation.config import PromptFile, PromptSetsConfig, ReportConfig, SamplesConfig, ScoresConfig
+from evaluation.config import (
+    JudgeCalibrationConfig,
+    PromptFile,
+    PromptSetsConfig,
+    ReportConfig,
+    SamplesConfig,
+    ScoresConfig,
+)
 from features.config import LatentsConfig, TextFeaturesConfig
 from orchestration.launch import PROJECT_ROOT, AccelerateLaunch, LocalLaunch
 from orchestration.models import LOCAL, UNPINNED
@@ -103,7 +110,7 @@ def demo(home: Path) -> Profile:
             rows_per_shard=100,
         ),
         captions=CaptionsConfig(
-            captioner=engine, prompt_version="dense-1", max_caption_tokens=96, rows_per_batch=100, pool=pool
+            captioner=engine, prompt_version="brief-1", max_caption_tokens=96, rows_per_batch=100, pool=pool
         ),
         latents=LatentsConfig(autoencoder=autoencoder, num_threads=2),
         text_features=TextFeaturesConfig(text_encoder=text_encoder, template_version=_TEMPLATE, num_threads=2),
@@ -151,6 +158,7 @@ def demo(home: Path) -> Profile:
             images_per_prompt={"geneval": 2, "genai_bench": 1, "drawbench": 1},
         ),
         scores=ScoresConfig(judge=engine, pool=pool),
+        judge_calibration=JudgeCalibrationConfig(judge=engine, pool=pool),
         report=ReportConfig(
             profile="demo",
             note=(
@@ -212,6 +220,7 @@ def single_gpu(home: Path) -> Profile:
             text_encoder=QWEN3_VL_4B, autoencoder=SD3, sampler=SamplerConfig(batch_size=32), prompts_per_unit=32
         ),
         scores=ScoresConfig(judge=engine, pool=pool),
+        judge_calibration=JudgeCalibrationConfig(judge=engine, pool=pool, num_images=1000),
         report=ReportConfig(profile="single_gpu"),
         launches={"checkpoint": AccelerateLaunch(mixed_precision="bf16", threads_per_process=8)},
         batches={"captions": 8, "latents": 32, "samples": 24, "scores": 24, "fusion_analysis": 7},
@@ -228,6 +237,7 @@ def paper(home: Path) -> Profile:
     judge = VllmEngineConfig(
         model=QWEN3_VL_235B, dtype="bfloat16", tensor_parallel_size=8, max_model_len=4096, max_num_seqs=128
     )
+    judges = PoolConfig(ray_address="auto", max_actors=8, num_cpus_per_actor=8, num_gpus_per_actor=8)
     return Profile(
         name="paper",
         home=str(home),
@@ -263,9 +273,8 @@ def paper(home: Path) -> Profile:
         samples=SamplesConfig(
             text_encoder=QWEN3_VL_4B, autoencoder=SD3, sampler=SamplerConfig(batch_size=64), prompts_per_unit=64
         ),
-        scores=ScoresConfig(
-            judge=judge, pool=PoolConfig(ray_address="auto", num_cpus_per_actor=8, num_gpus_per_actor=8)
-        ),
+        scores=ScoresConfig(judge=judge, pool=judges),
+        judge_calibration=JudgeCalibrationConfig(judge=judge, pool=judges, num_images=1000),
         report=ReportConfig(profile="paper"),
         launches={
             "captions": LocalLaunch(),
