@@ -38,7 +38,7 @@ class TrainConfig:
     """What decides the weights; two runs with equal configs end with equal files on one machine type."""
 
     seed: int = 0
-    num_steps: int = 3200
+    num_steps: int = 2400
     """About 0.35 s each on one AVX2 core."""
     scenes_per_step: int = 4
     crops_per_scene: int = 2

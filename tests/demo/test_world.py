@@ -1,0 +1,105 @@
+"""The demo world: the same bytes every time, LAION's schema, and rows that the filters drop for the reasons stated."""
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from demo.laion_rows import draw_text
+from demo.scenes import caption, parse_caption, sample_scene
+from demo.world import LAION_SCHEMA, WORLD_NAME, World, build_world, ensure_world
+from demo.world_rows import FLAWS
+from pipelines import laion_index, laion_subset
+from pipelines.digest import file_sha256
+from pipelines.errors import ThroughlineError
+from pipelines.stage_configs import LaionIndexConfig, LaionSubsetConfig
+
+
+def digests(folder: Path) -> dict[str, str]:
+    return {str(p.relative_to(folder)): file_sha256(p) for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def test_same_parameters_give_the_same_bytes_and_another_seed_does_not(tmp_path: Path) -> None:
+    first = build_world(tmp_path / "a", seed=1, num_parts=2, rows_per_part=12)
+    second = build_world(tmp_path / "b", seed=1, num_parts=2, rows_per_part=12)
+    other = build_world(tmp_path / "c", seed=2, num_parts=2, rows_per_part=12)
+    assert digests(first.folder) == digests(second.folder)
+    assert first.id == second.id != other.id
+
+
+def test_an_intact_world_is_kept_and_a_damaged_one_built_again(tmp_path: Path) -> None:
+    folder = tmp_path / "w"
+    first = ensure_world(folder, num_images=12, num_parts=1)
+    stamp = (folder / WORLD_NAME).stat().st_mtime_ns
+    assert ensure_world(folder, num_images=12, num_parts=1) == first
+    assert (folder / WORLD_NAME).stat().st_mtime_ns == stamp
+    part = first.parts[0]
+    content = part.read_bytes()
+    part.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    assert ensure_world(folder, num_images=12, num_parts=1) == first
+    assert part.read_bytes() == content
+
+
+def test_a_folder_that_is_no_world_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "holiday.jpg").write_bytes(b"precious")
+    with pytest.raises(ThroughlineError, match="holds no demo world"):
+        build_world(tmp_path, rows_per_part=12)
+    assert (tmp_path / "holiday.jpg").read_bytes() == b"precious"
+
+
+def test_metadata_has_laions_columns_and_nothing_else(world: World) -> None:
+    for path in world.parts:
+        table = pq.read_table(path)
+        assert table.schema.equals(LAION_SCHEMA)
+        assert table.column_names == ["SAMPLE_ID", "URL", "TEXT", "HEIGHT", "WIDTH", "LICENSE", "NSFW", "similarity"]
+        assert set(table["NSFW"].to_pylist()) <= {"UNLIKELY", "UNSURE", "NSFW", None}
+
+
+def test_alt_text_is_messy_and_hides_the_captions() -> None:
+    rng = np.random.default_rng(4)
+    scenes = [sample_scene(rng) for _ in range(300)]
+    drawn = [draw_text(scene, rng) for scene in scenes]
+    texts = [text for text, _ in drawn]
+    assert any("&amp;" in text or "&quot;" in text for text in texts)
+    assert any(not text.isascii() for text in texts)
+    assert any(text.upper().startswith(("IMG_", "DSC")) for text in texts)
+    assert not {caption(scene) for scene in scenes} & set(texts)
+    assert all(3 <= len(text) <= 1000 for text in texts)
+    similarities = [similarity for _, similarity in drawn]
+    assert 0.3 <= min(similarities) < 0.31 < 0.36 < max(similarities) <= 0.45
+
+
+def test_truth_names_every_row_in_order_with_a_readable_caption(world: World) -> None:
+    rows = [row for path in world.parts for row in pq.read_table(path).to_pylist()]
+    truth = world.truth()
+    assert [row["URL"] for row in rows] == [row["url"] for row in truth]
+    for row in truth:
+        facts = parse_caption(row["caption"])
+        assert facts.background == json.loads(row["scene"])["background"]
+        assert sum(facts.groups.values()) == len(json.loads(row["scene"])["objects"])
+
+
+def test_filters_drop_the_rows_that_have_a_flaw_for_that_flaw_alone(world: World, tmp_path: Path) -> None:
+    index = laion_index.STAGE.run(LaionIndexConfig.scan(world.laion_dir), {}, tmp_path)
+    rules = LaionSubsetConfig(
+        min_similarity=0.28,
+        nsfw_allowed=("UNLIKELY",),
+        min_side_px=64,
+        max_aspect=3.0,
+        min_text_chars=3,
+        max_text_chars=1000,
+    )
+    subset = laion_subset.STAGE.run(rules, {"index": [index]}, tmp_path, "00000")
+    flaws = Counter(row["flaw"] for row in world.truth() if row["flaw"])
+    assert subset.manifest.summary["dropped"] == dict(sorted(flaws.items()))
+    assert set(flaws) == set(FLAWS)
+    kept = {row["source_row"] for row in pq.read_table(subset.path("rows.parquet")).to_pylist()}
+    assert kept == {row["row"] for row in world.truth() if row["flaw"] is None}
+
+
+def test_opening_a_folder_without_a_world_says_how_to_make_one(tmp_path: Path) -> None:
+    with pytest.raises(ThroughlineError, match=r"python -m demo\.world"):
+        World.open(tmp_path)
