@@ -113,6 +113,9 @@ def engine_arguments(config: VllmEngineConfig) -> dict[str, Any]:
         "mm_processor_cache_gb": 0,
         "disable_log_stats": True,
     }
+    if config.tensor_parallel_size > 1:
+        # Inside a Ray actor vLLM would ask Ray for workers of its own; the actor already holds the GPUs they need.
+        arguments["distributed_executor_backend"] = "mp"
     if config.max_image_px is not None:
         arguments["mm_processor_kwargs"] = {"size": {"shortest_edge": 1, "longest_edge": config.max_image_px}}
     return arguments
