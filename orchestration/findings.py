@@ -3,11 +3,19 @@
 import json
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from evaluation.checks import (
+    Verdict,
+    judge_calibration,
+    judge_speaks_to_the_point,
+    loss_is_finite_and_falls,
+    same_order,
+    unscored_share,
+)
 from pipelines.manifest import DROPPED_NAME, damaged_files
 from pipelines.stage import StageOutput
 
@@ -136,57 +144,25 @@ def count_not_finite(path: Path) -> int:
     return count
 
 
+def _said_by(judge: Callable[[StageOutput], Verdict]) -> "Callable[[Plan, Task], Finding]":
+    """Make a question to the plan of one that the evaluation asks of an output."""
+
+    def look(plan: "Plan", task: "Task") -> Finding:
+        verdict = judge(_output(task))
+        return Finding(verdict.passed, verdict.sentence, _without_none(verdict.numbers))
+
+    return look
+
+
+def _without_none(numbers: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in numbers.items() if value is not None}
+
+
 def look_at_same_order(plan: "Plan", task: "Task") -> Finding:
-    digests = {
-        other.partition: _output(other).manifest.summary.get("consumption_digest")
-        for other in plan.tasks(task.node.name)
-        if other.output is not None
-    }
-    wanted = digests[task.partition]
-    others = [f"{name} {digest}" for name, digest in digests.items() if digest != wanted]
-    said = (
-        f"{task.partition} consumed {wanted}, but {', '.join(others)}"
-        if others
-        else (f"{len(digests)} strategies consumed the same samples in the same order")
-    )
-    return Finding(
-        wanted is not None and not others, said, {"num_compared": len(digests), "consumption_digest": str(wanted)}
-    )
-
-
-def look_at_losses(plan: "Plan", task: "Task") -> Finding:
-    losses = read_losses(_output(task))
-    if not losses or not all(math.isfinite(loss) for _, loss in losses):
-        return Finding(False, "there is a loss that is not a finite number" if losses else "no losses were recorded")
-    share = max(1, len(losses) // 10)
-    first = _mean([loss for _, loss in losses[:share]])
-    last = _mean([loss for _, loss in losses[-share:]])
-    said = f"mean loss {first:.4f} over the first {share} records, {last:.4f} over the last {share}"
-    return Finding(last < first, said, {"first": first, "last": last, "num_records": len(losses)})
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
-
-
-def read_losses(checkpoint: StageOutput) -> list[tuple[int, float]]:
-    """Return (step, loss) of a checkpoint's metrics, in order."""
-    lines = checkpoint.path("metrics.jsonl").read_text().splitlines()
-    records = [json.loads(line) for line in lines if line.strip()]
-    return [(record["step"], record["loss"]) for record in records if "loss" in record]
-
-
-def look_at_answers(plan: "Plan", task: "Task") -> Finding:
-    import pyarrow.parquet as pq
-
-    statuses = Counter(
-        pq.read_table(_output(task).path("answers.parquet"), columns=["parse_status"])["parse_status"].to_pylist()
-    )
-    total = sum(statuses.values())
-    unread = total - statuses["ok"]
-    numbers = {"num_answers": total, **{f"num_{status}": count for status, count in sorted(statuses.items())}}
-    said = f"{unread} of {total} answers of the judge are missing or can't be read"
-    return Finding(total > 0 and unread <= 0.05 * total, said, numbers)
+    """Compare a checkpoint with all others that are finished."""
+    others = [other.output for other in plan.tasks(task.node.name) if other.output is not None]
+    verdict = same_order(others)
+    return Finding(verdict.passed, verdict.sentence, verdict.numbers)
 
 
 CONSERVATION = Check(
@@ -210,7 +186,12 @@ CHECKS: Mapping[str, tuple[Check, ...]] = {
         Check(name="duplicate_keys", description="Each sample key stands there once.", look=look_at_duplicate_keys),
     ),
     "checkpoint": (
-        Check(name="loss", description="The loss is finite and falls.", look=look_at_losses, severe=False),
+        Check(
+            name="loss",
+            description="The loss is finite and falls.",
+            look=_said_by(loss_is_finite_and_falls),
+            severe=False,
+        ),
         Check(
             name="same_order",
             description="All strategies consumed the same samples in the same order.",
@@ -220,8 +201,22 @@ CHECKS: Mapping[str, tuple[Check, ...]] = {
     "scores": (
         Check(
             name="judge_answers",
-            description="At most one in twenty of the judge's answers is missing or can't be read.",
-            look=look_at_answers,
+            description="At most one in twenty scores is missing because the judge's answer can't be read.",
+            look=_said_by(unscored_share),
+            severe=False,
+        ),
+        Check(
+            name="judge_format",
+            description="At most one in twenty answers to Yes/No questions begins with neither word.",
+            look=_said_by(judge_speaks_to_the_point),
+            severe=False,
+        ),
+    ),
+    "judge_calibration": (
+        Check(
+            name="judge_tells_apart",
+            description="The judge tells a picture's own caption from another's.",
+            look=_said_by(judge_calibration),
             severe=False,
         ),
     ),

@@ -157,6 +157,15 @@ EVALUATION_NODES = (
         kinds=frozenset({"vllm", "ray"}),
     ),
     Node(
+        name="judge_calibration",
+        module="evaluation.judge_calibration",
+        group=Group.EVALUATION,
+        description="Whether the judge tells a training picture's own caption from another's.",
+        configure=lambda profile, _: profile.judge_calibration,
+        inputs=(Input(name="images", asset="images"), Input(name="captions", asset="captions")),
+        kinds=frozenset({"vllm", "ray"}),
+    ),
+    Node(
         name="fusion_analysis",
         module="evaluation.fusion_analysis",
         group=Group.EVALUATION,
@@ -185,7 +194,10 @@ EVALUATION_NODES = (
         group=Group.EVALUATION,
         description="One HTML file that opens offline: funnel, captions, loss curves, sample grids, tables, weights.",
         configure=lambda profile, _: profile.report,
-        inputs=(Input(name="results", asset="results"),),
+        inputs=(
+            Input(name="results", asset="results"),
+            Input(name="judge_calibration", asset="judge_calibration"),
+        ),
         kinds=frozenset({"html"}),
     ),
 )

@@ -11,6 +11,7 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 from evaluation.config import (
     Benchmark,
     FusionAnalysisConfig,
+    JudgeCalibrationConfig,
     PromptSetsConfig,
     ReportConfig,
     ResultsConfig,
@@ -83,6 +84,7 @@ class Profile(FrozenConfig):
     prompt_sets: PromptSetsConfig
     samples: SamplesConfig
     scores: ScoresConfig
+    judge_calibration: JudgeCalibrationConfig
     fusion_analysis: FusionAnalysisConfig = FusionAnalysisConfig()
     results: ResultsConfig = ResultsConfig()
     report: ReportConfig
