@@ -7,7 +7,14 @@ import pytest
 
 from pipelines.config import ModelRef
 from pipelines.stage import StageOutput
-from tests.evaluation.worlds import KnowingPool, plausible_answer, write_checkpoint, write_data, write_prompt_sets
+from tests.evaluation.worlds import (
+    KnowingPool,
+    answering,
+    plausible_answer,
+    write_checkpoint,
+    write_data,
+    write_prompt_sets,
+)
 from tests.tiny_models import write_autoencoder, write_causal_lm
 from training.config import Strategy
 
@@ -48,9 +55,7 @@ def checkpoints(
 
 
 @pytest.fixture
-def pool(monkeypatch: pytest.MonkeyPatch) -> Iterator[KnowingPool]:
+def pool() -> Iterator[KnowingPool]:
     """A judge whose answers look like a judge's; a test may give it another `answer`."""
-    judge = KnowingPool(plausible_answer)
-    for module in ("evaluation.scores", "evaluation.judge_calibration"):
-        monkeypatch.setattr(f"{module}.engine_pool", lambda *_: judge)
-    yield judge
+    with answering(KnowingPool(plausible_answer)) as judge:
+        yield judge

@@ -1,6 +1,8 @@
 """The report: one file that opens offline, the same bytes from the same lineage, nothing unescaped or forgotten."""
 
 import re
+import shutil
+from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -21,8 +23,18 @@ from evaluation.report import STAGE, grouped, show
 from evaluation.results import STAGE as RESULTS
 from evaluation.scores import STAGE as SCORES
 from pipelines.errors import ThroughlineError
+from pipelines.manifest import MANIFEST_NAME
 from pipelines.stage import StageOutput
-from tests.evaluation.worlds import JUDGE, KnowingPool, write_checkpoint, write_data, write_prompt_sets, write_samples
+from tests.evaluation.worlds import (
+    JUDGE,
+    KnowingPool,
+    answering,
+    plausible_answer,
+    write_checkpoint,
+    write_data,
+    write_prompt_sets,
+    write_samples,
+)
 from training.config import Strategy
 
 CONFIG = ReportConfig(profile="test", note="It shows <much>.\n\nIt can't show all.", num_captions=5)
@@ -57,7 +69,7 @@ class Page(HTMLParser):
         self.text += data
 
 
-def build(root: Path, pool: KnowingPool) -> StageOutput:
+def build(root: Path) -> StageOutput:
     """Make a whole small lineage up to the results."""
     _, dataset = write_data(root)
     prompts = write_prompt_sets(root)
@@ -77,9 +89,10 @@ def build(root: Path, pool: KnowingPool) -> StageOutput:
     return RESULTS.run(ResultsConfig(num_resamples=200), given, root)
 
 
-@pytest.fixture
-def results(tmp_path: Path, pool: KnowingPool) -> StageOutput:
-    return build(tmp_path, pool)
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StageOutput]:
+    with answering(KnowingPool(plausible_answer)):
+        yield build(tmp_path_factory.mktemp("lineage"))
 
 
 def test_the_report_needs_nothing_but_itself(results: StageOutput, tmp_path: Path) -> None:
@@ -95,10 +108,10 @@ def test_the_report_needs_nothing_but_itself(results: StageOutput, tmp_path: Pat
     assert {reference[1:] for reference in page.references if reference.startswith("#")} <= targets
 
 
-def test_two_machines_write_the_same_bytes(results: StageOutput, tmp_path: Path, pool: KnowingPool) -> None:
+def test_two_machines_write_the_same_bytes(results: StageOutput, tmp_path: Path) -> None:
     here = STAGE.run(CONFIG, {"results": [results]}, tmp_path)
     elsewhere = tmp_path / "another" / "root"
-    there = STAGE.run(CONFIG, {"results": [build(elsewhere, pool)]}, elsewhere)
+    there = STAGE.run(CONFIG, {"results": [build(elsewhere)]}, elsewhere)
     assert here.data_version == there.data_version
     assert str(tmp_path) not in here.path("report.html").read_text()
 
@@ -138,16 +151,19 @@ def test_each_grid_shows_the_same_prompts_for_every_arm(results: StageOutput, tm
 def test_the_judges_trial_is_shown_where_there_is_one(results: StageOutput, tmp_path: Path) -> None:
     lineage = collect([results])
     given = {"images": lineage["images"], "captions": lineage["captions"]}
-    trial = JUDGE_CALIBRATION.run(JudgeCalibrationConfig(judge=JUDGE, num_images=9), given, tmp_path)
+    root = results.folder.parent.parent
+    trial = JUDGE_CALIBRATION.run(JudgeCalibrationConfig(judge=JUDGE, num_images=9), given, root)
     report = STAGE.run(CONFIG, {"results": [results], "judge_calibration": [trial]}, tmp_path)
     assert "area under the ROC curve" in report.path("report.html").read_text()
 
 
 def test_a_broken_lineage_is_named(results: StageOutput, tmp_path: Path) -> None:
-    lost = collect([results])["captions"][0]
+    shutil.copytree(results.folder.parent.parent, tmp_path / "copy")
+    copied = StageOutput.load(tmp_path / "copy" / "results" / results.data_version / MANIFEST_NAME)
+    lost = collect([copied])["captions"][0]
     lost.manifest_path.unlink()
     with pytest.raises(ThroughlineError, match=f"captions {lost.data_version}, which is lost"):
-        STAGE.run(CONFIG, {"results": [results]}, tmp_path)
+        STAGE.run(CONFIG, {"results": [copied]}, tmp_path)
 
 
 def test_a_report_beyond_its_size_is_refused(results: StageOutput, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import csv
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from evaluation.tables import GENEVAL_TASKS, TABLE_2, ScoreRow, table
 from pipelines.config import ModelRef
 from pipelines.errors import ThroughlineError
 from pipelines.stage import StageOutput
-from tests.evaluation.worlds import JUDGE, KnowingPool, write_samples
+from tests.evaluation.worlds import JUDGE, KnowingPool, answering, plausible_answer, write_samples
 from training.config import Strategy
 
 CONFIG = ResultsConfig(num_resamples=500)
@@ -33,12 +34,17 @@ def write_scores(root: Path, prompts: StageOutput, arms: tuple[str, ...] = ARMS)
     return outputs
 
 
+@pytest.fixture(scope="module")
+def scores(prompts: StageOutput, tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[StageOutput]]:
+    with answering(KnowingPool(plausible_answer)):
+        yield write_scores(tmp_path_factory.mktemp("scores"), prompts)
+
+
 def read(output: StageOutput) -> dict[str, object]:
     return json.loads(output.path("results.json").read_bytes())
 
 
-def test_tables_hold_the_plain_means(pool: KnowingPool, prompts: StageOutput, tmp_path: Path) -> None:
-    scores = write_scores(tmp_path, prompts)
+def test_tables_hold_the_plain_means(scores: list[StageOutput], tmp_path: Path) -> None:
     results = read(STAGE.run(CONFIG, {"scores": scores}, tmp_path))
     rows = [
         row | {"arm": (output.manifest.partition or "").split("|")[0]}
@@ -60,10 +66,8 @@ def test_tables_hold_the_plain_means(pool: KnowingPool, prompts: StageOutput, tm
         assert results["table_2"][place]["part relation"] is None
 
 
-def test_the_first_arm_is_the_baseline_and_has_no_difference(
-    pool: KnowingPool, prompts: StageOutput, tmp_path: Path
-) -> None:
-    results = read(STAGE.run(CONFIG, {"scores": write_scores(tmp_path, prompts)}, tmp_path))
+def test_the_first_arm_is_the_baseline_and_has_no_difference(scores: list[StageOutput], tmp_path: Path) -> None:
+    results = read(STAGE.run(CONFIG, {"scores": scores}, tmp_path))
     base, other = results["table_1"]
     assert base["arm"] == "penultimate" and base["genai"]["difference"] is None
     difference = other["genai"]["difference"]
@@ -71,8 +75,8 @@ def test_the_first_arm_is_the_baseline_and_has_no_difference(
     assert difference["low"] <= difference["value"] <= difference["high"]
 
 
-def test_judge_revision_and_n_stand_beside_the_numbers(pool: KnowingPool, prompts: StageOutput, tmp_path: Path) -> None:
-    output = STAGE.run(CONFIG, {"scores": write_scores(tmp_path, prompts)}, tmp_path)
+def test_judge_revision_and_n_stand_beside_the_numbers(scores: list[StageOutput], tmp_path: Path) -> None:
+    output = STAGE.run(CONFIG, {"scores": scores}, tmp_path)
     for name in ("table1.csv", "table2.csv"):
         with output.path(name).open(newline="") as stream:
             rows = list(csv.DictReader(stream))
@@ -85,9 +89,8 @@ def test_judge_revision_and_n_stand_beside_the_numbers(pool: KnowingPool, prompt
 
 
 def test_the_same_scores_give_the_same_bytes_in_any_order(
-    pool: KnowingPool, prompts: StageOutput, checkpoints: dict[Strategy, StageOutput], tmp_path: Path
+    scores: list[StageOutput], checkpoints: dict[Strategy, StageOutput], tmp_path: Path
 ) -> None:
-    scores = write_scores(tmp_path, prompts)
     once = STAGE.run(CONFIG, {"scores": scores, "checkpoint": [checkpoints[Strategy.JOINT]]}, tmp_path / "a")
     again = STAGE.run(CONFIG, {"scores": scores, "checkpoint": [checkpoints[Strategy.JOINT]]}, tmp_path / "b")
     assert once.data_version == again.data_version
@@ -96,13 +99,12 @@ def test_the_same_scores_give_the_same_bytes_in_any_order(
     assert backwards.path("results.json").read_bytes() == forwards.path("results.json").read_bytes()
 
 
-def test_scores_of_two_judges_are_refused(pool: KnowingPool, prompts: StageOutput, tmp_path: Path) -> None:
-    scores = write_scores(tmp_path, prompts, ("penultimate",))
+def test_scores_of_two_judges_are_refused(scores: list[StageOutput], prompts: StageOutput, tmp_path: Path) -> None:
     samples = write_samples(tmp_path, "joint", "geneval", prompts)
     other = ScoresConfig(judge=JUDGE.model_copy(update={"model": ModelRef(id="other/judge", revision="1")}))
-    scores.append(SCORES.run(other, {"samples": [samples], "prompt_sets": [prompts]}, tmp_path, "joint|geneval"))
+    foreign = SCORES.run(other, {"samples": [samples], "prompt_sets": [prompts]}, tmp_path, "joint|geneval")
     with pytest.raises(ThroughlineError, match=r"different judges.*other/judge"):
-        STAGE.run(CONFIG, {"scores": scores}, tmp_path)
+        STAGE.run(CONFIG, {"scores": [*scores[:3], foreign]}, tmp_path)
 
 
 def test_without_scores_the_next_step_is_named(tmp_path: Path) -> None:
@@ -110,10 +112,7 @@ def test_without_scores_the_next_step_is_named(tmp_path: Path) -> None:
         STAGE.run(CONFIG, {}, tmp_path)
 
 
-def test_unreadable_answers_are_counted_per_arm_and_benchmark(
-    pool: KnowingPool, prompts: StageOutput, tmp_path: Path
-) -> None:
-    scores = write_scores(tmp_path, prompts)
+def test_unreadable_answers_are_counted_per_arm_and_benchmark(scores: list[StageOutput], tmp_path: Path) -> None:
     results = read(STAGE.run(CONFIG, {"scores": scores}, tmp_path))
     counted = {(row["arm"], row["benchmark"]): row for row in results["unscored"]}
     assert len(counted) == 6

@@ -6,12 +6,14 @@ import json
 import math
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pytest
 from PIL import Image, ImageDraw
 
 from evaluation.config import PromptFile, PromptSetsConfig
@@ -121,6 +123,15 @@ class KnowingPool:
         for key, requests in batches:
             self.num_batches += 1
             yield key, [self._answer(request) for request in requests]
+
+
+@contextmanager
+def answering(judge: KnowingPool) -> Iterator[KnowingPool]:
+    """Let `judge` stand in for the engines of every stage that asks one."""
+    with pytest.MonkeyPatch.context() as patch:
+        for module in ("evaluation.scores", "evaluation.judge_calibration"):
+            patch.setattr(f"{module}.engine_pool", lambda *_: judge)
+        yield judge
 
 
 def plausible_answer(request: VisionRequest) -> VisionAnswer:
