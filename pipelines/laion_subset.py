@@ -7,7 +7,6 @@ Duplicates are looked for within the part; `pipelines.dataset` settles equal sam
 # pyright: reportAttributeAccessIssue=false
 
 import hashlib
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -38,9 +37,8 @@ def produce(run: StageRun[LaionSubsetConfig]) -> StageResult:
         with run.unit("rows") as unit:
             _write_subset(run, unit, part, path)
     (unit,) = run.finished_units()
-    reasons = Counter(reason for _, reason, _ in unit.dropped)
     rows_in, rows_out = unit.rows or (0, 0)
-    return StageResult(summary={"num_rows": rows_in, "num_kept": rows_out, "dropped": dict(sorted(reasons.items()))})
+    return StageResult(summary={"num_rows": rows_in, "num_kept": rows_out, "dropped": unit.dropped})
 
 
 def _locate(config: LaionSubsetConfig, index: StageOutput, part: Part) -> Path:
@@ -156,13 +154,13 @@ def _keep(
     reasons = first_reasons(rules, batch)
     urls, texts = batch["url"].to_pylist(), batch["text"].to_pylist()
     keys = [sample_key(url or "", text) for url, text in zip(urls, texts, strict=True)]
-    kept: list[int] = []
-    for row, (key, reason) in enumerate(zip(keys, reasons.tolist(), strict=True)):
-        word = rules[reason].reason if reason >= 0 else duplicates.reason(key, urls[row])
-        if word is None:
-            kept.append(row)
-        else:
-            unit.drop(key, word, f"row {first_row + row}")
+    words: list[str | None] = [rules[reason].reason if reason >= 0 else None for reason in reasons.tolist()]
+    for row in (reasons < 0).nonzero()[0].tolist():
+        words[row] = duplicates.reason(keys[row], urls[row])
+    kept = [row for row, word in enumerate(words) if word is None]
+    lost = [(keys[row], word, f"row {first_row + row}") for row, word in enumerate(words) if word is not None]
+    if lost:
+        unit.drop_many(*zip(*lost, strict=True))
     rows = batch.take(pa.array(kept, pa.int64()))
     columns = {
         "sample_key": pa.array([keys[row] for row in kept], pa.string()),

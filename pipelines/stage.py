@@ -28,6 +28,7 @@ from pydantic import Field, ValidationError
 from pipelines.atomic import atomic_writer, sync_folder, write_bytes, write_json
 from pipelines.config import FrozenConfig, ModelRef, identity_of
 from pipelines.digest import HashingWriter, digest_json, file_sha256
+from pipelines.dropped import DropWriter, gather_drops
 from pipelines.environment import Clock
 from pipelines.errors import ThroughlineError
 from pipelines.manifest import (
@@ -103,11 +104,11 @@ class StageResult:
 class Unit:
     """One piece of a stage's work, such as a shard: its files, its row counts, its dropped keys, its notes."""
 
-    def __init__(self, name: str, out_folder: Path) -> None:
+    def __init__(self, name: str, out_folder: Path, drops: DropWriter) -> None:
         self.name = name
         self._out_folder = out_folder
         self._files: list[FileEntry] = []
-        self._dropped: list[tuple[str, str, str]] = []
+        self._drops = drops
         self._rows: tuple[int, int] | None = None
         self.notes: dict[str, Any] = {}
         """JSON values that the stage wants back when it sums up its units; deterministic."""
@@ -143,16 +144,21 @@ class Unit:
 
     def drop(self, sample_key: str, reason: str, detail: str = "") -> None:
         """Record that a row ends here, and why: `reason` is a short snake_case word, `detail` says more."""
-        self._dropped.append((sample_key, reason, detail))
+        self._drops.extend([sample_key], [reason], [detail])
+
+    def drop_many(self, sample_keys: Sequence[str], reasons: Sequence[str], details: Sequence[str]) -> None:
+        """Record that many rows end here, without holding them in memory."""
+        self._drops.extend(sample_keys, reasons, details)
 
     def account(self, *, rows_in: int, rows_out: int) -> None:
         """State the rows that entered and left; with the drops they must balance.
 
         Raises ThroughlineError where they do not.
         """
-        if rows_in != rows_out + len(self._dropped):
+        num_dropped = self._drops.counts.total()
+        if rows_in != rows_out + num_dropped:
             raise ThroughlineError(
-                f"unit {self.name}: {rows_in} rows in, but {rows_out} out and {len(self._dropped)} dropped; "
+                f"unit {self.name}: {rows_in} rows in, but {rows_out} out and {num_dropped} dropped; "
                 "every lost row needs a reason"
             )
         self._rows = (rows_in, rows_out)
@@ -161,7 +167,7 @@ class Unit:
         return {
             "files": [entry.model_dump() for entry in self._files],
             "rows": self._rows,
-            "dropped": self._dropped,
+            "dropped": dict(sorted(self._drops.counts.items())),
             "notes": self.notes,
         }
 
@@ -173,7 +179,8 @@ class FinishedUnit:
     name: str
     files: tuple[FileEntry, ...]
     rows: tuple[int, int] | None
-    dropped: tuple[tuple[str, str, str], ...]
+    dropped: dict[str, int]
+    """Reason -> rows; the keys stand in the output's dropped.parquet once the stage is finished."""
     notes: dict[str, Any]
 
 
@@ -199,7 +206,8 @@ class StageRun(Generic[ConfigT]):
         """Take back the journal entry of each unit whose files are no longer all there, so that it is done again."""
         for unit in self.finished_units():
             paths = [(self.out_path(entry.path), entry.num_bytes) for entry in unit.files]
-            if not all(path.is_file() and path.stat().st_size == num_bytes for path, num_bytes in paths):
+            whole = all(path.is_file() and path.stat().st_size == num_bytes for path, num_bytes in paths)
+            if not whole or (unit.dropped and not self._drops_path(unit.name).is_file()):
                 (self._units / f"{unit.name}.json").unlink()
 
     def input(self, name: str) -> StageOutput:
@@ -223,9 +231,18 @@ class StageRun(Generic[ConfigT]):
     @contextmanager
     def unit(self, name: str) -> Iterator[Unit]:
         """Yield a unit to fill; when the block ends without error it is journalled as finished."""
-        unit = Unit(name, self._out)
-        yield unit
+        with DropWriter(self._drops_path(name)) as drops:
+            unit = Unit(name, self._out, drops)
+            yield unit
         write_bytes(self._units / f"{name}.json", json.dumps(unit.journal(), allow_nan=False).encode())
+
+    def _drops_path(self, unit_name: str) -> Path:
+        return self._units / f"{unit_name}.dropped"
+
+    def write_dropped(self) -> FileEntry | None:
+        """Gather the drops of all units, in the order of their names, into one table; None where no row was lost."""
+        drops = [(unit.name, self._drops_path(unit.name)) for unit in self.finished_units() if unit.dropped]
+        return gather_drops(drops, self.out_path(DROPPED_NAME)) if drops else None
 
     def finished_units(self) -> list[FinishedUnit]:
         """Return the journal of all finished units, sorted by name."""
@@ -237,7 +254,7 @@ class StageRun(Generic[ConfigT]):
                     name=path.stem,
                     files=tuple(FileEntry(**item) for item in entry["files"]),
                     rows=tuple(entry["rows"]) if entry["rows"] else None,
-                    dropped=tuple((key, reason, detail) for key, reason, detail in entry["dropped"]),
+                    dropped=entry["dropped"],
                     notes=entry["notes"],
                 )
             )
@@ -316,9 +333,9 @@ class Stage(Generic[ConfigT]):
         conservation = result.conservation or _conservation(units)
         if conservation is not None and not conservation.holds:
             raise ThroughlineError(f"{stage_run.label}: rows are not conserved: {conservation.model_dump()}")
-        dropped = sorted((key, reason, detail, unit.name) for unit in units for key, reason, detail in unit.dropped)
-        if dropped:
-            files.append(_write_dropped(stage_run, dropped))
+        dropped = stage_run.write_dropped()
+        if dropped is not None:
+            files.append(dropped)
         return Manifest(
             stage=self.name,
             partition=stage_run.partition,
@@ -409,23 +426,12 @@ def _conservation(units: Sequence[FinishedUnit]) -> Conservation | None:
     counted = [unit for unit in units if unit.rows is not None]
     if not counted:
         return None
-    reasons = Counter(reason for unit in counted for _, reason, _ in unit.dropped)
+    reasons = sum((Counter(unit.dropped) for unit in counted), Counter[str]())
     return Conservation(
         rows_in=sum(unit.rows[0] for unit in counted if unit.rows),
         rows_out=sum(unit.rows[1] for unit in counted if unit.rows),
         dropped=dict(sorted(reasons.items())),
     )
-
-
-def _write_dropped(stage_run: StageRun[Any], rows: list[tuple[str, str, str, str]]) -> FileEntry:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    names = ("sample_key", "reason", "detail", "unit")
-    table = pa.table({name: [row[index] for row in rows] for index, name in enumerate(names)})
-    with atomic_writer(stage_run.out_path(DROPPED_NAME)) as stream:
-        pq.write_table(table, stream)
-    return FileEntry(path=DROPPED_NAME, sha256=stream.sha256, num_bytes=stream.num_bytes, num_rows=len(rows))
 
 
 def _models_of(config: FrozenConfig) -> Iterator[ModelRecord]:

@@ -130,6 +130,27 @@ def test_conservation_is_summed_and_each_drop_is_listed(tmp_path: Path) -> None:
     ]
 
 
+def test_a_unit_may_lose_more_rows_than_are_held_in_memory(tmp_path: Path) -> None:
+    num_rows = 150_000
+
+    def loses_nearly_all(run: StageRun[ToyConfig]) -> None:
+        for name in ("a", "b"):
+            with run.unit(name) as unit:
+                for first in range(0, num_rows, 7_000):
+                    keys = [f"{name}{number}" for number in range(first, min(first + 7_000, num_rows))]
+                    unit.drop_many(keys, ["even" if int(key[1:]) % 2 == 0 else "odd" for key in keys], keys)
+                unit.account(rows_in=num_rows, rows_out=0)
+
+    stage = Stage(name="toy", code_version="1", config_type=ToyConfig, produce=loses_nearly_all)
+    output = stage.run(ToyConfig(), {}, tmp_path)
+    assert output.manifest.conservation is not None
+    assert output.manifest.conservation.dropped == {"even": num_rows, "odd": num_rows}
+    table = pq.read_table(output.path(DROPPED_NAME))
+    assert table["sample_key"].to_pylist() == [f"{name}{number}" for name in "ab" for number in range(num_rows)]
+    assert table["unit"].to_pylist() == ["a"] * num_rows + ["b"] * num_rows
+    assert output.manifest.file(DROPPED_NAME).num_rows == 2 * num_rows
+
+
 def test_a_row_lost_in_silence_stops_the_stage(tmp_path: Path) -> None:
     def loses_a_row(run: StageRun[ToyConfig]) -> None:
         with run.unit("00000") as unit:
