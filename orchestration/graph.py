@@ -104,7 +104,7 @@ class Graph:
     def upstream(self, names: set[str]) -> set[str]:
         """Return `names` and every asset that they are made from."""
         wanted = set(names)
-        for node in reversed(self.nodes.values()):
+        for node in reversed(list(self.nodes.values())):
             if node.name in wanted:
                 wanted.update(item.asset for item in node.inputs)
         return wanted

@@ -113,14 +113,13 @@ def _record(context: dg.OpExecutionContext, execution: Execution, outcomes: Sequ
     for outcome in outcomes:
         context.log_event(materialization(context.instance, plan, outcome))
     for check in checks_of(asset):
-        result: Any = check_result(plan, asset, check, list(outcomes))
-        context.log_event(
-            dg.AssetCheckEvaluation(
-                asset_key=dg.AssetKey(asset),
-                check_name=check.name,
-                passed=result.passed,
-                metadata=result.metadata,
-                severity=result.severity,
-                description=result.description,
-            )
+        result = check_result(plan, asset, check, list(outcomes))
+        evaluation: Any = dg.AssetCheckEvaluation(  # taken by log_event, though its signature does not say so
+            asset_key=dg.AssetKey(asset),
+            check_name=check.name,
+            passed=result.passed,
+            metadata=result.metadata or {},
+            severity=result.severity,
+            description=result.description,
         )
+        context.log_event(evaluation)

@@ -24,6 +24,7 @@ from pipelines.errors import ThroughlineError
 from pipelines.stage import StageRequest, write_request
 
 PROJECT_ROOT = Path(__file__).resolve().parent.parent
+_GUARD = PROJECT_ROOT / "orchestration" / "guard.py"
 _PROGRESS_MARK = '{"progress":'
 _ERROR_MARK = "error: "
 _TAIL_LINES = 400
@@ -158,7 +159,7 @@ class Launcher:
         self, command: list[str], environment: Mapping[str, str], log: Callable[[str], Any], tail: deque[str]
     ) -> int:
         process = subprocess.Popen(
-            command,
+            [sys.executable, str(_GUARD), str(os.getpid()), *command],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -199,7 +200,7 @@ def _python_path() -> str:
 
 
 def _end_with_parent() -> None:
-    """Ask the kernel to end this process when its parent dies, even by SIGKILL: no stage works on unattended."""
+    """Ask the kernel to tell the guard when its launcher dies, even by SIGKILL: no stage works on unattended."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 

@@ -25,6 +25,11 @@ def _checkpoint_config(profile: "Profile", strategy: str | None) -> FrozenConfig
     )
 
 
+def _text_features_config(profile: "Profile", _: str | None) -> FrozenConfig:
+    assert profile.text_features is not None, "the node is not wanted without"
+    return profile.text_features
+
+
 DATA_NODES = (
     Node(
         name="laion_index",
@@ -89,7 +94,7 @@ DATA_NODES = (
         module="features.text_features",
         group=Group.DATA,
         description="The frozen text encoder's hidden states of every caption, all layers, unpadded.",
-        configure=lambda profile, _: profile.text_features,
+        configure=_text_features_config,
         partition=PartitionKind.PART,
         inputs=(Input(name="shards", asset="shards"),),
         kinds=frozenset({"pytorch", "transformers"}),

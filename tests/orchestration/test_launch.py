@@ -64,15 +64,26 @@ def test_a_crash_gives_its_last_words_and_the_log(profile: SmallProfile) -> None
     assert "Traceback" in log.read_text()
 
 
+def test_a_stage_that_was_killed_says_so(profile: SmallProfile) -> None:
+    profile.keep = KeepConfig(kill_at="00000")
+    with pytest.raises(StageFailed, match="kept 00000: its process was ended by SIGKILL; the machine may have run out"):
+        _with_index(profile).materialize("kept", ["00000"], Recorder())
+
+
 def test_a_task_whose_inputs_are_missing_is_refused(profile: SmallProfile) -> None:
     with pytest.raises(ThroughlineError, match="total can't start: the parts of kept are unknown"):
         execution_of(profile).materialize("total", [None], Recorder())
 
 
 def test_a_stage_ends_when_its_launcher_is_killed(tmp_path: Path) -> None:
-    """The launcher dies by SIGKILL and can't clean up: the kernel ends the stage."""
+    """The launcher dies by SIGKILL and can't clean up; the stage and the worker that it started end all the same."""
     module = tmp_path / "sleeper.py"
-    module.write_text("import time, os\nprint(os.getpid(), flush=True)\ntime.sleep(120)\n")
+    module.write_text(
+        "import subprocess, sys\n"
+        "worker = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(120)'])\n"
+        "print(worker.pid, flush=True)\n"
+        "worker.wait()\n"
+    )
     driver = tmp_path / "driver.py"
     driver.write_text(
         "import sys\n"
@@ -88,12 +99,12 @@ def test_a_stage_ends_when_its_launcher_is_killed(tmp_path: Path) -> None:
         [sys.executable, str(driver), str(tmp_path / "logs")], stdout=subprocess.PIPE, text=True, env=environment
     )
     assert process.stdout is not None
-    sleeper = int(process.stdout.readline())
+    worker = int(process.stdout.readline())
     process.send_signal(signal.SIGKILL)
     process.wait()
     deadline = time.monotonic() + 20
-    while _is_running(sleeper):
-        assert time.monotonic() < deadline, "the stage's process outlived its launcher"
+    while _is_running(worker):
+        assert time.monotonic() < deadline, "the stage outlived its launcher"
         time.sleep(0.05)
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,6 +21,7 @@ class KeepConfig(FrozenConfig):
     drop_below: int = 0
     fail_at: str | None = execution_field(None)
     crash_at: str | None = execution_field(None)
+    kill_at: str | None = execution_field(None)
     starts: str | None = execution_field(None)
 
 
@@ -44,6 +46,8 @@ def keep(run: StageRun[KeepConfig]) -> None:
             stream.write(f"{os.getpid()} {run.partition}\n")
     if config.fail_at == run.partition:
         raise ThroughlineError(f"part {run.partition}: expected even numbers, found 3; mend the part and run again")
+    if config.kill_at == run.partition:
+        os.kill(os.getpid(), signal.SIGKILL)
     if config.crash_at == run.partition:
         raise RuntimeError("a bug of the stage")
     parts = json.loads(run.input("index").path("parts.json").read_bytes())
