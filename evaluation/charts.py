@@ -164,24 +164,28 @@ def bar_chart(
     width: float = 540,
     height: float = 200,
 ) -> Panel:
-    """Draw one bar per value, numbered from 1; lows and highs add a thin range, a dashed rule marks a value of y."""
+    """Draw one bar per value, from zero up or down, numbered from 1.
+
+    `lows` and `highs` add a thin range, a dashed rule marks a value of y.
+    """
     left, right, top, bottom = 58.0, 14.0, 30.0, 40.0
-    y_high = 1.08 * max([*values, *(highs or ()), rule_at or 0.0])
-    y_high = y_high if y_high > 0 else 1.0
+    y_high = 1.08 * max([0.0, *values, *(highs or ()), rule_at or 0.0])
+    y_low = 1.08 * min([0.0, *values, *(lows or ()), rule_at or 0.0])
+    y_high = y_high if y_high > y_low else y_low + 1.0
     slot = (width - left - right) / len(values)
 
     def to_y(y: float) -> float:
-        return height - bottom - y / y_high * (height - top - bottom)
+        return height - bottom - (y - y_low) / (y_high - y_low) * (height - top - bottom)
 
     parts = [_text(left, 16, title, extra=' class="title"')]
-    for tick in nice_ticks(0.0, y_high, 4):
+    for tick in nice_ticks(y_low, y_high, 4):
         parts.append(f'<path class="grid" d="M{number(left)} {number(to_y(tick))}H{number(width - right)}"/>')
         parts.append(_text(left - 7, to_y(tick) + 4, tick_label(tick), "end"))
     for index, value in enumerate(values):
         x = left + index * slot
         parts.append(
-            f'<rect x="{number(x + 0.14 * slot)}" y="{number(to_y(value))}" width="{number(0.72 * slot)}" '
-            f'height="{number(to_y(0.0) - to_y(value))}" fill="var(--s{colour})"><title>{index + 1}: '
+            f'<rect x="{number(x + 0.14 * slot)}" y="{number(to_y(max(value, 0.0)))}" width="{number(0.72 * slot)}" '
+            f'height="{number(abs(to_y(0.0) - to_y(value)))}" fill="var(--s{colour})"><title>{index + 1}: '
             f"{tick_label(value)}</title></rect>"
         )
         if lows is not None and highs is not None and highs[index] - lows[index] > 1e-9:

@@ -10,6 +10,9 @@ from pipelines.errors import ThroughlineError
 from pipelines.stage import Stage, StageOutput, StageResult, StageRun
 from training.config import ModelConfig, Strategy
 
+_NEAR_UNIFORM = 0.25
+"""Below this largest deviation, bars show the deviation instead of the weight."""
+
 WEIGHTS = "weights"
 SHARED_LAYERS = "shared_layers"
 """What fuse_dit has in place of weights: each block shares the keys and values of one decoder layer."""
@@ -87,7 +90,7 @@ def summarise(weights: Any, strategy: Strategy) -> dict[str, Any]:
 
 def draw(weights: Any, times: Sequence[float], strategy: Strategy, colour: int = 0) -> list[Any]:
     """Return the panels for the weights (D, T, L): layers on x; blocks, and times where they matter, on y."""
-    from evaluation.charts import bar_chart, heatmap
+    from evaluation.charts import heatmap
 
     num_blocks, _, num_layers = weights.shape
     names: dict[str, Any] = {"column_names": [str(layer) for layer in range(1, num_layers + 1)]}
@@ -103,20 +106,7 @@ def draw(weights: Any, times: Sequence[float], strategy: Strategy, colour: int =
     uniform = 1 / num_layers
     varies = summarise(weights, strategy)
     over = [word for word in ("block", "time") if varies[f"varies_with_{word}"]]
-    panels = [
-        bar_chart(
-            weights.mean((0, 1)).tolist(),
-            title=f"{strategy.value}: weight of each layer"
-            + (f", mean and range over {'s and '.join(over)}s" if over else ""),
-            x_label="layer",
-            y_label="weight",
-            colour=colour,
-            lows=weights.min((0, 1)).tolist(),
-            highs=weights.max((0, 1)).tolist(),
-            rule_at=uniform,
-            rule_label=f"- - uniform, 1/{num_layers}",
-        )
-    ]
+    panels = [_profile(weights, strategy, over, colour)]
     shown = [values for word, values in (("block", by_block), ("time", by_time)) if word in over]
     deviation = max((float(abs(values * num_layers - 1).max()) for values in shown), default=0.0)
     colours = {
@@ -146,6 +136,28 @@ def draw(weights: Any, times: Sequence[float], strategy: Strategy, colour: int =
             heatmap(by_time.tolist(), title=title, y_label="t", row_names=rows, cell_height=height, **colours, **names)
         )
     return panels
+
+
+def _profile(weights: Any, strategy: Strategy, over: Sequence[str], colour: int) -> Any:
+    """Draw the weight of each layer; where all stay near uniform, how far they are from it, which shows more."""
+    from evaluation.charts import bar_chart
+
+    num_layers = weights.shape[-1]
+    deviation = float(abs(weights * num_layers - 1).max())
+    near = 1e-6 < deviation < _NEAR_UNIFORM
+    values = 100 * (weights * num_layers - 1) if near else weights
+    ranges = f", mean and range over {'s and '.join(over)}s" if over else ""
+    return bar_chart(
+        values.mean((0, 1)).tolist(),
+        title=f"{strategy.value}: weight of each layer{' against uniform' if near else ''}{ranges}",
+        x_label="layer",
+        y_label="% of uniform" if near else "weight",
+        colour=colour,
+        lows=values.min((0, 1)).tolist(),
+        highs=values.max((0, 1)).tolist(),
+        rule_at=0.0 if near else 1 / num_layers,
+        rule_label=f"- - uniform, 1/{num_layers}",
+    )
 
 
 def _cell(num_rows: int) -> float:

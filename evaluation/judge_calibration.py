@@ -4,35 +4,45 @@ The captions are a model's work, so this measures agreement with the captioner a
 """
 
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+from evaluation.caption_tables import caption_tables, evenly
 from evaluation.config import JudgeCalibrationConfig
 from evaluation.judge_answers import OK, read_yes_no
+from evaluation.judges import ANSWER_FAILED
 from pipelines.digest import digest_json
 from pipelines.errors import ThroughlineError
 from pipelines.protocols import NO, YES, vqascore_question
-from pipelines.stage import Stage, StageOutput, StageResult, StageRun, Unit
+from pipelines.stage import Stage, StageResult, StageRun, Unit
 from recaption.engine import VisionAnswer, VisionRequest
 from recaption.ray_pool import engine_pool
 
+_MAX_TABLES = 64
 OWN = "own"
 OTHER = "other"
 
 
-def _captions(run: StageRun[JudgeCalibrationConfig]) -> dict[str, str]:
-    import pyarrow.parquet as pq
+@dataclass(frozen=True)
+class _Pair:
+    """A picture, its own caption, and another picture's."""
 
-    captions: dict[str, str] = {}
-    for path in _tables(run.inputs.get("captions", ()), "captions-"):
-        table = pq.read_table(path, columns=["sample_key", "caption"])
-        captions.update(zip(table["sample_key"].to_pylist(), table["caption"].to_pylist(), strict=True))
-    return {key: caption for key, caption in captions.items() if caption.strip()}
+    sample_key: str
+    image_bytes: bytes
+    own: str
+    other: str
 
-
-def _tables(outputs: Sequence[StageOutput], prefix: str) -> list[Path]:
-    return [path for output in outputs for path in output.files(".parquet") if path.name.startswith(prefix)]
+    def requests(self) -> list[VisionRequest]:
+        return [
+            VisionRequest(
+                image_bytes=self.image_bytes,
+                text=vqascore_question(statement),
+                max_tokens=1,
+                want_logprobs_of=(YES, NO),
+            )
+            for statement in (self.own, self.other)
+        ]
 
 
 def choose_pairs(captions: Mapping[str, str], wanted: int) -> list[tuple[str, str, str]]:
@@ -54,42 +64,34 @@ def choose_pairs(captions: Mapping[str, str], wanted: int) -> list[tuple[str, st
     return pairs
 
 
-def _pictures(run: StageRun[JudgeCalibrationConfig], keys: set[str]) -> dict[str, bytes]:
-    import pyarrow.parquet as pq
-
-    found: dict[str, bytes] = {}
-    for path in _tables(run.inputs.get("images", ()), "images-"):
-        for batch in pq.ParquetFile(path).iter_batches(batch_size=256, columns=["sample_key", "image"]):
-            for index, key in enumerate(batch.column("sample_key").to_pylist()):
-                if key in keys:
-                    found[key] = batch.column("image")[index].as_py()
-    return found
-
-
-def _requests(chunk: Sequence[tuple[str, str, str]], pictures: Mapping[str, bytes]) -> Iterator[VisionRequest]:
-    for key, *statements in chunk:
-        for statement in statements:
-            yield VisionRequest(
-                image_bytes=pictures[key],
-                text=vqascore_question(statement),
-                max_tokens=1,
-                want_logprobs_of=(YES, NO),
-            )
+def _pairs(run: StageRun[JudgeCalibrationConfig]) -> list[_Pair]:
+    """Choose pictures from tables spread evenly over all parts; no more than `_MAX_TABLES` are read."""
+    tables = caption_tables(run.inputs.get("images", ()), run.inputs.get("captions", ()))
+    tables = [tables[index] for index in evenly(len(tables), _MAX_TABLES)]
+    by_table = [{key: text for key, text in table.captions().items() if text.strip()} for table in tables]
+    captions = {key: text for texts in by_table for key, text in texts.items()}
+    if not captions:
+        raise ThroughlineError("judge_calibration: no captions among the inputs; run captions first")
+    chosen = choose_pairs(captions, run.config.num_images)
+    pictures: dict[str, tuple[str, bytes]] = {}
+    for table, texts in zip(tables, by_table, strict=True):
+        pictures |= table.pictures({key for key, _, _ in chosen if key in texts})
+    return [_Pair(key, pictures[key][1], own, other) for key, own, other in chosen]
 
 
-def _write_unit(unit: Unit, chunk: Sequence[tuple[str, str, str]], answers: Sequence[VisionAnswer]) -> None:
+def _write_unit(unit: Unit, pairs: Sequence[_Pair], answers: Sequence[VisionAnswer]) -> None:
     waiting, rows = iter(answers), []
-    for key, *statements in chunk:
-        for kind, statement in zip((OWN, OTHER), statements, strict=True):
+    for pair in pairs:
+        for kind, statement in ((OWN, pair.own), (OTHER, pair.other)):
             answer = next(waiting)
             found = read_yes_no(answer.text, answer.logprobs)
-            status = "answer_failed" if answer.error is not None else found.status
+            status = ANSWER_FAILED if answer.error is not None else found.status
             if status != OK:
-                unit.drop(f"{key}|{kind}", status, (answer.error or answer.text)[:200])
+                unit.drop(f"{pair.sample_key}|{kind}", status, (answer.error or answer.text)[:200])
                 continue
             rows.append(
                 {
-                    "sample_key": key,
+                    "sample_key": pair.sample_key,
                     "kind": kind,
                     "statement": statement,
                     "raw_answer": answer.text,
@@ -97,7 +99,7 @@ def _write_unit(unit: Unit, chunk: Sequence[tuple[str, str, str]], answers: Sequ
                     "verdict": found.verdict,
                 }
             )
-    unit.account(rows_in=2 * len(chunk), rows_out=len(rows))
+    unit.account(rows_in=2 * len(pairs), rows_out=len(rows))
     unit.notes["rows"] = rows
 
 
@@ -138,21 +140,15 @@ def produce(run: StageRun[JudgeCalibrationConfig]) -> StageResult:
     import pyarrow.parquet as pq
 
     config = run.config
-    pairs = choose_pairs(_captions(run), config.num_images)
-    if not pairs:
-        raise ThroughlineError("judge_calibration: no captions among the inputs; run captions first")
+    pairs = _pairs(run)
     size = config.images_per_unit
     chunks = {f"{start // size:05d}": pairs[start : start + size] for start in range(0, len(pairs), size)}
     todo = {name: chunk for name, chunk in chunks.items() if not run.is_finished(name)}
     if todo:
-        pictures = _pictures(run, {key for chunk in todo.values() for key, _, _ in chunk})
-        missing = sorted({key for chunk in todo.values() for key, _, _ in chunk} - set(pictures))
-        if missing:
-            raise ThroughlineError(f"judge_calibration: no picture for the caption of {missing[0]}; give all images")
         pool = engine_pool(config.judge, config.pool)
         print(f"{run.label}: asking {config.judge.model.id}", file=sys.stderr, flush=True)
         pool.start()
-        batches = ((name, list(_requests(chunk, pictures))) for name, chunk in todo.items())
+        batches = ((name, [ask for pair in chunk for ask in pair.requests()]) for name, chunk in todo.items())
         num_done = len(pairs) - sum(len(chunk) for chunk in todo.values())
         with run.progress(len(pairs), "images", initial=num_done) as progress:
             for name, answers in pool.answer(batches):

@@ -6,9 +6,9 @@ import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
+from evaluation.caption_tables import caption_tables, evenly
 from evaluation.config import Benchmark, parse_partition
 from pipelines.stage import StageOutput
 
@@ -64,13 +64,6 @@ def picture_uri(image_bytes: bytes, size_px: int) -> str:
     return "data:image/webp;base64," + base64.b64encode(stream.getvalue()).decode()
 
 
-def evenly(count: int, wanted: int) -> list[int]:
-    """Return at most `wanted` indices spread evenly over range(count)."""
-    if wanted >= count:
-        return list(range(count))
-    return [(2 * index + 1) * count // (2 * wanted) for index in range(wanted)]
-
-
 @dataclass(frozen=True)
 class CaptionedPicture:
     """A training picture with the text it came with and the one it got."""
@@ -86,39 +79,17 @@ def sample_captions(lineage: Lineage, wanted: int, size_px: int) -> list[Caption
 
     Reads no more tables than captions are wanted, however many there are.
     """
-    images = {item.data_version: item for item in lineage.get("images", ())}
-    tables = []
-    for output in lineage.get("captions", ()):
-        (made_from,) = output.manifest.inputs["images"]
-        for path in output.files(".parquet"):
-            name = f"images-{path.name.removeprefix('captions-')}"
-            if path.name.startswith("captions-"):
-                tables.append((path, images[made_from.data_version].path(name)))
+    tables = caption_tables(lineage.get("images", ()), lineage.get("captions", ()))
     chosen = [tables[index] for index in evenly(len(tables), wanted)]
-    pictures: list[CaptionedPicture] = []
-    for place, (captions_path, images_path) in enumerate(chosen):
+    shown: list[CaptionedPicture] = []
+    for place, table in enumerate(chosen):
         share = wanted * (place + 1) // len(chosen) - wanted * place // len(chosen)
-        pictures += _captions_of_table(captions_path, images_path, share, size_px)
-    return pictures
-
-
-def _captions_of_table(captions_path: Path, images_path: Path, wanted: int, size_px: int) -> list[CaptionedPicture]:
-    import pyarrow.parquet as pq
-
-    table = pq.read_table(captions_path, columns=["sample_key", "caption"])
-    captions = dict(zip(table["sample_key"].to_pylist(), table["caption"].to_pylist(), strict=True))
-    keys = sorted(captions)
-    chosen = {keys[index] for index in evenly(len(keys), wanted)}
-    pictures: dict[str, CaptionedPicture] = {}
-    columns = ["sample_key", "alt_text", "image"]
-    for batch in pq.ParquetFile(images_path).iter_batches(batch_size=256, columns=columns):
-        # Most rows are passed over, so their pictures are never turned into Python objects.
-        for index, key in enumerate(batch.column("sample_key").to_pylist()):
-            if key in chosen and key not in pictures:
-                alt_text = batch.column("alt_text")[index].as_py() or ""
-                uri = picture_uri(batch.column("image")[index].as_py(), size_px)
-                pictures[key] = CaptionedPicture(key, alt_text, captions[key], uri)
-    return [pictures[key] for key in sorted(pictures)]
+        captions = table.captions()
+        keys = sorted(captions)
+        pictures = table.pictures({keys[index] for index in evenly(len(keys), share)})
+        for key, (alt_text, image_bytes) in sorted(pictures.items()):
+            shown.append(CaptionedPicture(key, alt_text, captions[key], picture_uri(image_bytes, size_px)))
+    return shown
 
 
 @dataclass(frozen=True)
