@@ -5,6 +5,7 @@ python -m demo.check_models [--scenes 400]
 
 import argparse
 import io
+import re
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -140,14 +141,18 @@ def measure_vlm(folder: Path, num_scenes: int) -> list[Measured]:
     severities = rng.random(num_scenes)
     worn = [degrade(render(scene), float(s), rng) for scene, s in zip(scenes, severities, strict=True)]
     rated = asker.answers(worn, [unified_reward_prompt(caption(scene)) for scene in scenes], 32)
-    styles = [float(text.rsplit(": ", 1)[-1]) for text in rated]
+    found = [re.search(r"Style Score \(1-5\): ([1-5]\.\d\d)$", text) for text in rated]
+    styles = [float(match[1]) if match else 3.0 for match in found]
     return [
         Measured("captions exactly right", exact, CAPTION_BAR),
         Measured(
             "Yes/No accuracy", float(np.mean(right)), YES_NO_BAR,
             "  ".join(f"{skill} {value:.3f}" for skill, value in by_skill.items()),
         ),
-        Measured("style score against degradation (-Spearman)", -float(spearmanr(styles, severities)[0]), STYLE_BAR),
+        Measured(
+            "style score against degradation (-Spearman)", -float(spearmanr(styles, severities)[0]), STYLE_BAR,
+            f"{sum(match is None for match in found)} unreadable, counted as 3",
+        ),
     ]  # fmt: skip
 
 

@@ -290,7 +290,7 @@ class Trainer:
         else:
             at, length, low = self.step - config.tower_steps, config.steps, 0.0
         warm = min(1.0, (at + 1) / config.warmup_steps)
-        return warm * (low + (1 - low) * 0.5 * (1 + np.cos(np.pi * at / length)))
+        return float(warm * (low + (1 - low) * 0.5 * (1 + np.cos(np.pi * at / length))))
 
     def train_step(self, batch: dict[str, Any]) -> dict[str, float]:
         """One update; returns what to log."""
