@@ -1,7 +1,7 @@
 """Charts: well-formed SVG whatever the numbers, with axes that a reader can trust."""
 
 import math
-from xml.etree import ElementTree
+from xml.etree import ElementTree as ET
 
 import numpy as np
 import pytest
@@ -26,10 +26,10 @@ from training.config import Strategy
 finite = st.floats(-1e6, 1e6, allow_nan=False).map(lambda value: round(value, 6))
 
 
-def parse(panel: Panel) -> ElementTree.Element:
+def parse(panel: Panel) -> ET.Element:
     svg = standalone_svg([panel], 'a "quoted" <description>')
     assert "nan" not in svg and "inf" not in svg.replace("info", "")
-    return ElementTree.fromstring(svg)
+    return ET.fromstring(svg)
 
 
 @given(finite, finite)
