@@ -5,6 +5,8 @@ K rows of prepared text. The backbone is that of arXiv 2602.03510: a block is x 
 x += MLP(norm x), with no timestep conditioning unless the configuration adds it.
 """
 
+from typing import cast
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -95,6 +97,11 @@ class Block(nn.Module):
         if self.cross_attention is not None:
             x = x + self.cross_attention(x, text, mask)
         return x + self.mlp(self.mlp_norm(x) * (1 + scale_mlp) + shift_mlp) * (1 + gate_mlp)
+
+    def text_keys_values(self, conditioning: Tensor) -> KeysValues:
+        """Keys and values of the cross-attention from conditioning (B, S, C)."""
+        assert self.cross_attention is not None, "fuse_dit's blocks have none"
+        return self.cross_attention.keys_values(conditioning)
 
     def _attend(self, x: Tensor, rotary: tuple[Tensor, Tensor], text: KeysValues, mask: Tensor | None) -> Tensor:
         if self.cross_attention is None:
@@ -205,10 +212,9 @@ class DiT(Backbone):
 
     def text_keys_values(self, prepared: Tensor, t: Tensor) -> list[KeysValues]:
         conditioning = self.text_projection(self.text_norm(self.fusion.fuse(prepared, t)))
-        shared = conditioning.shape[0] == 1
+        variants = list(conditioning) * (1 if conditioning.shape[0] > 1 else self.config.num_blocks)
         return [
-            block.cross_attention.keys_values(conditioning[0 if shared else index])
-            for index, block in enumerate(self.blocks)
+            cast(Block, block).text_keys_values(variant) for block, variant in zip(self.blocks, variants, strict=True)
         ]
 
     def rotary(self, height: int, width: int, lengths: Tensor) -> tuple[Tensor, Tensor]:

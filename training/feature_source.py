@@ -7,6 +7,7 @@ the model's `prepare_text` makes them.
 import tarfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -238,8 +239,15 @@ class Batch:
     text_mask: Tensor | None
 
     def to(self, device: torch.device) -> "Batch":
-        moved = {name: None if value is None else value.to(device) for name, value in vars(self).items()}
-        return Batch(**moved)
+        return Batch(
+            sample_indices=self.sample_indices.to(device),
+            latents=self.latents.to(device),
+            noise=self.noise.to(device),
+            t=self.t.to(device),
+            prepared=self.prepared.to(device),
+            lengths=self.lengths.to(device),
+            text_mask=None if self.text_mask is None else self.text_mask.to(device),
+        )
 
 
 class FeatureSource:
@@ -306,7 +314,7 @@ class TextSource:
 
     def unconditional(self) -> Tensor:
         """Return the hidden states (L, S, C) of the empty prompt in its template."""
-        return next(self._encode([""]))
+        return unconditional_hidden_states(self._config.text_encoder, self._config.template_version)
 
     def _encode(self, texts: Sequence[str]) -> Iterator[Tensor]:
         if self._encoder is None:
@@ -336,6 +344,12 @@ def load_text_encoder(model: ModelRef, template_version: str, device: str = "cpu
     from features.text_encoder import TextEncoder
 
     return TextEncoder.load(model, template_version=template_version, device=device)
+
+
+@lru_cache(maxsize=4)
+def unconditional_hidden_states(model: ModelRef, template_version: str) -> Tensor:
+    """Return the hidden states (L, S, C) of the empty prompt, encoded once for all strategies of a process."""
+    return load_text_encoder(model, template_version).encode([""])[0].hidden_states.clone()
 
 
 def check_inputs(dataset: StageOutput, inputs: Inputs) -> None:

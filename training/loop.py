@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -74,7 +74,8 @@ def ema_decay_at(decay: float, step: int) -> float:
 
 def build_optimizer(model: nn.Module, training: TrainingConfig) -> torch.optim.AdamW:
     """AdamW with weight decay on matrices alone: not on norms, biases, gates' biases or fusion logits."""
-    matrices, others = [], []
+    matrices: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         is_matrix = parameter.dim() >= 2 and not name.endswith(("logits", "values", "bias_in", "bias_out"))
         (matrices if is_matrix else others).append(parameter)
@@ -215,9 +216,8 @@ class Run:
     @torch.no_grad()
     def update_ema(self, step: int) -> None:
         """Move the average towards the weights, in fp32."""
-        if self.ema:
-            weights = [parameter.detach() for parameter in self.backbone.parameters()]
-            torch._foreach_lerp_(list(self.ema.values()), weights, 1 - ema_decay_at(self.training.ema_decay, step))
+        for average, parameter in zip(self.ema.values(), self.backbone.parameters(), strict=bool(self.ema)):
+            average.lerp_(parameter, 1 - ema_decay_at(self.training.ema_decay, step))
 
     def save(self) -> None:
         """Write a snapshot; metrics first, since rows beyond a snapshot are cut when it is taken up."""
@@ -286,7 +286,7 @@ def train(
     with progress(training.steps, "steps", first_step) as line:
         for step in range(first_step, training.steps):
             loss, grad_norm = train_step(run, step)
-            row = {
+            row: dict[str, float | None] = {
                 "step": step,
                 "loss": loss,
                 "grad_norm": grad_norm,
@@ -320,31 +320,34 @@ def train_step(run: Run, step: int) -> tuple[float, float]:
     share = training.batch_size // accelerator.num_processes
     micro = share // training.accumulation_steps
     first = accelerator.process_index * share
-    losses, consumed, grad_norm = [], [], torch.zeros(())
+    losses: list[Tensor] = []
+    consumed: list[Tensor] = []
+    grad_norm = math.nan
     for start in range(first, first + share, micro):
         batch = read_batch(run.source, training, step, range(start, start + micro), indices).to(run.device)
         with accelerator.accumulate(run.model):
             local = batch_losses(run.model, batch)
             accelerator.backward(local.mean())
             if accelerator.sync_gradients:
-                grad_norm = accelerator.clip_grad_norm_(run.model.parameters(), training.gradient_clip)
+                norm = accelerator.clip_grad_norm_(run.model.parameters(), training.gradient_clip)
+                grad_norm = float(cast(Tensor, norm))
             run.optimizer.step()
             run.optimizer.zero_grad()
         losses.append(local.detach())
         consumed.append(batch.sample_indices)
     all_losses, all_consumed = torch.cat(losses), torch.cat(consumed)
     if accelerator.num_processes > 1:
-        all_losses, all_consumed = gather(all_losses), gather(all_consumed)
+        all_losses, all_consumed = cast(Tensor, gather(all_losses)), cast(Tensor, gather(all_consumed))
     _check_finite(run, step, all_losses, all_consumed, grad_norm)
     run.ledger.record(step, all_consumed.cpu().numpy())
     run.update_ema(step)
     run.num_steps_done = step + 1
-    return float(all_losses.mean()), float(grad_norm)
+    return float(all_losses.mean()), grad_norm
 
 
-def _check_finite(run: Run, step: int, losses: Tensor, indices: Tensor, grad_norm: Tensor) -> None:
+def _check_finite(run: Run, step: int, losses: Tensor, indices: Tensor, grad_norm: float) -> None:
     bad = ~losses.isfinite()
-    if not bad.any() and bool(torch.as_tensor(grad_norm).isfinite()):
+    if not bad.any() and math.isfinite(grad_norm):
         return
     split = run.source.splits[TRAIN]
     keys = [split.key(int(index)) for index in (indices[bad] if bad.any() else indices).tolist()]

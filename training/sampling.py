@@ -9,7 +9,7 @@ Shapes: B images, P distinct prompts, S text tokens, D blocks, G key and value h
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import numpy as np
 import torch
@@ -98,9 +98,10 @@ def sample_latents(
     padded = bool((lengths < longest).any())
     mask = torch.arange(longest, device=noise.device) < lengths[:, None] if padded else None
     scheduler = build_scheduler(settings.num_steps, settings.time_shift)
+    timesteps = cast(Tensor, scheduler.timesteps)
     joined: list[KeysValues] | None = None
     x_t = noise
-    for index, timestep in enumerate(scheduler.timesteps):
+    for index, timestep in enumerate(timesteps):
         t = flow_time(timestep).to(noise.device)
         if joined is None or model.text_depends_on_time:
             gate_t = shift_gate_time(t) if settings.gate_shift else t

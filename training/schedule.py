@@ -4,12 +4,12 @@ Everywhere else t = 0 is noise and t = 1 is data. The scheduler integrates d x /
 velocity with its sign changed.
 """
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from diffusers import FlowMatchEulerDiscreteScheduler
+    from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
 
 NUM_TRAIN_TIMESTEPS = 1000
 
@@ -35,4 +35,5 @@ def flow_time(timestep: Tensor) -> Tensor:
 
 def euler_step(scheduler: "FlowMatchEulerDiscreteScheduler", x_t: Tensor, velocity: Tensor, timestep: Tensor) -> Tensor:
     """Return x at the next, less noisy time of the scheduler."""
-    return scheduler.step(-velocity, timestep, x_t, return_dict=False)[0]
+    step: Any = scheduler.step  # its annotations ask for FloatTensor, which no tensor is to a type checker
+    return step(-velocity, timestep, x_t, return_dict=False)[0]
