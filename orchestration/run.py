@@ -1,5 +1,6 @@
 """`throughline run`: carries out the plan through Dagster, in this process, so that its history shows every run."""
 
+import csv
 import json
 import time
 from collections.abc import Mapping, Sequence
@@ -18,6 +19,8 @@ from pipelines.stage import StageOutput
 if TYPE_CHECKING:
     from dagster import DagsterInstance, ExecuteInProcessResult
 
+_TABLE_1 = {"geneval": "GenEval", "genai": "GenAI-Bench", "unified_style": "UnifiedReward style"}
+"""Columns of table 1 that the paper prints too, and how they are headed."""
 _INTERRUPTIONS = ("DagsterExecutionInterruptedError", "KeyboardInterrupt")
 _QUIET = {"loggers": {"console": {"config": {"log_level": "CRITICAL"}}}}
 
@@ -129,14 +132,23 @@ def _failure(result: "ExecuteInProcessResult") -> str:
 
 
 def print_results(console: Console, results: StageOutput, report: StageOutput | None) -> None:
-    """Write table 1 as the run measured it, and where the report lies."""
-    path = results.path("table1.csv")
-    rows = [line.split(",") for line in path.read_text().splitlines() if line]
+    """Write table 1 as this run measured it, with its intervals, and where the report lies."""
+    with results.path("table1.csv").open(newline="") as stream:
+        records = list(csv.DictReader(stream))
+    rows = [("arm", *_TABLE_1.values())]
+    rows += [(record["arm"], *(_with_interval(record, name) for name in _TABLE_1)) for record in records]
     console.line()
     console.line(table(rows, indent="  "))
     if report is not None:
         console.line()
         console.line(f"Report: {report.path('report.html')}")
+
+
+def _with_interval(record: Mapping[str, str], name: str) -> str:
+    if not record.get(name):
+        return "-"
+    value, low, high = (float(record[key]) for key in (name, f"{name}_low", f"{name}_high"))
+    return f"{value:.2f} ({low:.2f} to {high:.2f})"
 
 
 def summarise(tallies: Mapping[str, Tally], seconds: float) -> str:

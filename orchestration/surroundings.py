@@ -1,11 +1,15 @@
 """What the demo profile needs around its stages: its world, its text encoder, and its web while images are fetched."""
 
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from orchestration.execution import Surroundings
+from orchestration.launch import PROJECT_ROOT
 from orchestration.profiles import Profile
+from pipelines.errors import ThroughlineError
 
 _FETCHES = "images"
 
@@ -26,11 +30,21 @@ def prepare_demo(profile: Profile, say: Callable[[str], None]) -> None:
     if not folder.is_dir():
         say(f"drawing the demo world in {folder}")
     world.ensure_world(folder, num_images=profile.world.num_images, seed=profile.world.seed, port=profile.world.port)
-    encoder = profile.text_encoder.path
-    if encoder is not None:
-        if not Path(encoder).is_dir():
+    if profile.text_encoder.path is not None:
+        encoder = Path(profile.text_encoder.path)
+        if not encoder.is_dir():
             say(f"unpacking the demo's text encoder into {encoder}")
-        text_encoder.prepare(Path(encoder))
+            _unpack_text_encoder(encoder)
+        text_encoder.prepare(encoder)
+
+
+def _unpack_text_encoder(folder: Path) -> None:
+    """Unpack in a process of its own: it takes torch and a gigabyte, which this one is spared."""
+    command = [sys.executable, "-m", "demo.text_encoder", "--out", str(folder)]
+    done = subprocess.run(command, cwd=PROJECT_ROOT, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        said = [line for line in done.stderr.splitlines() if line.strip()]
+        raise ThroughlineError((said[-1] if said else f"status {done.returncode}").rpartition("Error: ")[2])
 
 
 @contextmanager
