@@ -23,7 +23,11 @@ _log = logging.getLogger(__name__)
 
 
 def _start_worker(parent: int) -> None:
-    """End this worker when its parent is gone: a killed parent closes no pipe that a worker would notice."""
+    """End this worker when its parent is gone: a killed parent closes no pipe that a worker would notice.
+
+    An interrupt from the terminal reaches workers too; their parent is the one to act on it.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
     def watch() -> None:
         while os.getppid() == parent:

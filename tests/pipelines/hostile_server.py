@@ -198,7 +198,11 @@ class HostileServer:
         self.concurrent += 1
         self.most_concurrent = max(self.most_concurrent, self.concurrent)
         try:
-            head = await reader.readuntil(b"\r\n\r\n")
+            first = await reader.readexactly(1)
+            if first == b"\x16":  # a TLS greeting, which this server doesn't understand
+                writer.write(FIXED["/400"])
+                return
+            head = first + await reader.readuntil(b"\r\n\r\n")
             await self._answer(head.split(b" ", 2)[1].decode(), writer)
             await writer.drain()
         except (ConnectionError, asyncio.IncompleteReadError, asyncio.CancelledError):

@@ -216,6 +216,22 @@ def test_a_second_dns_answer_cannot_slip_in(server: HostileServer) -> None:
     assert server.requests["/jpeg"] == before
 
 
+class NoResolver(FixedResolver):
+    async def resolve(
+        self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_INET
+    ) -> list[ResolveResult]:
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+
+def test_names_that_do_not_resolve_and_servers_that_do_not_speak_tls(server: HostileServer) -> None:
+    unknown, plain = fetch_all(
+        config_for(server), ["http://nowhere.example/x.jpg", f"https://{server.host}/jpeg"], NoResolver([])
+    )
+    assert (unknown.status, unknown.detail) == (FetchStatus.DNS_ERROR, "nowhere.example:80: name not resolved")
+    assert plain.status == FetchStatus.TLS_ERROR
+    assert server.host in plain.detail
+
+
 def test_an_allowed_host_is_allowed_on_its_port_alone(server: HostileServer) -> None:
     (outcome,) = fetch_all(config_for(server, allowed_private_hosts=("127.0.0.1:1",)), [server.url("/jpeg")])
     assert outcome.status == FetchStatus.BLOCKED_ADDRESS
