@@ -11,7 +11,7 @@ import numpy as np
 
 from demo.scenes import Scene, list_phrase
 
-_SHOPS = ("Etsy", "Redbubble", "Wayfair", "eBay", "Zazzle", "AliExpress", "Spreadshirt", "CafePress")
+_SHOPS = ("Craftnest", "Redbarrel", "Homeway", "Bidbarn", "Zestle", "MugMart", "Shirtspread", "Galleria24")
 _SITES = (
     "cdn.shop-bright.example",
     "i.pinimages.example",
