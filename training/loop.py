@@ -8,6 +8,7 @@ change rounding at most.
 import json
 import logging
 import math
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -200,11 +201,8 @@ class Run:
     def _take_up_metrics(self, num_steps_done: int) -> None:
         lines = self._metrics_path.read_text().splitlines() if self._metrics_path.exists() else []
         self.metrics = []
-        for line in lines:
-            row = json.loads(line)
-            if row["step"] >= num_steps_done:
-                break
-            self.metrics.append(row)
+        for line in lines[:num_steps_done]:  # a kill may have cut the last line, which is then one of those beyond
+            self.metrics.append(json.loads(line))
         if len(self.metrics) != num_steps_done:
             raise ThroughlineError(
                 f"{self._metrics_path}: {len(self.metrics)} rows for {num_steps_done} finished steps; "
@@ -225,6 +223,8 @@ class Run:
             return
         with self._metrics_path.open("ab") as stream:
             stream.write(metrics_lines(self.metrics[self._num_metrics_written :]))
+            stream.flush()
+            os.fsync(stream.fileno())
         self._num_metrics_written = len(self.metrics)
         state = self.optimizer.optimizer.state
         tensors = {f"ledger.{name}": tensor for name, tensor in self.ledger.tensors().items()}

@@ -184,3 +184,27 @@ def test_inputs_that_are_not_the_datasets_are_refused(tiny_data: TinyData, tmp_p
     inputs = dict(tiny_data.inputs) | {"latents": tiny_data.inputs["latents"][:1]}
     with pytest.raises(ThroughlineError, match="latents: the outputs given are not those of dataset"):
         STAGE.run(tiny_data.config(Strategy.STATIC), inputs, tmp_path, "static")
+
+
+def test_a_run_stopped_anywhere_goes_on_to_the_same_result(
+    outputs: dict[Strategy, StageOutput], tiny_data: TinyData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from training import loop
+
+    original = loop.train_step
+
+    def stopped(run: loop.Run, step: int) -> tuple[float, float]:
+        if step == 5:
+            raise KeyboardInterrupt
+        return original(run, step)
+
+    monkeypatch.setattr(loop, "train_step", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        run(tiny_data, tmp_path, Strategy.JOINT)
+    monkeypatch.undo()
+    (rows,) = tmp_path.glob("checkpoint/work/*/scratch/metrics.jsonl")
+    with rows.open("ab") as stream:
+        stream.write(b'{"step": 4, "lo')  # a kill in the middle of writing the next rows
+    resumed = run(tiny_data, tmp_path, Strategy.JOINT)
+    assert resumed.manifest.measurements["resumed_at_step"] == 4
+    assert resumed.data_version == outputs[Strategy.JOINT].data_version
