@@ -39,7 +39,8 @@ class Autoencoder:
             raise ThroughlineError(
                 f"autoencoder {model.id}: cannot be loaded from {model.source} ({str(error).splitlines()[0]})"
             ) from error
-        return cls(loaded.to(device).eval().requires_grad_(False))
+        # Channels last: 0.057 against 0.080 CPU seconds to encode an image of 256 px with the demo's autoencoder.
+        return cls(loaded.to(device, memory_format=torch.channels_last).eval().requires_grad_(False))
 
     @torch.inference_mode()
     def encode(self, images: np.ndarray) -> tuple[Tensor, Tensor]:
