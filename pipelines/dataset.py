@@ -69,7 +69,7 @@ def _write_samples(
         for part, shards in parts.items():
             for path in shards.files(".tar"):
                 keys = _checked_keys(path, shards)
-                known = {name: _feature_keys(outputs[part], name, path) for name, outputs in features.items()}
+                known = {name: _feature_keys(outputs[part], name, path, keys) for name, outputs in features.items()}
                 rows_in += len(keys)
                 for index, key in enumerate(keys):
                     lacking = next((name for name, present in known.items() if key not in present), None)
@@ -109,11 +109,11 @@ def _checked_keys(path: Path, shards: StageOutput) -> tuple[str, ...]:
     return keys
 
 
-def _feature_keys(output: StageOutput, name: str, shard: Path) -> set[str]:
+def _feature_keys(output: StageOutput, name: str, shard: Path, keys_of_shard: Sequence[str]) -> set[str]:
     """Return the keys that have this feature; raises ThroughlineError for keys that the shard doesn't have."""
     path = output.path(f"{name}-{shard.stem.removeprefix('shard-')}.safetensors")
     keys = set(feature_keys(path))
-    strangers = keys.difference(shard_keys(shard))
+    strangers = keys.difference(keys_of_shard)
     if strangers:
         raise ThroughlineError(
             f"{path}: {len(strangers)} sample keys that {shard.name} does not have, such as {min(strangers)}; "

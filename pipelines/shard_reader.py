@@ -27,7 +27,7 @@ class Sample:
 class Shard(Sequence[Sample]):
     """An open shard: `shard[i]` reads one sample, `shard.keys` are all sample keys in order. Closes as a context.
 
-    Opening reads the headers (about 5 us a sample) and raises ThroughlineError, naming the shard, where a sample is not
+    Opening reads the headers and raises ThroughlineError, naming the shard, where a sample is not
     the three members it should be, keys are out of order, or the archive is cut short. Reading a sample raises
     ThroughlineError where its parts contradict each other. One `Shard` belongs to one thread or process.
     """

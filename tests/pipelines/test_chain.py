@@ -16,6 +16,7 @@ from pipelines.errors import ThroughlineError
 from pipelines.image_rows import image_units
 from pipelines.manifest import DROPPED_NAME
 from pipelines.sample_key import sample_key
+from pipelines.shard_format import read_members
 from pipelines.shard_reader import Shard, read_shard
 from pipelines.stage import StageOutput
 from pipelines.stage_configs import DatasetConfig, ShardsConfig
@@ -137,6 +138,14 @@ def test_members_carry_nothing_of_the_machine(world: dict[str, list[StageOutput]
         for member in tar:
             assert (member.mtime, member.uid, member.gid, member.uname, member.gname) == (0, 0, 0, "", "")
             assert member.mode == 0o644
+
+
+def test_tarfile_and_the_reader_agree_on_every_member(world: dict[str, list[StageOutput]]) -> None:
+    path = world["shards"][0].files(".tar")[0]
+    with tarfile.open(path, "r:") as tar, path.open("rb") as stream:
+        expected = [(member.name, member.offset_data, member.size) for member in tar]
+        found = list(read_members(stream, path.name, path.stat().st_size))
+    assert [(member.name, member.offset, member.num_bytes) for member in found] == expected
 
 
 def test_a_second_root_gives_the_same_data_versions(
@@ -278,7 +287,7 @@ def test_reader_gives_samples_by_place_and_names_what_is_wrong(
 
     assert "cut off inside" in problem(data[:5000])
     assert "without an end mark" in problem(data[: data.rindex(b"}") // 512 * 512 + 512])
-    assert "no tar header at byte 0" in problem(b"x" + data[1:])
+    assert "no plain file's header at byte 0" in problem(b"x" + data[1:])
     caption = data.index(b"A caption")
     assert "its JSON is about" in problem(data[:caption] + b"B" + data[caption + 1 :])
     with pytest.raises(ThroughlineError, match="no such shard"):
