@@ -94,7 +94,7 @@ def bootstrap_intervals(
 ) -> list[Interval | None]:
     """Return an interval per arm; None where an arm has no scored image in some stratum."""
     point = estimates(scores)[0]
-    resampled = estimates(scores, draw_weights(scores.strata, num_resamples, seed))
+    resampled = _resample(scores, num_resamples, seed)
     used = np.count_nonzero(scores.counts, axis=0)
     return [_interval(point[arm], resampled[:, arm], int(used[arm]), confidence) for arm in range(scores.sums.shape[1])]
 
@@ -106,16 +106,27 @@ def paired_differences(
 
     Each difference is taken over the prompts of which both arms have scored images, in the same resamples.
     """
+    num_arms = scores.sums.shape[1]
+    whole: FloatArray | None = None
     result = []
-    for arm in range(scores.sums.shape[1]):
+    for arm in range(num_arms):
         both = (scores.counts[:, arm] > 0) & (scores.counts[:, baseline] > 0)
-        pair = scores.select(both)
-        pair = PromptScores(pair.sums[:, [arm, baseline]], pair.counts[:, [arm, baseline]], pair.strata)
-        point = estimates(pair)[0]
-        resampled = estimates(pair, draw_weights(pair.strata, num_resamples, seed))
+        if both.all():
+            # The usual case; the draws depend on the prompts alone, so all such arms share them.
+            whole = _resample(scores, num_resamples, seed) if whole is None else whole
+            pair, resampled = scores, whole[:, [arm, baseline]]
+            point = estimates(scores)[0, [arm, baseline]]
+        else:
+            pair = scores.select(both)
+            pair = PromptScores(pair.sums[:, [arm, baseline]], pair.counts[:, [arm, baseline]], pair.strata)
+            point, resampled = estimates(pair)[0], _resample(pair, num_resamples, seed)
         difference = resampled[:, 0] - resampled[:, 1]
         result.append(_interval(point[0] - point[1], difference, pair.num_prompts, confidence))
     return result
+
+
+def _resample(scores: PromptScores, num_resamples: int, seed: Sequence[int]) -> FloatArray:
+    return estimates(scores, draw_weights(scores.strata, num_resamples, seed))
 
 
 def _interval(value: float, resampled: FloatArray, num_prompts: int, confidence: float) -> Interval | None:
