@@ -31,7 +31,7 @@ from pipelines.protocols import NO, YES, caption_prompt, unified_reward_answer, 
 
 _NOUNS, _COLOURS, _BACKGROUNDS = sorted(NOUNS), sorted(COLOURS), sorted(BACKGROUNDS)
 _RARE_SKILLS_FIRST = ("differentiation", "comparison", "universal", "spatial relation", "counting")
-RATING_EVERY = 6
+RATING_EVERY = 10
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,11 +42,13 @@ class TrainConfig:
     tower_steps: int = 240
     tower_batch: int = 96
     steps: int = 1900
-    batch: int = 48
-    questions_per_scene: int = 4
+    batch: int = 40
+    questions_per_scene: int = 6
     muon_rate: float = 0.02
     adam_rate: float = 2e-3
     warmup_steps: int = 40
+    answer_weight: float = 3.0
+    """Weight of a Yes or No beside a caption's words: one token has to carry a whole judgement."""
     cell_weight: float = 0.3
     """Weight of the cells' noun and colour beside the words' loss."""
 
@@ -109,12 +111,12 @@ def cell_labels(scene: Scene) -> np.ndarray:
 def question_turns(scene: Scene, count: int, rng: np.random.Generator) -> list[Turn]:
     """Return `count` judge turns, skills that few scenes can hold first, true and false alike."""
     turns: list[Turn] = []
-    if rng.random() < 0.6:
+    if rng.random() < 0.4:
         true = rng.random() < 0.5
         turns.append(
             Turn(vqascore_question(caption(scene) if true else changed_caption(scene, rng)[1]), YES if true else NO)
         )
-    skills = [skill for skill in _RARE_SKILLS_FIRST if rng.random() < 0.8] + list(rng.permutation(SKILLS))
+    skills = [skill for skill in _RARE_SKILLS_FIRST if rng.random() < 0.45] + list(rng.permutation(SKILLS))
     for skill in skills:
         if len(turns) == count:
             break
@@ -310,14 +312,14 @@ class Trainer:
             loss = cell_loss if "ids" not in batch else self.config.cell_weight * cell_loss
         if "ids" in batch:
             logits, labels = self._logits(batch, seen)
-            loss = loss + F.cross_entropy(logits, labels)
-            log["rating_loss" if batch["rating"] else "words"] = loss.item()
+            yes, no = self.tokenizer.convert_tokens_to_ids([YES, NO])
+            is_answer = (labels == yes) | (labels == no)
+            weights = 1 + (self.config.answer_weight - 1) * is_answer
+            loss = loss + (F.cross_entropy(logits, labels, reduction="none") * weights).sum() / weights.sum()
             right = logits.argmax(-1) == labels
-            log["tokens"] = right.float().mean().item()
+            log["rating" if batch["rating"] else "words"] = right[~is_answer].float().mean().item()
             if not batch["rating"]:
-                yes_no = self.tokenizer.convert_tokens_to_ids([YES, NO])
-                answers = (labels == yes_no[0]) | (labels == yes_no[1])
-                log["yes_no"] = right[answers].float().mean().item()
+                log["yes_no"] = right[is_answer].float().mean().item()
         loss.backward()
         nn.utils.clip_grad_norm_([p for g in self.adam.param_groups for p in g["params"]], 1.0)
         self.muon.step()
