@@ -82,29 +82,29 @@ def _write_samples(
                     else:
                         rows[key] = (part, path.name, index)
             progress.advance(samples=len(rows))
-        keys = sorted(rows)
-        splits = [split_of(key, run.config) for key in keys]
+        sample_keys = sorted(rows)
+        splits = [split_of(key, run.config) for key in sample_keys]
         table = pa.table(
             {
-                "sample_key": pa.array(keys, pa.string()),
-                "part": pa.array([rows[key][0] for key in keys], pa.string()),
-                "shard": pa.array([rows[key][1] for key in keys], pa.string()),
-                "index_in_shard": pa.array([rows[key][2] for key in keys], pa.int32()),
+                "sample_key": pa.array(sample_keys, pa.string()),
+                "part": pa.array([rows[key][0] for key in sample_keys], pa.string()),
+                "shard": pa.array([rows[key][1] for key in sample_keys], pa.string()),
+                "index_in_shard": pa.array([rows[key][2] for key in sample_keys], pa.int32()),
                 "split": pa.array(splits, pa.string()),
             }
         )
-        with unit.open(SAMPLES_FILE, num_rows=len(keys)) as stream:
+        with unit.open(SAMPLES_FILE, num_rows=len(sample_keys)) as stream:
             pq.write_table(table, stream, compression="zstd", row_group_size=_ROW_GROUP_ROWS)
-        unit.account(rows_in=rows_in, rows_out=len(keys))
+        unit.account(rows_in=rows_in, rows_out=len(sample_keys))
         unit.notes["splits"] = {f"num_{split}": splits.count(split) for split in (TRAIN, VALIDATION)}
 
 
 def _checked_keys(path: Path, shards: StageOutput) -> tuple[str, ...]:
     keys = shard_keys(path)
     stated = shards.manifest.file(path.name).num_rows
-    if len(keys) != stated:
+    if len(sample_keys) != stated:
         raise ThroughlineError(
-            f"{path}: {len(keys)} samples, manifest says {stated}; re-run shards for part {shards.manifest.partition}"
+            f"{path}: {len(sample_keys)} samples, manifest says {stated}; re-run shards for part {shards.manifest.partition}"
         )
     return keys
 

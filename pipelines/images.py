@@ -129,7 +129,8 @@ def read_shards(path: Path, rows_per_shard: int) -> Iterator[tuple[str, list[Row
     import pyarrow.parquet as pq
 
     names = ["sample_key", "url", "alt_text"]
-    number, pending = 0, []
+    number = 0
+    pending: list[Row] = []
     with pq.ParquetFile(path) as rows:
         for batch in rows.iter_batches(max(rows_per_shard, 8192), columns=names):
             pending.extend(Row(**row) for row in pa.Table.from_batches([batch]).to_pylist())

@@ -36,9 +36,9 @@ def produce(run: StageRun[LaionSubsetConfig]) -> StageResult:
         _check_columns(run.config, part, path)
         with run.unit("rows") as unit:
             _write_subset(run, unit, part, path)
-    (unit,) = run.finished_units()
-    rows_in, rows_out = unit.rows or (0, 0)
-    return StageResult(summary={"num_rows": rows_in, "num_kept": rows_out, "dropped": unit.dropped})
+    (finished,) = run.finished_units()
+    rows_in, rows_out = finished.rows or (0, 0)
+    return StageResult(summary={"num_rows": rows_in, "num_kept": rows_out, "dropped": finished.dropped})
 
 
 def _locate(config: LaionSubsetConfig, index: StageOutput, part: Part) -> Path:
