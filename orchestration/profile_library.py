@@ -99,8 +99,9 @@ def demo(home: Path) -> Profile:
             fetch=FetchConfig(
                 allowed_private_hosts=(f"127.0.0.1:{world.port}",),
                 connect_seconds=2.0,
-                read_seconds=2.0,
-                total_seconds=4.0,
+                read_seconds=1.5,
+                total_seconds=3.0,
+                retry_timeouts=False,
                 retries=2,
                 max_body_bytes=4 << 20,
                 backoff_seconds=0.1,
