@@ -102,9 +102,9 @@ def _write_samples(
 def _checked_keys(path: Path, shards: StageOutput) -> tuple[str, ...]:
     keys = shard_keys(path)
     stated = shards.manifest.file(path.name).num_rows
-    if len(sample_keys) != stated:
+    if len(keys) != stated:
         raise ThroughlineError(
-            f"{path}: {len(sample_keys)} samples, manifest says {stated}; re-run shards for part {shards.manifest.partition}"
+            f"{path}: {len(keys)} samples, manifest says {stated}; re-run shards for part {shards.manifest.partition}"
         )
     return keys
 
