@@ -116,6 +116,12 @@ class RayPool:
         self._ray = ray
         self._engine = engine
         self._pool = pool
+        self._deaths: tuple[type[Exception], ...] = (
+            ray.exceptions.RayActorError,
+            ray.exceptions.OutOfMemoryError,
+            ray.exceptions.NodeDiedError,
+            ray.exceptions.WorkerCrashedError,
+        )
         start_ray(pool)
         actor_type = ray.remote(_EngineActor)
         self._actor_type = actor_type.options(
@@ -163,10 +169,14 @@ class RayPool:
                 task.slot.under_way -= 1
                 try:
                     answers = self._ray.get(reference)
-                except self._ray.exceptions.RayActorError as error:
+                except self._deaths as error:
                     self._count_death(task, error)
                     again.append(task)
                     self._replace(task.slot, error)
+                except self._ray.exceptions.ObjectLostError as error:
+                    # The batch was done, but its answers went with their node before they could be fetched.
+                    self._count_death(task, error)
+                    again.append(task)
                 except self._ray.exceptions.RayTaskError as error:
                     raise _as_throughline_error(self._engine, error) from error
                 else:
@@ -230,7 +240,7 @@ class RayPool:
         try:
             slot.pid = self._ray.get(reference)
             slot.loading = None
-        except self._ray.exceptions.RayActorError as error:
+        except self._deaths as error:
             self._replace(slot, error)
         except self._ray.exceptions.RayTaskError as error:
             raise _as_throughline_error(self._engine, error) from error
@@ -245,6 +255,7 @@ class RayPool:
                 "see Ray's logs, or raise max_actor_restarts"
             ) from error
         logging.getLogger(__name__).warning("an engine of %s died and is started again", self._engine.model.id)
+        self._ray.kill(slot.actor)  # one that is out of reach may still hold its GPUs
         fresh = self._new_slot()
         fresh.restarts = slot.restarts + 1
         self._slots[self._slots.index(slot)] = fresh
