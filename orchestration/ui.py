@@ -34,7 +34,8 @@ def serve(execution: Execution, profile: str | None, changes: Sequence[str], por
         register_parts(instance, plan)
     environment = {**os.environ, HOME: str(home), PROFILE: _profile_for_children(execution, profile, changes)}
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(PROJECT_ROOT), os.environ.get("PYTHONPATH")]))
-    command = [sys.executable, "-m", "dagster", "dev", "-m", "orchestration.definitions"]
+    # `dagster dev` says at each start that `dg dev` is preferred; that one comes with a package for developers alone.
+    command = [sys.executable, "-W", "ignore::Warning", "-m", "dagster", "dev", "-m", "orchestration.definitions"]
     command += ["--host", _HOST, "--port", str(port)]
     console.line(f"Dagster: http://{_HOST}:{port}  (stop with Ctrl-C)")
     process = subprocess.Popen(command, env=environment)

@@ -1,3 +1,4 @@
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -7,7 +8,7 @@ from dagster import DagsterInstance
 from orchestration.execution import Execution
 from orchestration.instance import open_instance
 from orchestration.plan import Plan
-from tests.orchestration.small.stages import SMALL_GRAPH, IndexConfig, SmallProfile
+from tests.orchestration.small.stages import SMALL_GRAPH, IndexConfig, KeepConfig, SmallProfile
 
 NUMBERS = {"00000": [1, 2, 30], "00001": [5, 7], "00002": [9]}
 
@@ -47,14 +48,25 @@ class Recorder:
         self.lines.append(text)
 
 
+@pytest.fixture(scope="session")
+def finished_outputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The outputs of every task of the small graph, computed once by real processes."""
+    profile = SmallProfile(
+        home=tmp_path_factory.mktemp("finished"), index=IndexConfig(numbers=NUMBERS), keep=KeepConfig(drop_below=3)
+    )
+    execution = execution_of(profile)
+    for name in execution.plan.graph.nodes:
+        execution.materialize(name, execution.plan.partitions(name), Recorder())
+    return profile.output_root
+
+
 @pytest.fixture
-def materialize_all(profile: SmallProfile) -> Callable[[], Execution]:
-    """Computes every task of the small graph without Dagster."""
+def materialize_all(profile: SmallProfile, finished_outputs: Path) -> Callable[[], Execution]:
+    """Puts a copy of all finished outputs into the profile's home."""
 
-    def carry_out() -> Execution:
-        execution = execution_of(profile)
-        for name in execution.plan.graph.nodes:
-            execution.materialize(name, execution.plan.partitions(name), Recorder())
-        return execution
+    def put_in_place() -> Execution:
+        profile.keep = KeepConfig(drop_below=3)
+        shutil.copytree(finished_outputs, profile.output_root)
+        return execution_of(profile)
 
-    return carry_out
+    return put_in_place

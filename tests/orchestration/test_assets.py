@@ -10,14 +10,25 @@ from orchestration.execution import Execution
 from tests.orchestration.conftest import NUMBERS, execution_of
 from tests.orchestration.small.stages import IndexConfig, KeepConfig, SmallProfile
 
+Carry = Callable[[], Execution]
 START, END = "dagster/asset_partition_range_start", "dagster/asset_partition_range_end"
+
+
+_built: dict[int, tuple[Execution, dg.Definitions]] = {}
+
+
+def _definitions(execution: Execution) -> dg.Definitions:
+    """Build the definitions of an execution once."""
+    if id(execution) not in _built:
+        _built[id(execution)] = (execution, build_definitions(execution))
+    return _built[id(execution)][1]
 
 
 def _materialize(
     execution: Execution, instance: dg.DagsterInstance, asset: str, keys: Sequence[str | None]
 ) -> dg.ExecuteInProcessResult:
     """Materialize partitions of an asset in one run, as a backfill from the web interface does."""
-    job = build_definitions(execution).resolve_implicit_global_asset_job_def()
+    job = _definitions(execution).resolve_implicit_global_asset_job_def()
     return job.execute_in_process(
         instance=instance,
         asset_selection=[dg.AssetKey(asset)],
@@ -37,8 +48,8 @@ def _num_materializations(instance: dg.DagsterInstance, asset: str) -> int:
     return len(instance.fetch_materializations(dg.AssetKey(asset), limit=1000).records)
 
 
-def _carry_out_all(profile: SmallProfile, instance: dg.DagsterInstance) -> Execution:
-    execution = execution_of(profile)
+def _record_all(execution: Execution, instance: dg.DagsterInstance) -> Execution:
+    """Materialize every asset of a plan whose outputs are all there, asset by asset."""
     for asset in execution.plan.graph.nodes:
         assert _materialize(execution, instance, asset, execution.plan.partitions(asset)).success
     return execution
@@ -69,9 +80,9 @@ def test_one_run_of_several_partitions_records_each_with_its_own_data_version(
 
 
 def test_provenance_is_the_same_for_one_partition_and_for_several(
-    profile: SmallProfile, instance: dg.DagsterInstance
+    materialize_all: Carry, instance: dg.DagsterInstance
 ) -> None:
-    execution = execution_of(profile)
+    execution = materialize_all()
     _materialize(execution, instance, "laion_index", [None])
     _materialize(execution, instance, "kept", ["00000", "00001"])
     together = _recorded(instance, "kept", "00000")
@@ -80,7 +91,7 @@ def test_provenance_is_the_same_for_one_partition_and_for_several(
 
 
 def _statuses(execution: Execution, instance: dg.DagsterInstance) -> dict[str, StaleStatus]:
-    graph = build_definitions(execution).resolve_asset_graph()
+    graph = _definitions(execution).resolve_asset_graph()
     resolver = CachingStaleStatusResolver(instance, graph, LoadingContextForTest(instance))
     return {
         f"{asset} {partition or ''}".strip(): resolver.get_status(dg.AssetKey(asset), partition)
@@ -89,17 +100,17 @@ def _statuses(execution: Execution, instance: dg.DagsterInstance) -> dict[str, S
     }
 
 
-def test_everything_is_fresh_after_it_was_materialized(profile: SmallProfile, instance: dg.DagsterInstance) -> None:
-    execution = _carry_out_all(profile, instance)
+def test_everything_is_fresh_after_it_was_materialized(materialize_all: Carry, instance: dg.DagsterInstance) -> None:
+    execution = _record_all(materialize_all(), instance)
     statuses = _statuses(execution, instance)
     assert {name for name, status in statuses.items() if status is not StaleStatus.FRESH} == set()
     assert len(statuses) == 14
 
 
 def test_a_new_checkpoint_makes_its_own_arms_stale_and_no_others(
-    profile: SmallProfile, instance: dg.DagsterInstance
+    materialize_all: Carry, instance: dg.DagsterInstance
 ) -> None:
-    execution = _carry_out_all(profile, instance)
+    execution = _record_all(materialize_all(), instance)
     tags = {**_recorded(instance, "fit", "time_wise"), "dagster/data_version": "another"}
     instance.report_runless_asset_event(dg.AssetMaterialization("fit", partition="time_wise", tags=tags))
     stale = {name for name, status in _statuses(execution, instance).items() if status is StaleStatus.STALE}
@@ -111,9 +122,8 @@ def test_a_new_checkpoint_makes_its_own_arms_stale_and_no_others(
     }
 
 
-def test_checks_pass_on_sound_outputs(profile: SmallProfile, instance: dg.DagsterInstance) -> None:
-    profile.keep = KeepConfig(drop_below=3)
-    execution = execution_of(profile)
+def test_checks_pass_on_sound_outputs(materialize_all: Carry, instance: dg.DagsterInstance) -> None:
+    execution = materialize_all()
     _materialize(execution, instance, "laion_index", [None])
     result = _materialize(execution, instance, "kept", list(NUMBERS))
     evaluations = {item.check_name: item for item in result.get_asset_check_evaluations()}

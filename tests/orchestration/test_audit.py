@@ -10,8 +10,7 @@ from orchestration.execution import Execution
 from orchestration.run import Run
 from pipelines.errors import ThroughlineError
 from pipelines.stage import StageOutput
-from tests.orchestration.conftest import execution_of
-from tests.orchestration.small.stages import KeepConfig, SmallProfile
+from tests.orchestration.small.stages import SmallProfile
 
 Carry = Callable[[], Execution]
 
@@ -41,7 +40,6 @@ def test_audit_walks_from_the_last_output_to_the_index(profile: SmallProfile, ma
 
 
 def test_a_flipped_byte_is_named(profile: SmallProfile, materialize_all: Carry) -> None:
-    profile.keep = KeepConfig(drop_below=3)
     execution = materialize_all()
     path = _output(execution, "kept", "00001").path("kept.json")
     content = bytearray(path.read_bytes())
@@ -107,8 +105,10 @@ def test_outputs_are_found_by_the_first_digits_of_a_data_version(profile: SmallP
         find_output(root, "f")
 
 
-def test_a_run_is_audited_by_its_id(profile: SmallProfile, instance: dg.DagsterInstance) -> None:
-    execution = execution_of(profile)
+def test_a_run_is_audited_by_its_id(
+    profile: SmallProfile, materialize_all: Carry, instance: dg.DagsterInstance
+) -> None:
+    execution = materialize_all()
     Run(execution, instance, Console()).carry_out("everything", list(execution.plan.graph.nodes.values()))
     run_id = instance.get_runs()[0].run_id
     refs = refs_of_run(profile.home, run_id[:8])

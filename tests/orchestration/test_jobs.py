@@ -1,4 +1,5 @@
 import io
+from collections.abc import Callable
 from pathlib import Path
 
 import dagster as dg
@@ -6,10 +7,13 @@ import pytest
 
 from orchestration.console import Console
 from orchestration.definitions import build_definitions
+from orchestration.execution import Execution
 from orchestration.run import Run
 from pipelines.errors import ThroughlineError
 from tests.orchestration.conftest import NUMBERS, execution_of
 from tests.orchestration.small.stages import KeepConfig, SmallProfile
+
+Carry = Callable[[], Execution]
 
 
 class _Screen(Console):
@@ -45,19 +49,16 @@ def test_one_run_brings_every_partition_up_to_date_and_a_second_does_nothing(
     assert len(starts.read_text().splitlines()) == len(NUMBERS)
 
 
-def test_outputs_that_dagster_forgot_are_recorded_again_without_a_process(
-    profile: SmallProfile, instance: dg.DagsterInstance, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_outputs_that_dagster_does_not_know_are_recorded_without_a_process(
+    profile: SmallProfile, materialize_all: Carry, instance: dg.DagsterInstance, tmp_path: Path
 ) -> None:
+    materialize_all()
     starts = tmp_path / "starts"
-    profile.keep = KeepConfig(starts=str(starts))
-    _run(profile, instance)
-    monkeypatch.setenv("DAGSTER_HOME", str(tmp_path / "other"))
-    (tmp_path / "other").mkdir()
-    with dg.DagsterInstance.get() as forgetful:
-        run, _ = _run(profile, forgetful)
-        assert _events(forgetful, "kept") == len(NUMBERS)
+    profile.keep = KeepConfig(starts=str(starts), drop_below=3)
+    run, _ = _run(profile, instance)
+    assert _events(instance, "kept") == len(NUMBERS)
     assert {tally.computed for tally in run.tallies.values()} == {0}
-    assert len(starts.read_text().splitlines()) == len(NUMBERS)
+    assert not starts.exists()
 
 
 def test_a_failure_stops_the_run_with_one_sentence_and_keeps_what_was_finished(

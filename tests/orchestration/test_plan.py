@@ -43,7 +43,7 @@ def test_a_changed_configuration_makes_stale_what_is_made_from_it_and_nothing_el
     profile: SmallProfile, materialize_all: Carry
 ) -> None:
     materialize_all()
-    profile.keep = KeepConfig(drop_below=3)
+    profile.keep = KeepConfig(drop_below=6)
     plan = plan_of(profile)
     assert plan.state(plan.task("laion_index")) is State.FINISHED
     assert plan.state(plan.task("kept", "00000")) is State.STALE
