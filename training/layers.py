@@ -46,11 +46,18 @@ def fill_xavier(weight: Tensor, generator: torch.Generator) -> None:
     weight.copy_(torch.rand(weight.shape, generator=generator) * (2 * bound) - bound)
 
 
+@torch.no_grad()
+def fill_orthogonal(weight: Tensor, generator: torch.Generator) -> None:
+    """Fill a matrix (out, in) with orthonormal rows or columns, scaled to the variance of `fill_xavier`."""
+    left, _, right = torch.linalg.svd(torch.randn(weight.shape, generator=generator), full_matrices=False)
+    weight.copy_((left @ right) * math.sqrt(2.0 * max(weight.shape) / sum(weight.shape)))
+
+
 class Projection(nn.Linear):
     """One or several linear maps of the same input, computed in one product; output sizes as given by `outputs`.
 
-    Each map starts Xavier uniform with its own fan-out, or normal with `std`; biases start at zero, and so do weights
-    where `zero` is set.
+    Each map starts Xavier uniform with its own fan-out and times `scale`, or normal with `std`, or, where `orthogonal`
+    is set, orthogonal with Xavier's variance; biases start at zero, and so do weights where `zero` is set.
     """
 
     def __init__(
@@ -61,9 +68,11 @@ class Projection(nn.Linear):
         bias: bool = False,
         zero: bool = False,
         std: float | None = None,
+        scale: float = 1.0,
+        orthogonal: bool = False,
     ) -> None:
         super().__init__(in_features, sum(outputs), bias=bias)
-        self.outputs, self.zero, self.std = tuple(outputs), zero, std
+        self.outputs, self.zero, self.std, self.scale, self.orthogonal = tuple(outputs), zero, std, scale, orthogonal
 
     def reset_parameters(self) -> None:
         """Left to `initialise`."""
@@ -76,10 +85,13 @@ class Projection(nn.Linear):
             self.weight.zero_()
             return
         for part in self.weight.split(self.outputs):
-            if self.std is None:
-                fill_xavier(part, generator)
-            else:
+            if self.std is not None:
                 fill_normal(part, self.std, generator)
+            elif self.orthogonal:
+                fill_orthogonal(part, generator)
+            else:
+                fill_xavier(part, generator)
+            part.mul_(self.scale)
 
 
 class RMSNorm(nn.Module):
@@ -157,7 +169,7 @@ class SelfAttention(nn.Module):
         self.qkv = Projection(config.hidden_size, (query, key_value, key_value))
         self.q_norm = RMSNorm(self.head_dim, config.norm_eps)
         self.k_norm = RMSNorm(self.head_dim, config.norm_eps)
-        self.out = Projection(query, (config.hidden_size,))
+        self.out = Projection(query, (config.hidden_size,), scale=config.residual_scale)
 
     def forward(
         self, x: Tensor, cos: Tensor, sin: Tensor, text: KeysValues | None = None, mask: Tensor | None = None
@@ -182,7 +194,7 @@ class CrossAttention(nn.Module):
         self.text_kv = Projection(config.text_width, (key_value, key_value))
         self.q_norm = RMSNorm(self.head_dim, config.norm_eps)
         self.k_norm = RMSNorm(self.head_dim, config.norm_eps)
-        self.out = Projection(query, (config.hidden_size,))
+        self.out = Projection(query, (config.hidden_size,), scale=config.residual_scale)
 
     def keys_values(self, conditioning: Tensor) -> KeysValues:
         """Project conditioning (B, S, C) to keys and values (B, G, S, E)."""
@@ -201,7 +213,7 @@ class SwiGLU(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.gate_up = Projection(config.hidden_size, (config.mlp_width, config.mlp_width))
-        self.down = Projection(config.mlp_width, (config.hidden_size,))
+        self.down = Projection(config.mlp_width, (config.hidden_size,), scale=config.residual_scale)
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.gate_up(x).chunk(2, dim=-1)
