@@ -142,7 +142,8 @@ def _sample_cells(rng: np.random.Generator, counts: tuple[int, ...]) -> list[_Ce
 
 def _place(rng: np.random.Generator, group: tuple[str, str], cell: _Cell) -> SceneObject:
     room = min(cell[2] - cell[0], cell[3] - cell[1])
-    size = int(rng.integers(70, int(min(112, room - 4)) + 1))
+    largest = int(min(116, room - 4))
+    size = int(rng.integers(max(70, round(0.85 * largest)), largest + 1))
     half = size / 2
     return SceneObject(
         noun=group[1],

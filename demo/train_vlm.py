@@ -254,7 +254,7 @@ class Trainer:
 
     def __init__(self, config: TrainConfig, work_dir: Path) -> None:
         self.config, self.work_dir = config, work_dir
-        self.tokenizer = vlm_model.train_tokenizer()
+        self.tokenizer = self._tokenizer(work_dir / "tokenizer")
         self.model = vlm_model.build_model(self.tokenizer, config.seed)
         torch.manual_seed(config.seed)
         self.head = CellHead(self.model.config.text_config.hidden_size)
@@ -265,6 +265,15 @@ class Trainer:
         self.muon = Muon(iter(inner), lr=config.muon_rate)
         self.adam = torch.optim.AdamW(outer, lr=config.adam_rate, betas=(0.9, 0.98), weight_decay=0.01)
         self.step = 0
+
+    @staticmethod
+    def _tokenizer(folder: Path) -> Any:
+        """Return the run's tokenizer, trained once: embeddings mean nothing under another numbering of words."""
+        from transformers import PreTrainedTokenizerFast
+
+        if not folder.exists():
+            vlm_model.train_tokenizer().save_pretrained(folder)
+        return PreTrainedTokenizerFast.from_pretrained(folder)
 
     @property
     def _checkpoint(self) -> Path:
