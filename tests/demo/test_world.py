@@ -1,6 +1,8 @@
 """The demo world: the same bytes every time, LAION's schema, and rows that the filters drop for the reasons stated."""
 
 import json
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -16,6 +18,8 @@ from pipelines import laion_index, laion_subset
 from pipelines.digest import file_sha256
 from pipelines.errors import ThroughlineError
 from pipelines.stage_configs import LaionIndexConfig, LaionSubsetConfig
+
+PROJECT = Path(__file__).resolve().parents[2]
 
 
 def digests(folder: Path) -> dict[str, str]:
@@ -48,6 +52,24 @@ def test_a_folder_that_is_no_world_is_left_alone(tmp_path: Path) -> None:
     with pytest.raises(ThroughlineError, match="holds no demo world"):
         build_world(tmp_path, rows_per_part=12)
     assert (tmp_path / "holiday.jpg").read_bytes() == b"precious"
+
+
+def test_a_disk_without_room_is_one_clear_sentence_and_keeps_the_old_world(tmp_path: Path) -> None:
+    folder = tmp_path / "w"
+    first = build_world(folder, seed=1, num_parts=1, rows_per_part=10)
+    # A limit on file size stands in for a full disk: both make a write fail half-way.
+    script = f"""
+import resource
+from pathlib import Path
+from demo.world import build_world
+resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+build_world(Path({str(folder)!r}), seed=2, num_parts=1, rows_per_part=10)
+"""
+    result = subprocess.run([sys.executable, "-c", script], cwd=PROJECT, capture_output=True, text=True, check=False)
+    assert "ThroughlineError" in result.stderr
+    assert "the demo world cannot be written (File too large)" in result.stderr
+    assert World.open(folder) == first
+    assert [path.name for path in tmp_path.iterdir()] == ["w"]
 
 
 def test_metadata_has_laions_columns_and_nothing_else(world: World) -> None:
