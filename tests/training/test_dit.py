@@ -195,3 +195,15 @@ def test_sizes_of_the_tiny_model_are_those_of_the_tiny_llm(llm: ModelRef) -> Non
     assert shared.layers[1].k_proj.shape == (KV_HEADS * HEAD_DIM, TEXT_WIDTH)
     assert TINY_MODEL.num_text_layers == NUM_LAYERS
     assert isinstance(built(Strategy.STATIC), DiT)
+
+
+def test_patches_start_by_an_orthogonal_map_and_residual_scale_shrinks_what_blocks_add() -> None:
+    config = TINY_MODEL.model_copy(update={"residual_scale": 0.5})
+    plain, scaled = (build_model(item, Strategy.UNIFORM).state_dict() for item in (TINY_MODEL, config))
+    weight = plain["patch_in.weight"]
+    gram = weight.T @ weight if weight.shape[0] > weight.shape[1] else weight @ weight.T
+    torch.testing.assert_close(gram, torch.eye(len(gram)) * gram[0, 0], atol=1e-5, rtol=0)
+    assert float(weight.var()) == pytest.approx(2 / sum(weight.shape), rel=0.1)
+    for name, value in scaled.items():
+        added = name.endswith(("attention.out.weight", "mlp.down.weight"))
+        torch.testing.assert_close(value, plain[name] * (0.5 if added else 1.0))
