@@ -47,7 +47,7 @@ def examine(profile: Profile) -> int:
         print(f"  {symptom.verdict.value} {symptom.what}", flush=True)
         if symptom.mend:
             print(f"      mend it with: {symptom.mend}")
-    print("everything it needs is here" if not bad else f"{bad} things are missing")
+    print("everything it needs is here" if not bad else f"missing: {bad}")
     return 1 if bad else 0
 
 
