@@ -335,12 +335,14 @@ _pools: dict[str, EnginePool] = {}
 
 
 def engine_pool(engine: EngineConfig, pool: PoolConfig) -> EnginePool:
-    """Return the pool for this engine: the same as before where this process already has one.
+    """Return the pool for this engine: the same as before where this process already has it.
 
-    Engines stay up until the process ends or `close_pools` is called.
+    Engines stay up until the process ends, `close_pools` is called, or another engine is asked for: a machine may have
+    room for one alone.
     """
     key = digest_json([engine.model_dump(mode="json"), pool.model_dump(mode="json")])
     if key not in _pools:
+        close_pools()
         _pools[key] = (
             LocalPool(load_engine(engine)) if isinstance(engine, OpenAIEngineConfig) else RayPool(engine, pool)
         )
@@ -353,8 +355,9 @@ def close_pools() -> None:
         return
     for pool in _pools.values():
         pool.close()
+    used_ray = any(isinstance(pool, RayPool) for pool in _pools.values())
     _pools.clear()
-    import ray
+    if used_ray:
+        import ray
 
-    if ray.is_initialized():
         ray.shutdown()

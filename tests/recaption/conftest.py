@@ -48,7 +48,7 @@ def engine_config(vlm: ModelRef) -> VllmEngineConfig:
     )
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def pool(engine_config: VllmEngineConfig) -> Iterator[object]:
     """The pool that `engine_pool(engine_config, POOL)` gives everywhere in this process."""
     from recaption.ray_pool import close_pools, engine_pool
