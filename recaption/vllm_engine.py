@@ -16,6 +16,7 @@ class VllmEngine:
     """A model loaded by vLLM; greedy, one generate call per `generate`."""
 
     def __init__(self, config: VllmEngineConfig) -> None:
+        _check_model_folder(config)
         os.environ.update(vllm_environment(config))
         try:
             import vllm
@@ -23,7 +24,6 @@ class VllmEngine:
             raise ThroughlineError(
                 f"vLLM cannot be imported ({error}); install the extra 'cpu' or 'gpu' of this project"
             ) from error
-        _check_model_folder(config)
         self._sampling_params = vllm.SamplingParams
         self._request_error: type[Exception] = vllm.exceptions.VLLMValidationError
         self._llm = vllm.LLM(config.model.source, **engine_arguments(config))
