@@ -173,6 +173,7 @@ def _audit(arguments: argparse.Namespace) -> int:
             for node in broken:
                 for problem in node.problems:
                     print(f"  {node.label}: {problem}")
+            print("mend it with: throughline run --set verify=digest  (it compares every byte and recomputes these)")
         else:
             num_files = sum(node.num_files for node in audit.nodes.values())
             print(f"All {len(audit.nodes)} outputs and {num_files} files are what their manifests say.")
