@@ -3,6 +3,7 @@
 The model is transformers' own Qwen3-VL with Qwen's chat template and special tokens, so real vLLM serves it unchanged.
 """
 
+import copy
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -154,9 +155,9 @@ def build_model(tokenizer: Any, seed: int) -> Any:
 
 
 def save(model: Any, tokenizer: Any, folder: Path) -> None:
-    """Write a folder that `from_pretrained` and vLLM load like any released Qwen3-VL."""
+    """Write a folder that `from_pretrained` and vLLM load like any released Qwen3-VL; weights as float16, for size."""
     folder.mkdir(parents=True, exist_ok=True)
-    model.save_pretrained(folder)
+    copy.deepcopy(model).half().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     shared = {
         "patch_size": PATCH_PX,
