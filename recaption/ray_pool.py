@@ -27,6 +27,9 @@ _BATCHES_PER_ACTOR = 2
 """One at work and one waiting beside it, so that an engine never waits for the driver."""
 
 
+_START_ATTEMPTS = 3
+
+
 class EnginePool(Protocol):
     """Engines that answer batches of requests."""
 
@@ -273,15 +276,7 @@ def start_ray(pool: PoolConfig) -> None:
     if ray.is_initialized():
         return
     if pool.ray_address == "local":
-        ray.init(
-            address="local",
-            num_cpus=max(1, math.ceil(pool.max_actors * pool.num_cpus_per_actor)),
-            object_store_memory=pool.object_store_memory_bytes,
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-            configure_logging=False,
-        )
+        _start_local(pool)
         num_gpus = ray.cluster_resources().get("GPU", 0.0)
         if num_gpus < pool.num_gpus_per_actor:
             raise ThroughlineError(
@@ -301,6 +296,32 @@ def start_ray(pool: PoolConfig) -> None:
             f"no Ray cluster answers at {pool.ray_address!r} ({_first_line(error)}); start one with `ray start "
             "--head`, or use ray_address 'local'"
         ) from error
+
+
+def _start_local(pool: PoolConfig) -> None:
+    import ray
+
+    for attempt in range(1, _START_ATTEMPTS + 1):
+        try:
+            ray.init(
+                address="local",
+                num_cpus=max(1, math.ceil(pool.max_actors * pool.num_cpus_per_actor)),
+                object_store_memory=pool.object_store_memory_bytes,
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                configure_logging=False,
+            )
+        except Exception as error:  # Ray raises the bare type where its processes are not up within 30 s
+            ray.shutdown()
+            if attempt == _START_ATTEMPTS:
+                raise ThroughlineError(
+                    f"Ray did not start on this machine in {_START_ATTEMPTS} tries ({_first_line(error)}); see that it "
+                    "has a core and 2 GiB of memory to spare, then run again: finished shards are kept"
+                ) from error
+            logging.getLogger(__name__).warning("Ray did not start (%s); it is tried again", _first_line(error))
+        else:
+            return
 
 
 def _worker_environment(engine: VllmEngineConfig, pool: PoolConfig) -> dict[str, str]:
