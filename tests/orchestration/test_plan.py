@@ -68,6 +68,22 @@ def test_a_damaged_output_counts_as_unfinished(profile: SmallProfile, materializ
     assert plan.task("table").blocked_by
 
 
+def test_a_flipped_byte_is_recomputed_where_the_profile_compares_bytes(
+    profile: SmallProfile, materialize_all: Carry
+) -> None:
+    output = materialize_all().plan.task("total").output
+    assert output is not None
+    path = output.path("total.json")
+    sound = path.read_bytes()
+    path.write_bytes(bytes([sound[0] ^ 1]) + sound[1:])
+    assert plan_of(profile).task("total").output is not None, "sizes alone do not show it"
+    profile.verify = "digest"
+    execution = execution_of(profile)
+    assert execution.plan.task("total").output is None
+    execution.materialize("total", [None], Recorder())
+    assert path.read_bytes() == sound
+
+
 def test_deleting_dagsters_storage_loses_nothing(profile: SmallProfile, materialize_all: Carry) -> None:
     materialize_all()
     shutil.rmtree(profile.home / "dagster", ignore_errors=True)
