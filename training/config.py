@@ -226,20 +226,26 @@ def demo_model(**changes: Any) -> ModelConfig:
 
 
 def demo_training(**changes: Any) -> TrainingConfig:
-    """Training of `demo_model`: many small steps, a high learning rate that falls to zero, a short average."""
+    """Training of `demo_model`: many small steps, a high learning rate that falls to zero, SD3's shift towards noise.
+
+    Tried with depth_wise on 550 drawn scenes, 81 s of CPU time on a busy core: backgrounds and the colours of objects
+    come out right, shapes do not. Losses of the last 25 steps: 250 steps at 2e-3 1.09, at 3.5e-3 1.04; 450 steps at
+    3e-3 0.94. With the shift (0.91, another mix of times) colours are cleaner and flat areas quieter.
+    """
     return TrainingConfig(
         **{
-            "steps": 350,
+            "steps": 450,
             "batch_size": 8,
-            "learning_rate": 2e-3,
+            "learning_rate": 3e-3,
             "warmup_steps": 20,
             "schedule": "cosine",
             "betas": (0.9, 0.95),
             "ema_decay": 0.98,
             "text_dtype": "float16",
-            "validate_every": 175,
+            "time_shift": 3.0,
+            "validate_every": 225,
             "num_validation_samples": 24,
-            "checkpoint_every": 100,
+            "checkpoint_every": 90,
             "threads": 2,
             "log_every": 5,
             **changes,
@@ -248,5 +254,5 @@ def demo_training(**changes: Any) -> TrainingConfig:
 
 
 def demo_sampler(**changes: Any) -> SamplerConfig:
-    """Sampling of `demo_model`."""
-    return SamplerConfig(**{"num_steps": 10, "guidance_scale": 3.0, "batch_size": 16, **changes})
+    """Sampling of `demo_model`, shifted as its training; a guidance of 6 reddens warm backgrounds, 3 does not."""
+    return SamplerConfig(**{"num_steps": 12, "guidance_scale": 3.0, "time_shift": 3.0, "batch_size": 16, **changes})
