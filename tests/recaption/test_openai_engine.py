@@ -1,4 +1,5 @@
 import base64
+import contextlib
 import json
 import threading
 import time
@@ -69,8 +70,9 @@ def endpoint() -> Iterator[tuple[Endpoint, str]]:
             self.send_response(status)
             for name, value in (headers | {"Content-Length": str(len(content))}).items():
                 self.send_header(name, value)
-            self.end_headers()
-            self.wfile.write(content)
+            with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # a client that stopped waiting
+                self.end_headers()
+                self.wfile.write(content)
 
         def log_message(self, *args: object) -> None:
             pass
