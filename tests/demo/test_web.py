@@ -198,6 +198,8 @@ with serve({str(small.folder)!r}):
             get(f"http://127.0.0.1:{small.port}/healthz")
         except ConnectionRefusedError:
             return
+        except OSError:
+            pass  # it went down while it was answering
         time.sleep(0.1)
     pytest.fail("the mini web outlived its owner by 10 seconds")
 
