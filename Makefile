@@ -45,7 +45,7 @@ check: setup
 	@$(BIN)/ruff check .
 	@$(BIN)/lint-imports
 	@$(BIN)/mypy
-	@$(BIN)/python -m pytest -q -m "not slow"
+	@$(BIN)/python -m pytest -q -n 2 -m "not slow"
 
 bench: setup
 	@$(BIN)/python -m tests.benchmarks

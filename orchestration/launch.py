@@ -40,6 +40,11 @@ class LocalLaunch(FrozenConfig):
     environment: dict[str, str] = Field(default_factory=dict)
     """Environment variables for the process, over those of this one."""
 
+    @property
+    def variables(self) -> dict[str, str]:
+        """Environment of the process."""
+        return self.environment
+
     def command(self, module: str, requests: Sequence[Path]) -> list[str]:
         return [sys.executable, "-m", module, *_config_arguments(requests)]
 
@@ -63,6 +68,11 @@ class AccelerateLaunch(FrozenConfig):
     config_file: str | None = None
     """An accelerate configuration (FSDP, DeepSpeed); the fields above override it."""
 
+    @property
+    def variables(self) -> dict[str, str]:
+        """Environment of the processes."""
+        return {**self.environment, "ACCELERATE_USE_CPU": "true"} if self.cpu else self.environment
+
     def command(self, module: str, requests: Sequence[Path]) -> list[str]:
         arguments = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]
         if self.config_file:
@@ -70,10 +80,11 @@ class AccelerateLaunch(FrozenConfig):
         arguments += ["--num_processes", str(self.num_processes), "--num_machines", str(self.num_machines)]
         arguments += ["--machine_rank", str(self.machine_rank), "--mixed_precision", self.mixed_precision]
         arguments += ["--num_cpu_threads_per_process", str(self.threads_per_process), "--dynamo_backend", "no"]
-        if self.cpu:
-            arguments.append("--cpu")
-        elif self.num_processes > 1 and not self.config_file:
+        if self.num_processes > 1 and not self.config_file:
+            # Also on a CPU: `--cpu` with several processes asks for MPI and, without it, quietly starts one.
             arguments.append("--multi_gpu")
+        elif self.cpu:
+            arguments.append("--cpu")
         if self.main_process_ip:
             arguments += ["--main_process_ip", self.main_process_ip]
         if self.main_process_port is not None:
@@ -93,6 +104,11 @@ class RayJobLaunch(FrozenConfig):
     num_gpus: float = Field(0, ge=0)
     working_folder: str | None = None
     """Folder on the cluster that holds this project, or one to be uploaded; None: it is installed there."""
+
+    @property
+    def variables(self) -> dict[str, str]:
+        """Environment of the process that submits the job; the job's own travels with it."""
+        return self.environment
 
     def command(self, module: str, requests: Sequence[Path]) -> list[str]:
         runtime: dict[str, Any] = {"env_vars": {**self.environment, PROGRESS_JSON: "1"}}
@@ -148,7 +164,7 @@ class Launcher:
         command = form.command(module, paths)
         with log_path.open("w", buffering=1) as log:
             log.write(f"$ {' '.join(command)}\n")
-            status = self._watch(command, form.environment, log.write, tail)
+            status = self._watch(command, form.variables, log.write, tail)
         if status != 0:
             raise StageFailed(_sentence(_names(requests), status, list(tail), log_path))
         for path in paths:
@@ -167,7 +183,7 @@ class Launcher:
             errors="replace",
             env={**os.environ, "PYTHONPATH": _python_path(), **environment, PROGRESS_JSON: "1"},
             start_new_session=True,
-            preexec_fn=_end_with_parent,
+            preexec_fn=end_with_parent,
         )
         try:
             assert process.stdout is not None
@@ -199,8 +215,8 @@ def _python_path() -> str:
     return os.pathsep.join([str(PROJECT_ROOT), inherited]) if inherited else str(PROJECT_ROOT)
 
 
-def _end_with_parent() -> None:
-    """Ask the kernel to tell the guard when its launcher dies, even by SIGKILL: no stage works on unattended."""
+def end_with_parent() -> None:
+    """Ask the kernel to send this process SIGTERM when its parent dies, even by SIGKILL; for Popen's preexec_fn."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 

@@ -11,13 +11,14 @@ from collections.abc import Sequence
 from orchestration.assets import register_parts
 from orchestration.execution import Execution
 from orchestration.instance import open_instance
-from orchestration.launch import PROJECT_ROOT
+from orchestration.launch import PROJECT_ROOT, end_with_parent
 from orchestration.plan import INDEX
 from orchestration.run import Run
 from pipelines.environment import HOME, PROFILE, home_folder, profile_name
 from pipelines.errors import ThroughlineError
 
 _HOST = "127.0.0.1"
+_STOP_SECONDS = 60
 
 
 def serve(execution: Execution, profile: str | None, changes: Sequence[str], port: int) -> int:
@@ -38,12 +39,13 @@ def serve(execution: Execution, profile: str | None, changes: Sequence[str], por
     command = [sys.executable, "-W", "ignore::Warning", "-m", "dagster", "dev", "-m", "orchestration.definitions"]
     command += ["--host", _HOST, "--port", str(port)]
     console.line(f"Dagster: http://{_HOST}:{port}  (stop with Ctrl-C)")
-    process = subprocess.Popen(command, env=environment)
+    process = subprocess.Popen(command, env=environment, start_new_session=True, preexec_fn=end_with_parent)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         return process.wait()
     except KeyboardInterrupt:
         process.send_signal(signal.SIGINT)
-        process.wait()
+        process.wait(_STOP_SECONDS)
         return 0
 
 

@@ -122,6 +122,10 @@ def test_launch_forms_give_every_request_to_the_module() -> None:
         command = form.command("pipelines.images", requests)
         assert command[-4:] == ends
         assert command[-5] == "pipelines.images"
+    several = AccelerateLaunch(num_processes=2, cpu=True)
+    assert "--cpu" not in several.command("training.checkpoint", requests)  # it would start one process only
+    assert several.variables["ACCELERATE_USE_CPU"] == "true"
+    assert "--cpu" in AccelerateLaunch(cpu=True).command("training.checkpoint", requests)
     command = RayJobLaunch(environment={"A": "1"}).command("pipelines.images", requests)
     runtime = json.loads(command[command.index("--runtime-env-json") + 1])
     assert runtime["env_vars"] == {"A": "1", "THROUGHLINE_PROGRESS_JSON": "1"}
