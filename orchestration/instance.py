@@ -1,6 +1,7 @@
 """Dagster's own storage: where it lies and how it is set up. Losing it loses history, never provenance."""
 
 import os
+import platform
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -9,6 +10,7 @@ from pipelines.atomic import write_bytes
 if TYPE_CHECKING:
     from dagster import DagsterInstance
 
+_PROCESS_TAG = "throughline/process"
 _CONFIGURATION = """\
 # Written once by throughline; edit it freely.
 telemetry:
@@ -44,4 +46,21 @@ def open_instance(home: Path) -> "DagsterInstance":
     from dagster import DagsterInstance
 
     prepare_dagster_home(home)
-    return DagsterInstance.get()
+    instance = DagsterInstance.get()
+    _close_dead_runs(instance)
+    return instance
+
+
+def process_tags() -> dict[str, str]:
+    """Return run tags that name this process."""
+    return {_PROCESS_TAG: f"{platform.node()} {os.getpid()}"}
+
+
+def _close_dead_runs(instance: "DagsterInstance") -> None:
+    """Mark runs of command-line processes that were killed as failed: they would hold the queue for ever."""
+    from dagster import DagsterRunStatus, RunsFilter
+
+    for run in instance.get_runs(RunsFilter(statuses=[DagsterRunStatus.STARTED, DagsterRunStatus.STARTING])):
+        host, _, pid = run.tags.get(_PROCESS_TAG, "").partition(" ")
+        if host == platform.node() and pid.isdigit() and not Path(f"/proc/{pid}").exists():
+            instance.report_run_failed(run, "its process was killed")

@@ -11,6 +11,7 @@ from orchestration.assets import is_recorded
 from orchestration.console import Console, duration, table
 from orchestration.execution import Execution
 from orchestration.graph import Node, PartitionKind
+from orchestration.instance import process_tags
 from orchestration.jobs import build_job
 from orchestration.plan import Task
 from pipelines.errors import ThroughlineError
@@ -74,7 +75,7 @@ class Run:
         result = job.execute_in_process(
             run_config=_QUIET,
             instance=self._instance,
-            tags={"throughline/profile": self._plan.profile.name},
+            tags={"throughline/profile": self._plan.profile.name, **process_tags()},
             raise_on_error=False,
         )
         if not result.success:

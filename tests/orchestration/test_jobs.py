@@ -1,4 +1,5 @@
 import io
+import platform
 from collections.abc import Callable
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import pytest
 from orchestration.console import Console
 from orchestration.definitions import build_definitions
 from orchestration.execution import Execution
+from orchestration.instance import open_instance, process_tags
 from orchestration.run import Run
 from pipelines.errors import ThroughlineError
 from tests.orchestration.conftest import NUMBERS, execution_of
@@ -87,3 +89,18 @@ def test_the_evaluation_job_leaves_data_and_training_alone(profile: SmallProfile
         .execute_in_process(instance=instance)
         .success
     )
+
+
+def test_a_run_whose_process_was_killed_does_not_hold_the_queue(
+    profile: SmallProfile, instance: dg.DagsterInstance
+) -> None:
+    job = build_definitions(execution_of(profile)).resolve_job_def("everything")
+    dead = instance.create_run_for_job(job, tags={"throughline/process": f"{platform.node()} 999999999"})
+    alive = instance.create_run_for_job(job, tags=process_tags())
+    for run in (dead, alive):
+        instance.report_dagster_event(
+            dg.DagsterEvent(event_type_value=dg.DagsterEventType.PIPELINE_START.value, job_name=job.name), run.run_id
+        )
+    with open_instance(profile.home) as again:
+        assert again.get_run_by_id(dead.run_id).status is dg.DagsterRunStatus.FAILURE  # type: ignore[union-attr]
+        assert again.get_run_by_id(alive.run_id).status is dg.DagsterRunStatus.STARTED  # type: ignore[union-attr]
