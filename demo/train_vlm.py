@@ -1,7 +1,8 @@
 """Trains the demo's vision-language model: captioner and judge in one, from rendered scenes and their ground truth.
 
-First the vision tower alone learns which noun and colour lie in each cell of the picture; then all of it learns to
-caption, to answer Yes or No, and to rate. Run again with the same arguments to resume; batches depend on (seed, step).
+First the vision tower alone learns what lies in each cell of the picture and how it stands to the rest of the scene;
+then all of it learns to caption, to answer Yes or No, and to rate. Run again with the same arguments to resume; batches
+depend on (seed, step).
 
     python -m demo.train_vlm --work-dir FOLDER --out demo/models/vlm
 """
@@ -24,14 +25,27 @@ from torch.utils.data import DataLoader, Dataset
 
 from demo import vlm_model
 from demo.questions import SKILLS, changed_caption, question
-from demo.scenes import SCENE_PX, Scene, caption, render, sample_scene
+from demo.scenes import RELATIONS, SCENE_PX, Scene, caption, render, sample_scene
 from demo.sprites import BACKGROUNDS, COLOURS, NOUNS
 from demo.vlm_model import GRID, Packer, Turn
 from pipelines.protocols import NO, YES, caption_prompt, unified_reward_answer, unified_reward_prompt, vqascore_question
 
 _NOUNS, _COLOURS, _BACKGROUNDS = sorted(NOUNS), sorted(COLOURS), sorted(BACKGROUNDS)
-_RARE_SKILLS_FIRST = ("differentiation", "comparison", "universal", "spatial relation", "counting")
-RATING_EVERY = 10
+_RARE_SKILLS = ("differentiation", "comparison", "universal", "spatial relation")
+"""Skills that few scenes can hold: asked for both answers wherever a scene holds them."""
+_LEGIBLE_SEVERITY = 0.3
+"""Above it a picture is rated only: what it showed can no longer be told for certain."""
+
+CELL_CLASSES = {
+    "noun": 1 + len(_NOUNS),
+    "colour": 1 + len(_COLOURS),
+    "centre": 2,
+    "rank": 5,
+    "count": 5,
+    "relation": 1 + len(RELATIONS),
+    "more": 3,
+}
+"""What each cell of a picture is asked in training, and how many answers there are; 0 always means none."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,18 +53,22 @@ class TrainConfig:
     """What decides the weights."""
 
     seed: int = 0
-    tower_steps: int = 240
-    tower_batch: int = 96
-    steps: int = 1900
-    batch: int = 40
-    questions_per_scene: int = 6
+    tower_steps: int = 800
+    tower_batch: int = 64
+    steps: int = 3000
+    batch: int = 32
+    rated_share: float = 0.2
+    """Share of each batch's pictures that are worn or scrambled, and rated instead of described."""
+    questions_per_scene: int = 7
     muon_rate: float = 0.02
     adam_rate: float = 2e-3
     warmup_steps: int = 40
     answer_weight: float = 3.0
     """Weight of a Yes or No beside a caption's words: one token has to carry a whole judgement."""
     cell_weight: float = 0.3
-    """Weight of the cells' noun and colour beside the words' loss."""
+    """Weight of what the cells hold beside the words' loss."""
+    severity_weight: float = 5.0
+    """Weight of the squared error of a picture's wear, read off the tower, beside what the cells hold."""
 
 
 def degrade(picture: Image.Image, severity: float, rng: np.random.Generator) -> Image.Image:
@@ -93,40 +111,67 @@ def agreement(stated: Scene, shown: Scene) -> float:
 
 
 def cell_labels(scene: Scene) -> np.ndarray:
-    """Return (16, 3): noun and colour in each cell (0 for none), and how many objects have their centre there."""
-    labels = np.zeros((GRID, GRID, 3), np.int64)
+    """Return (16, 7): for each cell the classes of `CELL_CLASSES` of the object it holds, 0 for none.
+
+    Noun and colour; whether an object's centre lies there; its group's place in the caption and its count; how its
+    group lies to the scene's other one; and whether the scene holds more of its noun (1) than of some other (else 2).
+    """
+    groups = list(scene.groups().items())
+    nouns: dict[str, int] = {}
+    for (_, noun), count in groups:
+        nouns[noun] = nouns.get(noun, 0) + count
+    of_group: dict[tuple[str, str], tuple[int, ...]] = {}
+    for rank, (group, count) in enumerate(groups, 1):
+        others = [other for other, _ in groups if other != group]
+        relation = scene.relation(group, others[0]) if len(others) == 1 else None
+        more = 0 if len(nouns) < 2 else 1 if nouns[group[1]] > min(nouns.values()) else 2
+        of_group[group] = (rank, count, 0 if relation is None else 1 + RELATIONS.index(relation), more)
+
+    labels = np.zeros((GRID, GRID, len(CELL_CLASSES)), np.int64)
     cell = SCENE_PX / GRID
-    for row in range(GRID):
-        for column in range(GRID):
-            x, y = (column + 0.5) * cell, (row + 0.5) * cell
-            for o in scene.objects:
-                if max(abs(x - o.centre_x), abs(y - o.centre_y)) < o.size_px / 2 + cell / 4:
-                    labels[row, column, :2] = 1 + _NOUNS.index(o.noun), 1 + _COLOURS.index(o.colour)
+    for o in scene.objects:
+        label = (1 + _NOUNS.index(o.noun), 1 + _COLOURS.index(o.colour), 0, *of_group[o.colour, o.noun])
+        reach = o.size_px / 2 + cell / 4
+        rows = [r for r in range(GRID) if abs((r + 0.5) * cell - o.centre_y) < reach]
+        columns = [c for c in range(GRID) if abs((c + 0.5) * cell - o.centre_x) < reach]
+        labels[np.ix_(rows, columns)] = label
     for o in scene.objects:
         row, column = min(int(o.centre_y / cell), GRID - 1), min(int(o.centre_x / cell), GRID - 1)
-        labels[row, column] = 1 + _NOUNS.index(o.noun), 1 + _COLOURS.index(o.colour), 1
-    return labels.reshape(GRID * GRID, 3)
+        labels[row, column] = (1 + _NOUNS.index(o.noun), 1 + _COLOURS.index(o.colour), 1, *of_group[o.colour, o.noun])
+    return labels.reshape(GRID * GRID, len(CELL_CLASSES))
 
 
 def question_turns(scene: Scene, count: int, rng: np.random.Generator) -> list[Turn]:
-    """Return `count` judge turns, skills that few scenes can hold first, true and false alike."""
-    turns: list[Turn] = []
-    if rng.random() < 0.4:
-        true = rng.random() < 0.5
-        turns.append(
-            Turn(vqascore_question(caption(scene) if true else changed_caption(scene, rng)[1]), YES if true else NO)
-        )
-    skills = [skill for skill in _RARE_SKILLS_FIRST if rng.random() < 0.45] + list(rng.permutation(SKILLS))
-    for skill in skills:
-        if len(turns) == count:
-            break
-        item = question(scene, str(skill), bool(rng.random() < 0.5), rng)
+    """Return `count` judge turns: rare skills with both answers first, then a whole caption, then any skill."""
+    asked: list[tuple[str, bool]] = []
+    for skill in rng.permutation(_RARE_SKILLS):
+        for answer in (True, False):
+            item = question(scene, str(skill), answer, rng)
+            if item is not None and len(asked) < count - 3:
+                asked.append((item.text, answer))
+    true = bool(rng.random() < 0.5)
+    asked.append((caption(scene) if true else changed_caption(scene, rng)[1], true))
+    common = [skill for skill in SKILLS if skill not in _RARE_SKILLS]
+    while len(asked) < count:
+        answer = bool(rng.random() < 0.5)
+        item = question(scene, common[int(rng.integers(len(common)))], answer, rng)
         if item is not None:
-            turns.append(Turn(vqascore_question(item.text), YES if item.answer else NO))
-    while len(turns) < count:
-        item = question(scene, "attribute", bool(rng.random() < 0.5), rng)
-        if item is not None:
-            turns.append(Turn(vqascore_question(item.text), YES if item.answer else NO))
+            asked.append((item.text, answer))
+    return [Turn(vqascore_question(text), YES if answer else NO) for text, answer in asked]
+
+
+def rating_turns(scene: Scene, severity: float, incoherence: float, rng: np.random.Generator) -> list[Turn]:
+    """Return two ratings of one picture: of its own caption, and of one that it keeps in part or not at all."""
+    other = sample_scene(rng)
+    stated = [
+        (caption(scene), 1.0),
+        (changed_caption(scene, rng)[1], max(0.0, 1 - 1 / (len(scene.groups()) + 1))),
+        (caption(other), agreement(other, scene)),
+    ]
+    turns = []
+    for text, share in (stated[0], stated[1 + int(rng.random() > 0.5)]):
+        answer = unified_reward_answer(score(1 - share), score(max(incoherence, 0.5 * severity)), score(severity))
+        turns.append(Turn(unified_reward_prompt(text), answer))
     return turns
 
 
@@ -134,11 +179,9 @@ class Batches(Dataset[dict[str, Any]]):
     """Batch `step` as a pure function of (seed, step)."""
 
     def __init__(self, config: TrainConfig, tokenizer: Any, first_step: int, last_step: int) -> None:
-        self._config, self._tokenizer = config, tokenizer
+        self._config = config
         self._first, self._last = first_step, last_step
-        opening = unified_reward_prompt("|").split("|")[0]
-        self._rating_opening, self._rating_closing = opening, unified_reward_prompt("|").split("|")[1]
-        self._packer, self._rating_packer = Packer(tokenizer), Packer(tokenizer, opening)
+        self._packer = Packer(tokenizer)
 
     def __len__(self) -> int:
         return self._last - self._first
@@ -147,70 +190,62 @@ class Batches(Dataset[dict[str, Any]]):
         step, config = self._first + index, self._config
         rng = np.random.default_rng((config.seed, step))
         tower_only = step < config.tower_steps
-        rating = not tower_only and step % RATING_EVERY == 0
-        size = config.tower_batch if tower_only else config.batch // 2 if rating else config.batch
+        size = config.tower_batch if tower_only else config.batch
+        num_rated = round(config.rated_share * size)
         scenes = [sample_scene(rng) for _ in range(size)]
+        wear = np.zeros((size, 2), np.float32)
+        wear[:num_rated, 0] = rng.random(num_rated) * (rng.random(num_rated) < 0.9)
+        wear[:num_rated, 1] = rng.random(num_rated) * (rng.random(num_rated) < 0.3)
+        wear[num_rated:, 0] = rng.uniform(0, 0.2, size - num_rated) * (rng.random(size - num_rated) < 0.2)
         pictures, turns = [], []
-        for scene in scenes:
+        for i, scene in enumerate(scenes):
+            severity, incoherence = float(wear[i, 0]), float(wear[i, 1])
             picture = render(scene)
-            severity = incoherence = 0.0
-            if rating:
-                severity = float(rng.random()) if rng.random() < 0.85 else 0.0
-                incoherence = float(rng.random()) if rng.random() < 0.4 else 0.0
-                picture = degrade(scramble(picture, incoherence, rng), severity, rng)
-            elif rng.random() < 0.25:
-                picture = degrade(picture, float(rng.uniform(0, 0.2)), rng)
+            if incoherence > 0:
+                picture = scramble(picture, incoherence, rng)
+            if severity > 0:
+                picture = degrade(picture, severity, rng)
             if rng.random() < 0.3:
                 picture = as_jpeg(picture, int(rng.integers(70, 96)))
             pictures.append(vlm_model.shrink(picture.convert("RGB")))
-            if rating:
-                turns.append(self._rating_turns(scene, severity, incoherence, rng))
-            elif not tower_only:
+            if i < num_rated:
+                turns.append(rating_turns(scene, severity, incoherence, rng))
+            else:
                 asked = question_turns(scene, config.questions_per_scene, rng)
                 turns.append([Turn(caption_prompt(vlm_model.PROMPT_VERSION), caption(scene)), *asked])
-        batch: dict[str, Any] = {"pixels": vlm_model.patches(np.stack(pictures)), "rating": rating}
+        batch: dict[str, Any] = {"pixels": vlm_model.patches(np.stack(pictures)), "wear": wear}
         batch["cells"] = np.stack([cell_labels(scene) for scene in scenes])
         batch["background"] = np.array([_BACKGROUNDS.index(scene.background) for scene in scenes])
         if not tower_only:
-            packer = self._rating_packer if rating else self._packer
-            batch |= packer.pack(turns) | {"prefix_is_image": packer.is_image}
+            batch |= self._packer.pack(turns) | {"prefix_is_image": self._packer.is_image, "num_rated": num_rated}
         return batch
 
-    def _rating_turns(self, scene: Scene, severity: float, incoherence: float, rng: np.random.Generator) -> list[Turn]:
-        other = sample_scene(rng)
-        stated = [
-            (caption(scene), 1.0),
-            (changed_caption(scene, rng)[1], max(0.0, 1 - 1 / (len(scene.groups()) + 1))),
-            (caption(other), agreement(other, scene)),
-        ]
-        first = int(rng.random() > 0.5)
-        turns = []
-        for text, share in (stated[0], stated[1 + first]):
-            answer = unified_reward_answer(score(1 - share), score(max(incoherence, 0.5 * severity)), score(severity))
-            turns.append(Turn(text + self._rating_closing, answer))
-        return turns
 
-
-class CellHead(nn.Module):
-    """Reads noun, colour and centres off the tower's tokens, and the background off their mean; training only."""
+class TowerHeads(nn.Module):
+    """Reads each cell's classes off the tower's tokens, background and wear off their mean; for training only."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.noun = nn.Linear(width, len(_NOUNS) + 1)
-        self.colour = nn.Linear(width, len(_COLOURS) + 1)
-        self.centre = nn.Linear(width, 2)
+        self.cells = nn.ModuleDict({name: nn.Linear(width, classes) for name, classes in CELL_CLASSES.items()})
         self.background = nn.Linear(width, len(_BACKGROUNDS))
+        self.wear = nn.Linear(width, 2)
 
-    def loss(self, tokens: Tensor, cells: Tensor, background: Tensor) -> tuple[Tensor, float]:
-        """tokens (B, 16, C), cells (B, 16, 3), background (B,) -> (loss, share of objects' cells named right)."""
-        noun, colour = self.noun(tokens).flatten(0, 1), self.colour(tokens).flatten(0, 1)
-        flat = cells.flatten(0, 1)
-        loss = F.cross_entropy(noun, flat[:, 0]) + F.cross_entropy(colour, flat[:, 1])
-        loss = loss + F.cross_entropy(self.centre(tokens).flatten(0, 1), flat[:, 2])
-        loss = loss + 0.3 * F.cross_entropy(self.background(tokens.mean(1)), background)
-        at = flat[:, 2] > 0
-        right = ((noun.argmax(-1) == flat[:, 0]) & (colour.argmax(-1) == flat[:, 1]))[at]
-        return loss, right.float().mean().item()
+    def loss(
+        self, tokens: Tensor, cells: Tensor, background: Tensor, wear: Tensor, severity_weight: float
+    ) -> tuple[Tensor, dict[str, float]]:
+        """tokens (B, 16, C), cells (B, 16, 7), background (B,), wear (B, 2) -> (loss, figures to log)."""
+        legible = (wear[:, 0] < _LEGIBLE_SEVERITY) & (wear[:, 1] == 0)
+        wear_loss = F.mse_loss(self.wear(tokens.mean(1)).sigmoid(), wear)
+        seen, truth = tokens[legible].flatten(0, 1), cells[legible].flatten(0, 1)
+        loss = severity_weight * wear_loss
+        loss = loss + 0.3 * F.cross_entropy(self.background(tokens[legible].mean(1)), background[legible])
+        right = {}
+        at = truth[:, list(CELL_CLASSES).index("centre")] > 0
+        for index, (name, head) in enumerate(self.cells.items()):
+            logits = head(seen)
+            loss = loss + F.cross_entropy(logits, truth[:, index])
+            right[name] = (logits.argmax(-1) == truth[:, index])[at].float().mean().item()
+        return loss, right | {"wear_rmse": wear_loss.item() ** 0.5}
 
 
 class Muon(torch.optim.Optimizer):
@@ -257,7 +292,7 @@ class Trainer:
         self.tokenizer = self._tokenizer(work_dir / "tokenizer")
         self.model = vlm_model.build_model(self.tokenizer, config.seed)
         torch.manual_seed(config.seed)
-        self.head = CellHead(self.model.config.text_config.hidden_size)
+        self.head = TowerHeads(self.model.config.text_config.hidden_size)
         named = list(self.model.named_parameters())
         inner = [p for n, p in named if p.dim() == 2 and (".layers." in n or ".blocks." in n or "merger" in n)]
         ids = {id(p) for p in inner}
@@ -314,21 +349,20 @@ class Trainer:
         grid = torch.tensor([[1, 2 * GRID, 2 * GRID]]).expand(size, 3)
         seen = inner.visual(torch.from_numpy(batch["pixels"]), grid_thw=grid)
         tokens = seen.pooler_output.view(size, GRID * GRID, -1)
-        loss = torch.zeros(())
-        if not batch["rating"]:
-            cells, background = torch.from_numpy(batch["cells"]), torch.from_numpy(batch["background"])
-            cell_loss, log["cells"] = self.head.loss(tokens, cells, background)
-            loss = cell_loss if "ids" not in batch else self.config.cell_weight * cell_loss
+        truth = (torch.from_numpy(batch[name]) for name in ("cells", "background", "wear"))
+        loss, figures = self.head.loss(tokens, *truth, self.config.severity_weight)
+        log |= figures
         if "ids" in batch:
-            logits, labels = self._logits(batch, seen)
+            logits, labels, is_rating = self._logits(batch, seen)
             yes, no = self.tokenizer.convert_tokens_to_ids([YES, NO])
             is_answer = (labels == yes) | (labels == no)
             weights = 1 + (self.config.answer_weight - 1) * is_answer
-            loss = loss + (F.cross_entropy(logits, labels, reduction="none") * weights).sum() / weights.sum()
-            right = logits.argmax(-1) == labels
-            log["rating" if batch["rating"] else "words"] = right[~is_answer].float().mean().item()
-            if not batch["rating"]:
-                log["yes_no"] = right[is_answer].float().mean().item()
+            words = (F.cross_entropy(logits, labels, reduction="none") * weights).sum() / weights.sum()
+            loss = self.config.cell_weight * loss + words
+            right = (logits.argmax(-1) == labels).float()
+            log["words"] = right[~is_answer & ~is_rating].mean().item()
+            log["yes_no"] = right[is_answer].mean().item()
+            log["rating"] = right[is_rating].mean().item()
         loss.backward()
         nn.utils.clip_grad_norm_([p for g in self.adam.param_groups for p in g["params"]], 1.0)
         self.muon.step()
@@ -338,7 +372,7 @@ class Trainer:
         self.step += 1
         return log | {"loss": loss.item()}
 
-    def _logits(self, batch: dict[str, Any], seen: Any) -> tuple[Tensor, Tensor]:
+    def _logits(self, batch: dict[str, Any], seen: Any) -> tuple[Tensor, Tensor, Tensor]:
         inner = self.model.model
         ids = torch.from_numpy(batch["ids"])
         embeds = inner.language_model.embed_tokens(ids)
@@ -352,7 +386,9 @@ class Trainer:
         )  # fmt: skip
         labels = torch.from_numpy(batch["labels"])
         wanted = labels != -100
-        return self.model.lm_head(out.last_hidden_state[wanted]), labels[wanted]
+        is_rating = torch.zeros_like(wanted)
+        is_rating[: batch["num_rated"]] = True
+        return self.model.lm_head(out.last_hidden_state[wanted]), labels[wanted], is_rating[wanted]
 
 
 def _leave_this_core(_: int) -> None:

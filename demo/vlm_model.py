@@ -199,14 +199,13 @@ class Turn:
 class Packer:
     """Packs several turns about one picture into one sequence, each blind to the others.
 
-    A turn sees the picture, its shared opening and itself, and its positions go on from there: for the model each turn
-    is exactly the single-turn chat it will meet, while the picture is computed once.
+    A turn sees the picture and itself, and its positions go on from the picture's: for the model each turn is exactly
+    the single-turn chat it will meet, while the picture is computed once.
     """
 
-    def __init__(self, tokenizer: Any, opening: str = "") -> None:
+    def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
-        self._opening = opening
-        prefix = tokenizer(PREFIX + opening, add_special_tokens=False)["input_ids"]
+        prefix = tokenizer(PREFIX, add_special_tokens=False)["input_ids"]
         self.prefix = np.array(prefix)
         image_id = tokenizer.convert_tokens_to_ids("<|image_pad|>")
         self.is_image = self.prefix == image_id

@@ -32,7 +32,8 @@ PNG = encode(picture(), "PNG")
 
 
 def response(body: bytes, status: str = "200 OK", content_type: str = "image/jpeg", **headers: str) -> bytes:
-    lines = [f"HTTP/1.1 {status}", f"Content-Length: {len(body)}"]
+    # The server hangs up after each answer, and says so: a client that reuses the connection would race the hang-up.
+    lines = [f"HTTP/1.1 {status}", f"Content-Length: {len(body)}", "Connection: close"]
     if content_type:
         lines.append(f"Content-Type: {content_type}")
     lines += [f"{name.replace('_', '-')}: {value}" for name, value in headers.items()]
