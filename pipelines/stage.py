@@ -368,6 +368,11 @@ class Stage(Generic[ConfigT]):
                 print(self.run_request(request).manifest_path, flush=True)
             except ThroughlineError as error:
                 sys.exit(f"error: {error}")
+            except ModuleNotFoundError as error:
+                sys.exit(
+                    f"error: {self.name}: the package {error.name} is not installed; run `make setup`, or install the "
+                    "extra 'cpu' or 'gpu' of this project"
+                )
             except OSError as error:
                 if error.errno != errno.ENOSPC:
                     raise

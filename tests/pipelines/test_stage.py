@@ -1,3 +1,4 @@
+import importlib
 import json
 import os
 import subprocess
@@ -223,6 +224,17 @@ def run_module(request: Path) -> tuple[int, str, str]:
     process = start("-m", "pipelines.laion_subset", "--config", str(request))
     output, errors = process.communicate(timeout=120)
     return process.returncode, output.strip(), errors.strip().splitlines()[-1]
+
+
+def test_a_missing_package_is_one_sentence_with_the_way_out(tmp_path: Path) -> None:
+    def produce(run: Any) -> None:
+        importlib.import_module("not_installed_here")
+
+    stage = Stage(name="s", code_version="1", config_type=ToyConfig, produce=produce)
+    write_request(tmp_path / "r.json", StageRequest(stage="s", config={}, output_root=str(tmp_path / "out")))
+    with pytest.raises(SystemExit) as caught:
+        stage.main(["--config", str(tmp_path / "r.json")])
+    assert str(caught.value).startswith("error: s: the package not_installed_here is not installed; run `make setup`")
 
 
 @pytest.fixture
