@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -230,6 +231,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = _parser().parse_args(argv)
     from pipelines.errors import ThroughlineError
 
+    # A script's background command starts with SIGINT ignored, and Dagster treats SIGTERM as it finds SIGINT: without
+    # this such a run could not be stopped by either.
+    for stop_signal in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(stop_signal, signal.default_int_handler)
     try:
         status = _COMMANDS[arguments.command](arguments)
     except ThroughlineError as error:

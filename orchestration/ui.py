@@ -39,14 +39,21 @@ def serve(execution: Execution, profile: str | None, changes: Sequence[str], por
     command = [sys.executable, "-W", "ignore::Warning", "-m", "dagster", "dev", "-m", "orchestration.definitions"]
     command += ["--host", _HOST, "--port", str(port)]
     console.line(f"Dagster: http://{_HOST}:{port}  (stop with Ctrl-C)")
-    process = subprocess.Popen(command, env=environment, start_new_session=True, preexec_fn=end_with_parent)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    process = subprocess.Popen(command, env=environment, start_new_session=True, preexec_fn=_listen_and_end_with_parent)
     try:
         return process.wait()
     except KeyboardInterrupt:
         process.send_signal(signal.SIGINT)
-        process.wait(_STOP_SECONDS)
+        try:
+            process.wait(_STOP_SECONDS)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
         return 0
+
+
+def _listen_and_end_with_parent() -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in what a script starts in the background
+    end_with_parent()
 
 
 def refuse_taken_port(port: int) -> None:
