@@ -349,8 +349,8 @@ class Trainer:
         grid = torch.tensor([[1, 2 * GRID, 2 * GRID]]).expand(size, 3)
         seen = inner.visual(torch.from_numpy(batch["pixels"]), grid_thw=grid)
         tokens = seen.pooler_output.view(size, GRID * GRID, -1)
-        truth = (torch.from_numpy(batch[name]) for name in ("cells", "background", "wear"))
-        loss, figures = self.head.loss(tokens, *truth, self.config.severity_weight)
+        cells, background, wear = (torch.from_numpy(batch[name]) for name in ("cells", "background", "wear"))
+        loss, figures = self.head.loss(tokens, cells, background, wear, self.config.severity_weight)
         log |= figures
         if "ids" in batch:
             logits, labels, is_rating = self._logits(batch, seen)

@@ -1,7 +1,7 @@
 """Owns the report: one HTML file that opens offline and leads from rows to judged numbers."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -198,6 +198,7 @@ def render(config: ReportConfig, results_output: StageOutput, lineage: Mapping[s
         config=config,
         note=[paragraph.strip() for paragraph in config.note.split("\n\n") if paragraph.strip()],
         results=results,
+        judges_of=lambda benchmarks: _judges_of(results, benchmarks),
         lineage_id=results_output.data_version,
         facts=_facts(lineage, results),
         funnel=report_data.funnel(lineage),
@@ -218,6 +219,18 @@ def render(config: ReportConfig, results_output: StageOutput, lineage: Mapping[s
         palette_dark=charts.palette(dark=True),
         chart_style=charts.CHART_STYLE,
     )
+
+
+def _judges_of(results: dict[str, Any], benchmarks: Iterable[str]) -> list[dict[str, str]]:
+    """Return the judges of some benchmarks, each with the benchmarks it judged where they had more than one."""
+    by_judge: dict[tuple[str, str], list[str]] = {}
+    for benchmark in benchmarks:
+        if judge := results["judges"].get(benchmark):
+            by_judge.setdefault((judge["id"], judge["revision"]), []).append(_BENCHMARK_TITLES[benchmark])
+    return [
+        {"id": name, "revision": revision, "benchmarks": ", ".join(titles) if len(by_judge) > 1 else ""}
+        for (name, revision), titles in by_judge.items()
+    ]
 
 
 def produce(run: StageRun[ReportConfig]) -> StageResult:

@@ -29,15 +29,29 @@ def _judge_of(output: StageOutput) -> tuple[str, str]:
     return judges.pop()
 
 
-def _one_judge(outputs: Sequence[StageOutput]) -> dict[str, str]:
-    by_judge: dict[tuple[str, str], list[str]] = {}
-    for output in outputs:
-        by_judge.setdefault(_judge_of(output), []).append(output.manifest.partition or "")
-    if len(by_judge) > 1:
-        found = "; ".join(f"{name}@{revision[:16]}: {', '.join(parts)}" for (name, revision), parts in by_judge.items())
-        raise ThroughlineError(f"results: scores of different judges can't stand in one table ({found}); re-run scores")
-    ((judge_id, revision),) = by_judge
-    return {"id": judge_id, "revision": revision}
+def _judges(outputs: Sequence[StageOutput]) -> dict[str, dict[str, str]]:
+    """Return benchmark -> the judge of all its scores; benchmarks may differ in it, arms may not."""
+    judges: dict[str, dict[str, str]] = {}
+    for benchmark in BENCHMARKS:
+        by_judge: dict[tuple[str, str], list[str]] = {}
+        for output in outputs:
+            if parse_partition(output.manifest.partition)[1] == benchmark:
+                by_judge.setdefault(_judge_of(output), []).append(output.manifest.partition or "")
+        if len(by_judge) > 1:
+            found = "; ".join(
+                f"{judge}@{revision[:16]}: {', '.join(parts)}" for (judge, revision), parts in by_judge.items()
+            )
+            raise ThroughlineError(
+                f"results: scores of different judges can't stand in one table ({found}); re-run scores"
+            )
+        for judge, revision in by_judge:
+            judges[benchmark] = {"id": judge, "revision": revision}
+    return judges
+
+
+def _judge_fields(results: dict[str, Any], benchmark: str, prefix: str = "") -> dict[str, str]:
+    judge = results["judges"].get(benchmark, {"id": "", "revision": ""})
+    return {f"{prefix}judge": judge["id"], f"{prefix}judge_revision": judge["revision"]}
 
 
 def _read_scores(outputs: Sequence[StageOutput]) -> list[Any]:
@@ -117,8 +131,9 @@ def _cell_fields(prefix: str, cell: dict[str, Any] | None, baseline: str) -> dic
 def _table_1_csv(table: Sequence[dict[str, Any]], results: dict[str, Any]) -> bytes:
     rows = []
     for row in table:
-        fields: dict[str, Any] = {"arm": row["arm"], "judge": results["judge"]["id"]}
-        fields["judge_revision"] = results["judge"]["revision"]
+        fields: dict[str, Any] = {"arm": row["arm"]}
+        for prefix, benchmark in (("geneval_", "geneval"), ("genai_", "genai_bench"), ("unified_", "drawbench")):
+            fields |= _judge_fields(results, benchmark, prefix)
         for name in ("geneval", "genai", "unified_style", "unified_alignment", "unified_coherence"):
             fields |= _cell_fields(name, row[name], results["baseline"])
         for name, value in (results["paper"]["table_1"].get(row["arm"]) or {}).items():
@@ -133,8 +148,7 @@ def _table_2_csv(table: Sequence[dict[str, Any]], results: dict[str, Any]) -> by
     for row in table:
         for skill, cell in row.items():
             if skill != "arm":
-                fields = {"arm": row["arm"], "skill": skill, "judge": results["judge"]["id"]}
-                fields["judge_revision"] = results["judge"]["revision"]
+                fields = {"arm": row["arm"], "skill": skill} | _judge_fields(results, "genai_bench")
                 rows.append(fields | _cell_fields("score", cell, results["baseline"]))
     return _csv(rows, list(rows[0])) if rows else b""
 
@@ -150,7 +164,7 @@ def produce(run: StageRun[ResultsConfig]) -> StageResult:
     config, scores = run.config, list(run.inputs.get("scores", ()))
     if not scores:
         raise ThroughlineError("results: no scores among the inputs; run samples and scores first")
-    judge = _one_judge(scores)
+    judges = _judges(scores)
     rows = _read_scores(scores)
     arms = sorted({parse_partition(item.manifest.partition)[0] for item in scores}, key=_arm_order)
     settings: dict[str, Any] = {
@@ -165,7 +179,7 @@ def produce(run: StageRun[ResultsConfig]) -> StageResult:
         if arm in arms
     }
     results: dict[str, Any] = {
-        "judge": judge,
+        "judges": judges,
         **settings,
         "metrics": {
             "geneval": "share of images (%) whose every clause the judge answers right (geneval_vqa), mean of tasks",
@@ -196,7 +210,7 @@ def produce(run: StageRun[ResultsConfig]) -> StageResult:
     wanted = sum(item["num_scores_wanted"] for item in results["unscored"])
     found = sum(item["num_scores"] for item in results["unscored"])
     summary = {
-        "judge": judge,
+        "judges": judges,
         "num_arms": len(arms),
         "num_scores_wanted": wanted,
         "num_scores": found,

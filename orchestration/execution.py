@@ -85,7 +85,7 @@ class Execution:
 
     def _start(self, pending: Sequence[Task], observer: Observer) -> None:
         profile, node = self.plan.profile, pending[0].node
-        requests = [task.request(self.plan.output_root, profile.verify) for task in pending]
+        requests = [task.request(self.plan.output_root, profile.verify) for task in _by_configuration(pending)]
         launcher = Launcher(self.log_folder, observer.progress, observer.line)
         with self._around(node.name):
             launcher.run(node.module, requests, profile.launch(node.name))
@@ -99,3 +99,11 @@ class Execution:
             return
         with self.surroundings.during(self.plan.profile, asset):
             yield
+
+
+def _by_configuration(tasks: Sequence[Task]) -> list[Task]:
+    """Return tasks of equal configuration next to each other, so that one process changes its model least often."""
+    groups: dict[str, list[Task]] = {}
+    for task in tasks:
+        groups.setdefault(task.config.model_dump_json() if task.config else "", []).append(task)
+    return [task for group in groups.values() for task in group]

@@ -15,6 +15,11 @@ def _index_config(profile: "Profile", _: str | None) -> FrozenConfig:
     return LaionIndexConfig.scan(profile.source, profile.digest_cache)
 
 
+def _scores_config(profile: "Profile", partition: str | None) -> FrozenConfig:
+    rates = (partition or "").endswith("|drawbench")
+    return (profile.drawbench_scores if rates else None) or profile.scores
+
+
 def _checkpoint_config(profile: "Profile", strategy: str | None) -> FrozenConfig:
     return CheckpointConfig(
         strategy=Strategy(strategy or ""),
@@ -156,7 +161,7 @@ EVALUATION_NODES = (
         module="evaluation.scores",
         group=Group.EVALUATION,
         description="What the judge model answered about the samples, raw and as scores.",
-        configure=lambda profile, _: profile.scores,
+        configure=_scores_config,
         partition=PartitionKind.ARM_BENCHMARK,
         inputs=(Input(name="samples", asset="samples"), Input(name="prompt_sets", asset="prompt_sets")),
         kinds=frozenset({"vllm", "ray"}),

@@ -42,6 +42,8 @@ QWEN3_VL_32B = ModelRef(id="Qwen/Qwen3-VL-32B-Instruct", revision="0cfaf48183f59
 QWEN3_VL_8B = ModelRef(id="Qwen/Qwen3-VL-8B-Instruct", revision="0c351dd01ed87e9c1b53cbc748cba10e6187ff3b")
 QWEN3_VL_4B = ModelRef(id="Qwen/Qwen3-VL-4B-Instruct", revision="ebb281ec70b05090aa6165b016eac8ec08e71b17")
 QWEN3_VL_235B = ModelRef(id="Qwen/Qwen3-VL-235B-A22B-Instruct", revision=UNPINNED)
+UNIFIED_REWARD_2 = ModelRef(id="CodeGoat24/UnifiedReward-2.0-qwen3vl-8b", revision=UNPINNED)
+"""The paper says UnifiedReward-2.0 and not which of its sizes."""
 SD3 = ModelRef(
     id="stabilityai/stable-diffusion-3-medium-diffusers", revision="ea42f8cef0f178587cf766dc8129abd379c90671"
 )
@@ -206,6 +208,7 @@ def single_gpu(home: Path) -> Profile:
             text_encoder=QWEN3_VL_4B, autoencoder=SD3, sampler=SamplerConfig(batch_size=32), prompts_per_unit=32
         ),
         scores=ScoresConfig(judge=engine, pool=pool),
+        drawbench_scores=ScoresConfig(judge=engine.model_copy(update={"model": UNIFIED_REWARD_2}), pool=pool),
         judge_calibration=JudgeCalibrationConfig(judge=engine, pool=pool, num_images=1000),
         report=ReportConfig(profile="single_gpu"),
         launches={"checkpoint": AccelerateLaunch(mixed_precision="bf16", threads_per_process=8)},
@@ -260,6 +263,10 @@ def paper(home: Path) -> Profile:
             text_encoder=QWEN3_VL_4B, autoencoder=SD3, sampler=SamplerConfig(batch_size=64), prompts_per_unit=64
         ),
         scores=ScoresConfig(judge=judge, pool=judges),
+        drawbench_scores=ScoresConfig(
+            judge=VllmEngineConfig(model=UNIFIED_REWARD_2, dtype="bfloat16", max_model_len=4096, max_num_seqs=256),
+            pool=PoolConfig(ray_address="auto", max_actors=8, num_cpus_per_actor=4, num_gpus_per_actor=1),
+        ),
         judge_calibration=JudgeCalibrationConfig(judge=judge, pool=judges, num_images=1000),
         report=ReportConfig(profile="paper"),
         launches={

@@ -84,6 +84,8 @@ class Profile(FrozenConfig):
     prompt_sets: PromptSetsConfig
     samples: SamplesConfig
     scores: ScoresConfig
+    drawbench_scores: ScoresConfig | None = None
+    """Where DrawBench's ratings come from another judge than the Yes and No of `scores`."""
     judge_calibration: JudgeCalibrationConfig
     fusion_analysis: FusionAnalysisConfig = FusionAnalysisConfig()
     results: ResultsConfig = ResultsConfig()

@@ -77,11 +77,12 @@ def test_the_first_arm_is_the_baseline_and_has_no_difference(scores: list[StageO
 
 def test_judge_revision_and_n_stand_beside_the_numbers(scores: list[StageOutput], tmp_path: Path) -> None:
     output = STAGE.run(CONFIG, {"scores": scores}, tmp_path)
-    for name in ("table1.csv", "table2.csv"):
+    for name, prefixes in (("table1.csv", ("geneval_", "genai_", "unified_")), ("table2.csv", ("",))):
         with output.path(name).open(newline="") as stream:
             rows = list(csv.DictReader(stream))
-        assert {row["judge"] for row in rows} == {"test/judge"}
-        assert {row["judge_revision"] for row in rows} == {JUDGE.model.revision}
+        for prefix in prefixes:
+            assert {row[f"{prefix}judge"] for row in rows} == {"test/judge"}
+            assert {row[f"{prefix}judge_revision"] for row in rows} == {JUDGE.model.revision}
     with output.path("table1.csv").open(newline="") as stream:
         first = next(csv.DictReader(stream))
     assert (first["geneval_num_prompts"], first["geneval_num_images"]) == ("6", "12")
@@ -105,6 +106,19 @@ def test_scores_of_two_judges_are_refused(scores: list[StageOutput], prompts: St
     foreign = SCORES.run(other, {"samples": [samples], "prompt_sets": [prompts]}, tmp_path, "joint|geneval")
     with pytest.raises(ThroughlineError, match=r"different judges.*other/judge"):
         STAGE.run(CONFIG, {"scores": [*scores[:3], foreign]}, tmp_path)
+
+
+def test_a_benchmark_may_have_a_judge_of_its_own(
+    scores: list[StageOutput], prompts: StageOutput, pool: KnowingPool, tmp_path: Path
+) -> None:
+    rater = ScoresConfig(judge=JUDGE.model_copy(update={"model": ModelRef(id="other/rater", revision="1")}))
+    chosen = [item for item in scores if not (item.manifest.partition or "").endswith("drawbench")]
+    for arm in ("penultimate", "joint"):
+        given = {"samples": [write_samples(tmp_path, arm, "drawbench", prompts)], "prompt_sets": [prompts]}
+        chosen.append(SCORES.run(rater, given, tmp_path, f"{arm}|drawbench"))
+    results = read(STAGE.run(CONFIG, {"scores": chosen}, tmp_path))
+    judges = {benchmark: judge["id"] for benchmark, judge in results["judges"].items()}
+    assert judges == {"geneval": "test/judge", "genai_bench": "test/judge", "drawbench": "other/rater"}
 
 
 def test_without_scores_the_next_step_is_named(tmp_path: Path) -> None:
