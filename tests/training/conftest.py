@@ -1,6 +1,7 @@
 """A dataset of random latents and of text features of a tiny random LLM, as the stages before training write them."""
 
 import io
+import json
 import tarfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -115,6 +116,16 @@ def _shard(keys: list[bytes], captions: list[str]) -> bytes:
     return stream.getvalue()
 
 
+def _in_one_order(data: bytes) -> bytes:
+    """Sort the metadata of a safetensors file, which the library writes in random order."""
+    num_bytes = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + num_bytes])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    encoded = json.dumps(header).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    return len(encoded).to_bytes(8, "little") + encoded + data[8 + num_bytes :]
+
+
 def _text_features(keys: list[bytes], captions: list[str], llm: ModelRef) -> bytes:
     from features.feature_format import feature_metadata
     from features.text_encoder import TextEncoder
@@ -128,13 +139,16 @@ def _text_features(keys: list[bytes], captions: list[str], llm: ModelRef) -> byt
         "token_ids": torch.cat([torch.as_tensor(text.token_ids) for text in encoded]).to(torch.int32),
         "hidden_states": torch.cat([text.hidden_states for text in encoded], dim=1).to(torch.bfloat16).contiguous(),
     }
-    return save(tensors, metadata=feature_metadata(llm, TEMPLATE, encoder.layers))
+    return _in_one_order(save(tensors, metadata=feature_metadata(llm, TEMPLATE, encoder.layers)))
 
 
 @pytest.fixture(scope="session")
 def tiny_data(tmp_path_factory: pytest.TempPathFactory, llm: ModelRef) -> TinyData:
-    """Two parts of 12 and 9 samples, 4 of them held out."""
-    root = tmp_path_factory.mktemp("inputs")
+    return write_tiny_data(tmp_path_factory.mktemp("inputs"), llm)
+
+
+def write_tiny_data(root: Path, llm: ModelRef) -> TinyData:
+    """Two parts of 12 and 9 samples, 4 of them held out; the same bytes every time."""
     random = np.random.default_rng(0)
     shards, latents, text_features, rows = [], [], [], []
     for part, count in (("00000", 12), ("00001", 9)):
@@ -147,7 +161,7 @@ def tiny_data(tmp_path_factory: pytest.TempPathFactory, llm: ModelRef) -> TinyDa
             + 0.1 * torch.randn(count, 4, 8, 8, generator=generator),
             "std": torch.rand(count, 4, 8, 8, generator=generator) * 0.1,
         }
-        latent_bytes = save(tensors, metadata={**LATENT_METADATA})
+        latent_bytes = _in_one_order(save(tensors, metadata={**LATENT_METADATA}))
         shards.append(_publish("shards", {"shard-00000.tar": _shard(keys, captions)}, root, {}, part))
         latents.append(_publish("latents", {"latents-00000.safetensors": latent_bytes}, root, {}, part))
         features = {"text_features-00000.safetensors": _text_features(keys, captions, llm)}
