@@ -88,6 +88,7 @@ def _train_and_write(run: StageRun[CheckpointConfig]) -> dict[str, Any]:
         text_encoder_id=config.text_encoder.id,
         text_encoder_revision=config.text_encoder.revision,
         template_version=config.template_version,
+        prompt_drop_form=config.training.prompt_drop_form,
         autoencoder_id=latents.metadata.get("autoencoder_id", ""),
         autoencoder_revision=latents.metadata.get("autoencoder_revision", ""),
         autoencoder_subfolder=run.inputs["latents"][0].manifest.config.get("subfolder"),

@@ -5,6 +5,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
+from features.templates import PromptDropForm
 from pipelines.config import FrozenConfig, ModelRef, execution_field
 
 
@@ -137,6 +138,9 @@ class TrainingConfig(FrozenConfig):
     """Of initial weights, order, noise, times and prompt drop."""
     prompt_drop: float = Field(0.1, ge=0, lt=1)
     """Share of samples that see the unconditional text."""
+    prompt_drop_form: PromptDropForm = "instruction"
+    """The unconditional text, here and in sampling: `instruction` is the template around no caption, as released;
+    `empty` no text at all (one start or end token), as in the paper. The same where the template is the caption."""
     time_mean: float = 0.0
     time_std: float = Field(1.0, gt=0)
     """Logit-normal sampling: t = sigmoid(time_mean + time_std * N(0, 1))."""
