@@ -111,6 +111,7 @@ def loss_curves(lineage: Lineage) -> list[LossCurve]:
     for output in lineage.get("checkpoint", ()):
         rows = [json.loads(line) for line in output.path("metrics.jsonl").read_text().splitlines()]
         validation = [(row["step"], row["validation_loss"]) for row in rows if row.get("validation_loss") is not None]
+        rows = [row for row in rows if row["loss"] is not None]  # a step left out may have none
         curves.append(
             LossCurve(
                 output.manifest.partition or "",

@@ -1,10 +1,16 @@
 """What is put around a caption before the text encoder reads it, by version.
 
-A version is never edited: new words get a new version. The empty caption in its template is the unconditional text.
+A version is never edited: new words get a new version. What stands for "no prompt" has two forms: `instruction` keeps
+the template around an empty caption, as the released code of arXiv 2602.03510 does; `empty` leaves nothing at all, as
+its paper says. They are the same where the template is the caption alone.
 """
 
 from collections.abc import Mapping
 from types import MappingProxyType
+from typing import Literal
+
+PromptDropForm = Literal["empty", "instruction"]
+_CAPTION_ALONE = "plain-1"
 
 TEXT_TEMPLATES: Mapping[str, str] = MappingProxyType(
     {
@@ -24,6 +30,11 @@ def apply_template(version: str, caption: str) -> str:
     return TEXT_TEMPLATES[version].replace("{caption}", caption)
 
 
-def unconditional_text(version: str) -> str:
-    """Return the text that stands for "no prompt" under this template."""
-    return apply_template(version, "")
+def unconditional_template(version: str, form: PromptDropForm) -> str:
+    """Return the version of the template in which the empty caption stands for "no prompt"."""
+    return version if form == "instruction" else _CAPTION_ALONE
+
+
+def unconditional_text(version: str, form: PromptDropForm) -> str:
+    """Return the text that stands for "no prompt" beside captions in this template."""
+    return apply_template(unconditional_template(version, form), "")

@@ -5,6 +5,7 @@ An output root looks like this::
     <root>/<stage>/<data_version>/            finished and immutable: files, dropped.parquet, manifest.json
     <root>/<stage>/fingerprints/<fingerprint> names the data version that this fingerprint gave
     <root>/<stage>/work/<fingerprint>/        a run under way or killed: out/ (files), units/ (journal), scratch/
+    <root>/<stage>/logs/                      curves for people, by run; no part of any output, deleted at will
 
 A stage's work is split into units (one shard, one file, one table). A unit's journal entry is written when all its
 files are in place, so a run that was killed at any line goes on at the first unit without an entry.
@@ -198,6 +199,8 @@ class StageRun(Generic[ConfigT]):
         self._units = work_folder / "units"
         self.scratch = work_folder / "scratch"
         """A folder for checkpoints of unfinished work; it survives a kill and goes when the stage finishes."""
+        self.logs = work_folder.parent.parent / "logs" / f"{partition or stage_name}-{work_folder.name[:8]}"
+        """A folder, made by who uses it, for what is worth watching and not part of the output; it stays."""
         for folder in (self._out, self._units, self.scratch):
             folder.mkdir(parents=True, exist_ok=True)
         self._forget_incomplete_units()

@@ -6,6 +6,7 @@ follow it: they wait to be told whether there is anything to train, and then run
 
 import io
 import os
+import shutil
 from collections.abc import Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
     from training.loop import Trained
 
 _UNIT = "model"
+_MAX_SKIPPED_LISTED = 100
+"""Steps left out that the manifest lists; metrics.jsonl has them all."""
 _FOLLOWERS_WAIT_SECONDS = 7 * 24 * 3600
 """How long a follower waits for the first process, which may itself wait for another run of the same output."""
 
@@ -51,7 +54,7 @@ def produce(run: StageRun[CheckpointConfig]) -> StageResult:
 
 
 def _train(
-    config: CheckpointConfig, inputs: Inputs, scratch: Path, progress: Any
+    config: CheckpointConfig, inputs: Inputs, scratch: Path, progress: Any, logs: Path | None = None
 ) -> "tuple[Trained | None, FeatureSource]":
     import torch
 
@@ -68,7 +71,7 @@ def _train(
     except ValueError as error:
         raise ThroughlineError(str(error)) from error
     source = FeatureSource(config, inputs, model.prepare_text)
-    return train(config, model, source, scratch, progress), source
+    return train(config, model, source, scratch, progress, logs), source
 
 
 def _train_and_write(run: StageRun[CheckpointConfig]) -> dict[str, Any]:
@@ -77,7 +80,7 @@ def _train_and_write(run: StageRun[CheckpointConfig]) -> dict[str, Any]:
     def progress(total: int, noun: str, initial: int) -> Progress:
         return run.progress(total, noun, initial=initial)
 
-    trained, source = _train(config, run.inputs, run.scratch, progress)
+    trained, source = _train(config, run.inputs, run.scratch, progress, run.logs)
     assert trained is not None, "the process that owns the stage is the main one"
     latents = source.latents["train"]
     conditioning = ConditioningRecord(
@@ -85,6 +88,7 @@ def _train_and_write(run: StageRun[CheckpointConfig]) -> dict[str, Any]:
         text_encoder_id=config.text_encoder.id,
         text_encoder_revision=config.text_encoder.revision,
         template_version=config.template_version,
+        prompt_drop_form=config.training.prompt_drop_form,
         autoencoder_id=latents.metadata.get("autoencoder_id", ""),
         autoencoder_revision=latents.metadata.get("autoencoder_revision", ""),
         autoencoder_subfolder=run.inputs["latents"][0].manifest.config.get("subfolder"),
@@ -102,9 +106,9 @@ def _write(
     import pyarrow.parquet as pq
     from safetensors.torch import save
 
-    from training.loop import METRICS_NAME, metrics_lines
+    from training.metrics_file import METRICS_NAME
 
-    ledger = trained.ledger
+    ledger, skipped = trained.ledger, trained.bad_steps.skipped
     seen = [index for index, count in enumerate(ledger.times_seen) if count]
     table = pa.table(
         {
@@ -113,12 +117,15 @@ def _write(
             "times_seen": pa.array(ledger.times_seen[seen], pa.int64()),
         }
     )
-    validated = [row["validation_loss"] for row in trained.metrics if row.get("validation_loss") is not None]
     with run.unit(_UNIT) as unit:
         unit.write(WEIGHTS_NAME, save(trained.weights, metadata={"format": "pt"}))
         unit.write(MODEL_CONFIG_NAME, run.config.model.model_dump_json(indent=1).encode() + b"\n")
         unit.write(CONDITIONING_NAME, write_conditioning(conditioning))
-        unit.write(METRICS_NAME, metrics_lines(trained.metrics), num_rows=len(trained.metrics))
+        with (
+            trained.metrics.path.open("rb") as rows,
+            unit.open(METRICS_NAME, num_rows=trained.metrics.num_rows) as stream,
+        ):
+            shutil.copyfileobj(rows, stream)
         with unit.open("ledger.parquet", num_rows=table.num_rows) as stream:
             pq.write_table(table, stream)
         unit.notes.update(
@@ -129,9 +136,9 @@ def _write(
                 "num_distinct_samples": len(seen),
                 "num_parameters": sum(tensor.numel() for tensor in trained.weights.values()),
                 "steps": run.config.training.steps,
-                "first_loss": trained.metrics[0]["loss"],
-                "final_loss": trained.metrics[-1]["loss"],
-                "validation_loss": validated[-1] if validated else None,
+                **trained.metrics.losses,
+                "num_skipped_steps": len(skipped),
+                "skipped_steps": skipped[:_MAX_SKIPPED_LISTED],
             }
         )
 
@@ -210,7 +217,7 @@ class CheckpointStage(Stage[CheckpointConfig]):
             super().main(argv)
 
 
-STAGE = CheckpointStage(name="checkpoint", code_version="1", config_type=CheckpointConfig, produce=produce)
+STAGE = CheckpointStage(name="checkpoint", code_version="2", config_type=CheckpointConfig, produce=produce)
 
 if __name__ == "__main__":
     from training.checkpoint import STAGE as stage

@@ -5,6 +5,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
+from features.templates import PromptDropForm
 from pipelines.config import FrozenConfig, ModelRef, execution_field
 
 
@@ -137,6 +138,9 @@ class TrainingConfig(FrozenConfig):
     """Of initial weights, order, noise, times and prompt drop."""
     prompt_drop: float = Field(0.1, ge=0, lt=1)
     """Share of samples that see the unconditional text."""
+    prompt_drop_form: PromptDropForm = "instruction"
+    """The unconditional text, here and in sampling: `instruction` is the template around no caption, as released;
+    `empty` no text at all (one start or end token), as in the paper. The same where the template is the caption."""
     time_mean: float = 0.0
     time_std: float = Field(1.0, gt=0)
     """Logit-normal sampling: t = sigmoid(time_mean + time_std * N(0, 1))."""
@@ -145,6 +149,15 @@ class TrainingConfig(FrozenConfig):
     validate_every: int = Field(1000, gt=0)
     """Steps between validation losses on the held-out split; there is one after the last step too."""
     num_validation_samples: int = Field(512, ge=0)
+    on_bad_step: Literal["stop", "skip"] = "stop"
+    """Where a loss or the gradient norm is not finite, or the loss jumps: stop, or leave the step out. A step left out
+    moves neither weights nor optimizer nor average; what it read is in the ledger, why it was left out in metrics."""
+    max_loss_jump: float | None = Field(None, gt=1)
+    """Loss of a step over the median loss of the last `loss_jump_window` steps from which on it is a bad step. None:
+    no loss is too high. The first steps of a run, up to that number, are never judged."""
+    loss_jump_window: int = Field(100, ge=1)
+    max_bad_steps_in_row: int = Field(10, ge=1)
+    """Steps left out one after the other that stop the run."""
     accumulation_steps: int = execution_field(1, ge=1)
     checkpoint_every: int = execution_field(5000, gt=0)
     """Steps between scratch checkpoints: what a kill can cost."""
@@ -157,7 +170,10 @@ class TrainingConfig(FrozenConfig):
     text_memory_bytes: int = execution_field(2 << 30, ge=0)
     """Prepared text features kept in memory, per process; what does not fit is prepared anew each time it is read."""
     log_every: int = execution_field(10, gt=0)
-    """Steps between updates of the loss on the progress line."""
+    """Steps between updates of the loss on the progress line, and of the curves for TensorBoard."""
+    peak_flops: float | None = execution_field(None, gt=0)
+    """Operations per second that the device of one process could do at best, for the share that the model uses of it.
+    None: known for common GPUs at bfloat16, else the share is left out."""
 
     @model_validator(mode="after")
     def _check(self) -> "TrainingConfig":

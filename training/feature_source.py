@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from features.templates import unconditional_template
 from pipelines.config import ModelRef
 from pipelines.errors import ThroughlineError
 from pipelines.stage import Inputs, StageOutput
@@ -313,8 +314,10 @@ class TextSource:
         return encoded.__getitem__
 
     def unconditional(self) -> Tensor:
-        """Return the hidden states (L, S, C) of the empty prompt in its template."""
-        return unconditional_hidden_states(self._config.text_encoder, self._config.template_version)
+        """Return the hidden states (L, S, C) of the text that stands for "no prompt"."""
+        config = self._config
+        template = unconditional_template(config.template_version, config.training.prompt_drop_form)
+        return unconditional_hidden_states(config.text_encoder, template)
 
     def _encode(self, texts: Sequence[str]) -> Iterator[Tensor]:
         if self._encoder is None:
@@ -348,7 +351,7 @@ def load_text_encoder(model: ModelRef, template_version: str, device: str = "cpu
 
 @lru_cache(maxsize=4)
 def unconditional_hidden_states(model: ModelRef, template_version: str) -> Tensor:
-    """Return the hidden states (L, S, C) of the empty prompt, encoded once for all strategies of a process."""
+    """Return the hidden states (L, S, C) of the empty caption in a template, encoded once for all of a process."""
     return load_text_encoder(model, template_version).encode([""])[0].hidden_states.clone()
 
 

@@ -5,12 +5,11 @@ trains on is a function of (dataset, seed, step, position in the global batch), 
 change rounding at most.
 """
 
-import json
 import logging
 import math
-import os
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -18,14 +17,14 @@ from typing import Any, cast
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, gather
+from accelerate.utils import gather
 from torch import Tensor, nn
 
-from pipelines.atomic import write_bytes
 from pipelines.errors import ThroughlineError
 from pipelines.progress import Progress
+from training.bad_steps import BadStep, BadSteps
 from training.config import CheckpointConfig, TrainingConfig
-from training.data_order import DataOrder, Ledger
+from training.data_order import Ledger
 from training.dit import Backbone
 from training.feature_source import TRAIN, VALIDATION, Batch, FeatureSource, pad_texts
 from training.flow import (
@@ -36,11 +35,12 @@ from training.flow import (
     validation_noise,
     velocity_target,
 )
-from training.snapshots import Snapshot, Snapshots
+from training.metrics_file import MetricsFile, Row, t_bucket_sums
+from training.run_log import RunLog
+from training.run_state import Run
 
 logger = logging.getLogger(__name__)
 
-METRICS_NAME = "metrics.jsonl"
 _VALIDATION_BATCH = 32
 
 
@@ -51,7 +51,8 @@ class Trained:
     weights: dict[str, Tensor]
     """The moving average, fp32."""
     ledger: Ledger
-    metrics: list[dict[str, Any]]
+    metrics: MetricsFile
+    bad_steps: BadSteps
     measurements: dict[str, Any] = field(default_factory=dict)
 
 
@@ -66,22 +67,6 @@ def learning_rate_at(training: TrainingConfig, step: int) -> float:
         case "cosine":
             return training.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
     return training.learning_rate
-
-
-def ema_decay_at(decay: float, step: int) -> float:
-    """Return the decay of the moving average at a step; it rises from 0.1, so that short runs forget their start."""
-    return min(decay, (1 + step) / (10 + step))
-
-
-def build_optimizer(model: nn.Module, training: TrainingConfig) -> torch.optim.AdamW:
-    """AdamW with weight decay on matrices alone: not on norms, biases, gates' biases or fusion logits."""
-    matrices: list[nn.Parameter] = []
-    others: list[nn.Parameter] = []
-    for name, parameter in model.named_parameters():
-        is_matrix = parameter.dim() >= 2 and not name.endswith(("logits", "values", "bias_in", "bias_out"))
-        (matrices if is_matrix else others).append(parameter)
-    groups = [{"params": matrices, "weight_decay": training.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=training.learning_rate, betas=training.betas, fused=True)
 
 
 def read_batch(
@@ -118,8 +103,10 @@ def batch_losses(model: nn.Module, batch: Batch) -> Tensor:
 
 
 @torch.no_grad()
-def validation_loss(model: Backbone, source: FeatureSource, num_samples: int, device: torch.device) -> float | None:
-    """Mean loss on held-out samples at fixed noise and times, or None where nothing is held out.
+def validation_losses(
+    model: Backbone, source: FeatureSource, num_samples: int, device: torch.device
+) -> tuple[Tensor, Tensor] | None:
+    """Losses (n,) on held-out samples at fixed noise, and their fixed times (n,); None where nothing is held out.
 
     Sample i of n is seen at t = (i + 1/2) / n, so that all times are covered evenly and every call sees the same.
     """
@@ -128,6 +115,7 @@ def validation_loss(model: Backbone, source: FeatureSource, num_samples: int, de
     if count == 0:
         return None
     reader, losses = source.latents[VALIDATION], []
+    times = (torch.arange(count, dtype=torch.float32) + 0.5) / count
     for start in range(0, count, _VALIDATION_BATCH):
         indices = range(start, min(start + _VALIDATION_BATCH, count))
         prepared, lengths, text_mask = pad_texts([source.text(VALIDATION, index) for index in indices])
@@ -135,119 +123,27 @@ def validation_loss(model: Backbone, source: FeatureSource, num_samples: int, de
             sample_indices=torch.tensor(list(indices)),
             latents=torch.from_numpy(np.stack([reader.read(index, None) for index in indices])),
             noise=torch.from_numpy(np.stack([validation_noise(split.key(index), reader.shape) for index in indices])),
-            t=(torch.tensor(list(indices), dtype=torch.float32) + 0.5) / count,
+            t=times[start : indices.stop],
             prepared=prepared,
             lengths=lengths,
             text_mask=text_mask,
         )
         losses.append(batch_losses(model, batch.to(device)))
-    return float(torch.cat(losses).mean())
+    return torch.cat(losses).cpu(), times
 
 
-class Run:
-    """The state of a run on one process, and how it is saved and restored."""
-
-    def __init__(
-        self, config: CheckpointConfig, model: Backbone, source: FeatureSource, scratch: Path, accelerator: Accelerator
-    ) -> None:
-        training = config.training
-        self.training, self.source, self.accelerator = training, source, accelerator
-        self.device = accelerator.device
-        self.backbone = model.to(self.device)
-        self.order = DataOrder(source.data_version, training.seed, training.batch_size, len(source.splits[TRAIN]))
-        keys = source.splits[TRAIN].sample_keys
-        self.ledger = Ledger(keys, source.data_version, training.seed, training.batch_size)
-        self.snapshots = Snapshots(scratch / "snapshots", training.keep_checkpoints)
-        self._metrics_path = scratch / METRICS_NAME
-        self.metrics: list[dict[str, Any]] = []
-        self._num_metrics_written = 0
-        optimizer = build_optimizer(self.backbone, training)
-        self.num_steps_done = self._restore(optimizer)
-        self.optimizer: Any
-        self.model, self.optimizer = accelerator.prepare(self.backbone, optimizer)
-
-    def _restore(self, optimizer: torch.optim.Optimizer) -> int:
-        main = self.accelerator.is_main_process
-        snapshot = self.snapshots.load_newest() if main else None
-        chosen = [snapshot.num_steps_done if snapshot is not None else None]
-        if self.accelerator.num_processes > 1:
-            broadcast_object_list(chosen)
-        if chosen[0] is not None and snapshot is None:
-            snapshot = self.snapshots.load_step(chosen[0])
-        parameters = dict(self.backbone.named_parameters())
-        self.ema = {name: parameter.detach().clone() for name, parameter in parameters.items()} if main else {}
-        if snapshot is None:
-            return 0
-        self._take_up(snapshot, parameters, optimizer)
-        return snapshot.num_steps_done
-
-    @torch.no_grad()
-    def _take_up(self, snapshot: Snapshot, parameters: dict[str, nn.Parameter], optimizer: Any) -> None:
-        tensors = snapshot.tensors
-        for name, parameter in parameters.items():
-            parameter.copy_(tensors[f"model.{name}"])
-            optimizer.state[parameter] = {
-                "step": torch.tensor(float(snapshot.num_steps_done), device=self.device),
-                "exp_avg": tensors[f"exp_avg.{name}"].to(self.device),
-                "exp_avg_sq": tensors[f"exp_avg_sq.{name}"].to(self.device),
-            }
-        for name, average in self.ema.items():
-            average.copy_(tensors[f"ema.{name}"])
-        ledger = {name: tensors[f"ledger.{name}"] for name in ("first_step", "times_seen")}
-        self.ledger.restore(ledger, snapshot.state["consumption_digest"])
-        if self.accelerator.is_main_process:
-            self._take_up_metrics(snapshot.num_steps_done)
-
-    def _take_up_metrics(self, num_steps_done: int) -> None:
-        lines = self._metrics_path.read_text().splitlines() if self._metrics_path.exists() else []
-        self.metrics = []
-        for line in lines[:num_steps_done]:  # a kill may have cut the last line, which is then one of those beyond
-            self.metrics.append(json.loads(line))
-        if len(self.metrics) != num_steps_done:
-            raise ThroughlineError(
-                f"{self._metrics_path}: {len(self.metrics)} rows for {num_steps_done} finished steps; "
-                f"remove {self._metrics_path.parent} to train from the start"
-            )
-        write_bytes(self._metrics_path, metrics_lines(self.metrics))
-        self._num_metrics_written = len(self.metrics)
-
-    @torch.no_grad()
-    def update_ema(self, step: int) -> None:
-        """Move the average towards the weights, in fp32."""
-        for average, parameter in zip(self.ema.values(), self.backbone.parameters(), strict=bool(self.ema)):
-            average.lerp_(parameter, 1 - ema_decay_at(self.training.ema_decay, step))
-
-    def save(self) -> None:
-        """Write a snapshot; metrics first, since rows beyond a snapshot are cut when it is taken up."""
-        if not self.accelerator.is_main_process:
-            return
-        with self._metrics_path.open("ab") as stream:
-            stream.write(metrics_lines(self.metrics[self._num_metrics_written :]))
-            stream.flush()
-            os.fsync(stream.fileno())
-        self._num_metrics_written = len(self.metrics)
-        state = self.optimizer.optimizer.state
-        tensors = {f"ledger.{name}": tensor for name, tensor in self.ledger.tensors().items()}
-        for name, parameter in self.backbone.named_parameters():
-            tensors[f"model.{name}"] = parameter
-            tensors[f"ema.{name}"] = self.ema[name]
-            tensors[f"exp_avg.{name}"] = state[parameter]["exp_avg"]
-            tensors[f"exp_avg_sq.{name}"] = state[parameter]["exp_avg_sq"]
-        self.snapshots.save(self.num_steps_done, tensors, {"consumption_digest": self.ledger.consumption_digest})
-
-    def validate(self) -> float | None:
-        """Validation loss of the moving average; on the main process."""
-        weights = {name: parameter.detach().clone() for name, parameter in self.backbone.named_parameters()}
-        self.backbone.load_state_dict(self.ema)
-        try:
-            return validation_loss(self.backbone, self.source, self.training.num_validation_samples, self.device)
-        finally:
-            self.backbone.load_state_dict(weights)
-
-
-def metrics_lines(rows: list[dict[str, Any]]) -> bytes:
-    """Return metrics as JSON lines."""
-    return b"".join(json.dumps(row, allow_nan=False).encode() + b"\n" for row in rows)
+def validate(run: Run) -> Row:
+    """Validation losses of the moving average, as part of a row; empty numbers where nothing is held out."""
+    with run.averaged_weights():
+        found = validation_losses(run.backbone, run.source, run.training.num_validation_samples, run.device)
+    if found is None:
+        return {"validation_loss": None}
+    losses, times = found
+    sums, counts = t_bucket_sums(times, losses)
+    return {
+        "validation_loss": float(losses.mean()),
+        "validation_loss_by_t": [total / count if count else None for total, count in zip(sums, counts, strict=True)],
+    }
 
 
 def train(
@@ -256,11 +152,13 @@ def train(
     source: FeatureSource,
     scratch: Path,
     progress: Callable[[int, str, int], Progress],
+    logs: Path | None = None,
 ) -> Trained | None:
     """Train to the last step and return the result on the main process, None on others.
 
-    `progress(total, noun, initial)` opens the progress line. Raises ThroughlineError that names step and samples where
-    the loss is not finite: the snapshots before it stay.
+    `progress(total, noun, initial)` opens the progress line; the main process writes curves into the folder `logs`.
+    Raises ThroughlineError that names step and samples where a step is bad and the configuration does not leave bad
+    steps out: the snapshots before it stay.
     """
     training = config.training
     accelerator = Accelerator(
@@ -275,44 +173,70 @@ def train(
             f"batch_size {training.batch_size} does not divide by {accelerator.num_processes} processes * "
             f"{training.accumulation_steps} accumulation steps"
         )
-    if accelerator.num_processes != training.num_processes and accelerator.is_main_process:
+    is_main = accelerator.is_main_process
+    if accelerator.num_processes != training.num_processes and is_main:
         logger.warning("configured for %d processes, running in %d", training.num_processes, accelerator.num_processes)
     run = Run(config, model, source, scratch, accelerator)
     first_step, started = run.num_steps_done, time.monotonic()
-    if not accelerator.is_main_process:
+    log: RunLog | None = None
+    with ExitStack() as stack:
+        line: Progress | None = None
+        if is_main:
+            line = stack.enter_context(progress(training.steps, "steps", first_step))
+            log = RunLog(
+                config,
+                logs or scratch / "log",
+                first_step=first_step,
+                device=run.device,
+                num_processes=accelerator.num_processes,
+            )
         for step in range(first_step, training.steps):
-            train_step(run, step)
-        return None
-    with progress(training.steps, "steps", first_step) as line:
-        for step in range(first_step, training.steps):
-            loss, grad_norm = train_step(run, step)
-            row: dict[str, float | None] = {
-                "step": step,
-                "loss": loss,
-                "grad_norm": grad_norm,
-                "learning_rate": learning_rate_at(training, step),
-            }
-            is_last = step + 1 == training.steps
-            if is_last or (step + 1) % training.validate_every == 0:
-                row["validation_loss"] = run.validate()
-            run.metrics.append(row)
+            began = time.monotonic()
+            taken = train_step(run, step)
+            seconds = time.monotonic() - began
+            row, is_last = taken.row, step + 1 == training.steps
+            if is_main and (is_last or (step + 1) % training.validate_every == 0):
+                row |= validate(run)
+            if is_main:
+                run.metrics.append(row)
             if is_last or (step + 1) % training.checkpoint_every == 0:
                 run.save()
-            line.advance(1, **({"loss": loss} if is_last or (step + 1) % training.log_every == 0 else {}))
-    seconds, num_steps = time.monotonic() - started, training.steps - first_step
+            if line is not None and log is not None:
+                log.add(row, taken.num_text_tokens, seconds)
+                line.advance(1, **_details(run, row, is_last))
+    if log is None:
+        return None
     measurements = {
-        "seconds_training": round(seconds, 3),
-        "images_per_second": round(num_steps * training.batch_size / seconds, 2) if num_steps else None,
+        "seconds_training": round(time.monotonic() - started, 3),
+        **log.close(),
         "num_processes": accelerator.num_processes,
         "threads_per_process": torch.get_num_threads(),
         "resumed_at_step": first_step,
     }
     weights = {name: tensor.cpu() for name, tensor in run.ema.items()}
-    return Trained(weights, run.ledger, run.metrics, measurements)
+    return Trained(weights, run.ledger, run.metrics, run.bad_steps, measurements)
 
 
-def train_step(run: Run, step: int) -> tuple[float, float]:
-    """One optimizer step of the global batch; returns its mean loss and the gradient norm before clipping."""
+def _details(run: Run, row: Row, is_last: bool) -> dict[str, float | int]:
+    if not is_last and (row["step"] + 1) % run.training.log_every:
+        return {}
+    details: dict[str, float | int] = {} if row["loss"] is None else {"loss": row["loss"]}
+    if run.bad_steps.skipped:
+        details["skipped"] = len(run.bad_steps.skipped)
+    return details
+
+
+@dataclass(frozen=True)
+class StepTaken:
+    """What a step of the global batch gave, the same on every process."""
+
+    row: Row
+    num_text_tokens: int
+    """Of all samples, padding not counted."""
+
+
+def train_step(run: Run, step: int) -> StepTaken:
+    """One optimizer step of the global batch, or none where it is bad and bad steps are left out."""
     training, accelerator = run.training, run.accelerator
     indices = run.order.indices(step)
     for group in run.optimizer.param_groups:
@@ -320,39 +244,67 @@ def train_step(run: Run, step: int) -> tuple[float, float]:
     share = training.batch_size // accelerator.num_processes
     micro = share // training.accumulation_steps
     first = accelerator.process_index * share
-    losses: list[Tensor] = []
+    seen: list[Tensor] = []
     consumed: list[Tensor] = []
-    grad_norm = math.nan
+    grad_norm, bad, numbers, read = math.nan, None, torch.empty(0, 3), indices
     for start in range(first, first + share, micro):
         batch = read_batch(run.source, training, step, range(start, start + micro), indices).to(run.device)
         with accelerator.accumulate(run.model):
             local = batch_losses(run.model, batch)
             accelerator.backward(local.mean())
-            if accelerator.sync_gradients:
-                norm = accelerator.clip_grad_norm_(run.model.parameters(), training.gradient_clip)
-                grad_norm = float(cast(Tensor, norm))
-            run.optimizer.step()
+            seen.append(torch.stack([local.detach(), batch.t, batch.lengths.float()], dim=1))
+            consumed.append(batch.sample_indices)
+            if not accelerator.sync_gradients:
+                continue
+            grad_norm = float(cast(Tensor, accelerator.clip_grad_norm_(run.model.parameters(), training.gradient_clip)))
+            numbers, read = _of_all_processes(run, torch.cat(seen), torch.cat(consumed))
+            keys = [run.source.splits[TRAIN].key(int(index)) for index in read]
+            bad = run.bad_steps.judge(step, numbers[:, 0], keys, grad_norm)
+            if bad is None:
+                run.optimizer.step()
             run.optimizer.zero_grad()
-        losses.append(local.detach())
-        consumed.append(batch.sample_indices)
-    all_losses, all_consumed = torch.cat(losses), torch.cat(consumed)
-    if accelerator.num_processes > 1:
-        all_losses, all_consumed = cast(Tensor, gather(all_losses)), cast(Tensor, gather(all_consumed))
-    _check_finite(run, step, all_losses, all_consumed, grad_norm)
-    run.ledger.record(step, all_consumed.cpu().numpy())
-    run.update_ema(step)
+    if bad is not None:
+        _leave_out(run, bad)
+    run.ledger.record(step, read)
+    losses, t, lengths = numbers.unbind(1)
+    loss = float(losses.mean())
+    if bad is None:
+        run.bad_steps.take(loss)
+        run.update_ema(step)
     run.num_steps_done = step + 1
-    return float(all_losses.mean()), grad_norm
+    sums, counts = t_bucket_sums(t, losses)
+    row: Row = {
+        "step": step,
+        "loss": loss if math.isfinite(loss) else None,
+        "grad_norm": grad_norm if math.isfinite(grad_norm) else None,
+        "learning_rate": learning_rate_at(training, step),
+        "t_bucket_loss_sums": sums,
+        "t_bucket_counts": counts,
+    }
+    if bad is not None:
+        row["skipped"] = {"reason": bad.reason, "sample_keys": bad.sample_keys}
+    return StepTaken(row, int(lengths.sum()))
 
 
-def _check_finite(run: Run, step: int, losses: Tensor, indices: Tensor, grad_norm: float) -> None:
-    bad = ~losses.isfinite()
-    if not bad.any() and math.isfinite(grad_norm):
-        return
-    split = run.source.splits[TRAIN]
-    keys = [split.key(int(index)) for index in (indices[bad] if bad.any() else indices).tolist()]
-    what = f"loss of {', '.join(keys[:8])}" if bad.any() else f"gradient norm over {len(keys)} samples"
-    raise ThroughlineError(
-        f"step {step}: {what} is not finite; lower learning_rate, look at these samples, or train on from the "
-        f"snapshot before it"
-    )
+def _of_all_processes(run: Run, numbers: Tensor, indices: Tensor) -> tuple[Tensor, np.ndarray]:
+    """Return what all processes saw, in the order of positions in the global batch, on the CPU."""
+    if run.accelerator.num_processes > 1:
+        numbers, indices = cast(Tensor, gather(numbers)), cast(Tensor, gather(indices))
+    return numbers.cpu(), indices.cpu().numpy()
+
+
+def _leave_out(run: Run, bad: BadStep) -> None:
+    """Note a step that is not taken; raises ThroughlineError where one stops the run, or too many came in a row."""
+    if run.training.on_bad_step == "stop":
+        raise ThroughlineError(
+            f"step {bad.step}: {bad.said}; lower learning_rate, look at these samples, leave such steps out with "
+            f"on_bad_step=skip, or train on from the snapshot before it"
+        )
+    run.bad_steps.skip(bad)
+    if run.bad_steps.num_in_row >= run.training.max_bad_steps_in_row:
+        raise ThroughlineError(
+            f"step {bad.step}: {bad.said}; with it {run.bad_steps.num_in_row} steps in a row are bad, so it is not "
+            f"chance: lower learning_rate or look at these samples, then train on from the snapshot before them"
+        )
+    if run.accelerator.is_main_process:
+        logger.warning("step %d is left out: %s", bad.step, bad.said)

@@ -16,12 +16,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from features.templates import unconditional_template
 from pipelines.config import ModelRef
 from pipelines.errors import ThroughlineError
 from pipelines.stage import StageOutput
 from training.config import SamplerConfig
 from training.dit import Backbone
-from training.feature_source import load_text_encoder, pad_texts, prepare_text
+from training.feature_source import load_text_encoder, pad_texts, prepare_text, unconditional_hidden_states
 from training.flow import sampling_noise
 from training.fusion import shift_gate_time
 from training.layers import KeysValues
@@ -127,7 +128,7 @@ class Sampler:
 
     saved: SavedModel
     encode: Callable[[Sequence[str]], list[Tensor]]
-    """Texts -> hidden states (L, S, C) each."""
+    """Texts -> hidden states (L, S, C) each; "" is what stands for "no prompt"."""
     decode: Callable[[Tensor], np.ndarray]
     """Unscaled latents (B, C, h, w) -> images uint8 (B, H, W, 3)."""
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
@@ -241,9 +242,16 @@ def load_sampler(
     if decodes is None:
         decodes = load_autoencoder(autoencoder, device, conditioning.autoencoder_subfolder)
 
+    template = unconditional_template(conditioning.template_version, conditioning.prompt_drop_form)
+
     def encode(texts: Sequence[str]) -> list[Tensor]:
         # One by one, because rounding depends on a text's batch mates.
-        return [loaded.encode([text])[0].hidden_states for text in texts]
+        return [
+            unconditional_hidden_states(text_encoder, template)
+            if text == "" and template != conditioning.template_version
+            else loaded.encode([text])[0].hidden_states
+            for text in texts
+        ]
 
     return Sampler(saved, encode, decodes.decode, torch.device(device))
 

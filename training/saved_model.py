@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import ValidationError
 
+from features.templates import PromptDropForm
 from pipelines.config import FrozenConfig, ModelRef
 from pipelines.errors import ThroughlineError
 from pipelines.stage import StageOutput
@@ -26,6 +27,8 @@ class ConditioningRecord(FrozenConfig):
     text_encoder_id: str
     text_encoder_revision: str
     template_version: str
+    prompt_drop_form: PromptDropForm = "instruction"
+    """What the unconditional branch reads; checkpoints that don't say were trained with the instruction."""
     autoencoder_id: str
     autoencoder_revision: str
     autoencoder_subfolder: str | None

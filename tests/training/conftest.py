@@ -1,6 +1,7 @@
 """A dataset of random latents and of text features of a tiny random LLM, as the stages before training write them."""
 
 import io
+import json
 import tarfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -83,12 +84,20 @@ class TinyData:
     def without(self, name: str) -> "TinyData":
         return TinyData({key: items for key, items in self.inputs.items() if key != name}, self.llm, self.root)
 
+    def with_text_features(self, outputs: list[StageOutput], root: Path) -> "TinyData":
+        """The same samples, with other text features."""
+        samples = self.inputs["dataset"][0].path("samples.parquet").read_bytes()
+        parts = {**self.inputs, "text_features": outputs}
+        parts.pop("dataset")
+        dataset = publish("dataset", {"samples.parquet": samples}, root, parts, None)
+        return TinyData({"dataset": [dataset], **parts}, self.llm, root)
+
 
 class _Files(FrozenConfig):
     text_encoder: ModelRef | None = None
 
 
-def _publish(
+def publish(
     name: str, files: dict[str, bytes], root: Path, inputs: Inputs, partition: str | None, model: ModelRef | None = None
 ) -> StageOutput:
     def produce(run: StageRun[_Files]) -> None:
@@ -115,8 +124,17 @@ def _shard(keys: list[bytes], captions: list[str]) -> bytes:
     return stream.getvalue()
 
 
+def _in_one_order(data: bytes) -> bytes:
+    """Sort the metadata of a safetensors file, which the library writes in random order."""
+    num_bytes = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + num_bytes])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    encoded = json.dumps(header).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    return len(encoded).to_bytes(8, "little") + encoded + data[8 + num_bytes :]
+
+
 def _text_features(keys: list[bytes], captions: list[str], llm: ModelRef) -> bytes:
-    from features.feature_format import feature_metadata
     from features.text_encoder import TextEncoder
 
     encoder = TextEncoder.load(llm, template_version=TEMPLATE)
@@ -128,13 +146,23 @@ def _text_features(keys: list[bytes], captions: list[str], llm: ModelRef) -> byt
         "token_ids": torch.cat([torch.as_tensor(text.token_ids) for text in encoded]).to(torch.int32),
         "hidden_states": torch.cat([text.hidden_states for text in encoded], dim=1).to(torch.bfloat16).contiguous(),
     }
-    return save(tensors, metadata=feature_metadata(llm, TEMPLATE, encoder.layers))
+    return text_feature_file(tensors, llm)
+
+
+def text_feature_file(tensors: dict[str, torch.Tensor], llm: ModelRef) -> bytes:
+    """Return a file of the stage `text_features` with all layers."""
+    from features.feature_format import feature_metadata
+
+    return _in_one_order(save(tensors, metadata=feature_metadata(llm, TEMPLATE, range(1, NUM_LAYERS + 1))))
 
 
 @pytest.fixture(scope="session")
 def tiny_data(tmp_path_factory: pytest.TempPathFactory, llm: ModelRef) -> TinyData:
-    """Two parts of 12 and 9 samples, 4 of them held out."""
-    root = tmp_path_factory.mktemp("inputs")
+    return write_tiny_data(tmp_path_factory.mktemp("inputs"), llm)
+
+
+def write_tiny_data(root: Path, llm: ModelRef) -> TinyData:
+    """Two parts of 12 and 9 samples, 4 of them held out; the same bytes every time."""
     random = np.random.default_rng(0)
     shards, latents, text_features, rows = [], [], [], []
     for part, count in (("00000", 12), ("00001", 9)):
@@ -147,11 +175,11 @@ def tiny_data(tmp_path_factory: pytest.TempPathFactory, llm: ModelRef) -> TinyDa
             + 0.1 * torch.randn(count, 4, 8, 8, generator=generator),
             "std": torch.rand(count, 4, 8, 8, generator=generator) * 0.1,
         }
-        latent_bytes = save(tensors, metadata={**LATENT_METADATA})
-        shards.append(_publish("shards", {"shard-00000.tar": _shard(keys, captions)}, root, {}, part))
-        latents.append(_publish("latents", {"latents-00000.safetensors": latent_bytes}, root, {}, part))
+        latent_bytes = _in_one_order(save(tensors, metadata={**LATENT_METADATA}))
+        shards.append(publish("shards", {"shard-00000.tar": _shard(keys, captions)}, root, {}, part))
+        latents.append(publish("latents", {"latents-00000.safetensors": latent_bytes}, root, {}, part))
         features = {"text_features-00000.safetensors": _text_features(keys, captions, llm)}
-        text_features.append(_publish("text_features", features, root, {}, part, llm))
+        text_features.append(publish("text_features", features, root, {}, part, llm))
         rows += [(key.hex(), part, "shard-00000.tar", index) for index, key in enumerate(keys)]
     rows.sort()
     split = ["validation" if index % 5 == 0 and index < 20 else "train" for index in range(len(rows))]
@@ -161,5 +189,5 @@ def tiny_data(tmp_path_factory: pytest.TempPathFactory, llm: ModelRef) -> TinyDa
     sink = io.BytesIO()
     pq.write_table(pa.table({**columns, "split": split}), sink)
     parts = {"shards": shards, "latents": latents, "text_features": text_features}
-    dataset = _publish("dataset", {"samples.parquet": sink.getvalue()}, root, parts, None)
+    dataset = publish("dataset", {"samples.parquet": sink.getvalue()}, root, parts, None)
     return TinyData({"dataset": [dataset], **parts}, llm, root)

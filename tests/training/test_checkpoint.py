@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
@@ -19,8 +20,16 @@ def run(data: TinyData, root: Path, strategy: Strategy = Strategy.STATIC, **trai
     return STAGE.run(data.config(strategy, **training), data.inputs, root, strategy.value)
 
 
-def metrics(output: StageOutput) -> list[dict[str, float]]:
+def metrics(output: StageOutput) -> list[dict[str, Any]]:
     return [json.loads(line) for line in output.path("metrics.jsonl").read_text().splitlines()]
+
+
+def flat(row: dict[str, Any]) -> dict[str, float]:
+    """Lay a row's lists open, for pytest.approx; what is null counts as -1."""
+    lists = {name: value for name, value in row.items() if isinstance(value, list)}
+    opened = {f"{name}.{place}": item for name, items in lists.items() for place, item in enumerate(items)}
+    values = {name: value for name, value in row.items() if name not in lists} | opened
+    return {name: -1.0 if value is None else value for name, value in values.items()}
 
 
 @pytest.fixture(scope="module")
@@ -60,6 +69,34 @@ def test_metrics_hold_a_row_for_each_step(outputs: dict[Strategy, StageOutput]) 
     assert rows[5]["learning_rate"] == pytest.approx(2e-3)
 
 
+def test_losses_are_summed_by_flow_time(outputs: dict[Strategy, StageOutput]) -> None:
+    for row in metrics(outputs[Strategy.JOINT]):
+        assert sum(row["t_bucket_counts"]) == 8
+        assert sum(row["t_bucket_loss_sums"]) == pytest.approx(8 * row["loss"], rel=1e-4)
+    # Four held-out samples at t = 1/8, 3/8, 5/8, 7/8.
+    by_t = metrics(outputs[Strategy.JOINT])[5]["validation_loss_by_t"]
+    assert [place for place, loss in enumerate(by_t) if loss is not None] == [1, 3, 6, 8]
+    mean = sum(loss for loss in by_t if loss is not None) / 4
+    assert mean == pytest.approx(metrics(outputs[Strategy.JOINT])[5]["validation_loss"], rel=1e-4)
+
+
+def test_rates_and_memory_are_measured_and_no_part_of_the_result(outputs: dict[Strategy, StageOutput]) -> None:
+    output = outputs[Strategy.STATIC]
+    measured = output.manifest.measurements
+    assert measured["images_per_second"] > 0
+    assert measured["peak_memory_bytes"] > 10 << 20
+    assert measured["model_flops_per_step"] > 8 * 6 * 2 * 16 * 24 * 48  # more than one matrix of one block
+    assert measured["model_flops_utilisation"] is None  # nothing says what this CPU could do
+    folder = Path(measured["tensorboard_folder"])
+    assert folder.parent == output.folder.parent / "logs"
+    assert b"loss_by_t/0.5-0.6" in b"".join(path.read_bytes() for path in folder.iterdir())
+
+
+def test_utilisation_is_the_share_of_a_given_peak(tiny_data: TinyData, tmp_path: Path) -> None:
+    measured = run(tiny_data, tmp_path, peak_flops=1e9, log_every=2).manifest.measurements
+    assert measured["model_flops_utilisation"] == pytest.approx(measured["model_flops_per_second"] / 1e9, abs=1e-4)
+
+
 def test_saved_model_loads_with_its_configuration(outputs: dict[Strategy, StageOutput], tiny_data: TinyData) -> None:
     for strategy, output in outputs.items():
         saved = load_model(output, tiny_data.llm)
@@ -97,7 +134,7 @@ def test_accumulation_sees_the_same_samples(
     whole, split = outputs[Strategy.STATIC], run(tiny_data, tmp_path, Strategy.STATIC, accumulation_steps=4)
     assert split.manifest.summary["consumption_digest"] == whole.manifest.summary["consumption_digest"]
     for a, b in zip(metrics(whole), metrics(split), strict=True):
-        assert a == pytest.approx(b, rel=2e-4)
+        assert flat(a) == pytest.approx(flat(b), rel=2e-4)
 
 
 def test_captions_are_encoded_where_no_features_are_cached(
@@ -105,7 +142,7 @@ def test_captions_are_encoded_where_no_features_are_cached(
 ) -> None:
     encoded = run(tiny_data.without("text_features"), tmp_path)
     for a, b in zip(metrics(outputs[Strategy.STATIC]), metrics(encoded), strict=True):
-        assert a == pytest.approx(b, rel=1e-3)
+        assert flat(a) == pytest.approx(flat(b), rel=1e-3)
 
 
 def test_bfloat16_trains_every_strategy(tiny_data: TinyData, tmp_path: Path) -> None:
@@ -195,7 +232,7 @@ def test_a_run_stopped_anywhere_goes_on_to_the_same_result(
 
     original = loop.train_step
 
-    def stopped(run: loop.Run, step: int) -> tuple[float, float]:
+    def stopped(run: loop.Run, step: int) -> loop.StepTaken:
         if step == 5:
             raise KeyboardInterrupt
         return original(run, step)

@@ -1,6 +1,5 @@
 """Training in processes of its own: killed and resumed, several at once, several strategies in one."""
 
-import json
 import os
 import signal
 import socket
@@ -16,6 +15,7 @@ import torch
 from pipelines.config import FrozenConfig
 from pipelines.stage import StageOutput, StageRequest, write_request
 from tests.training.conftest import TinyData
+from tests.training.test_checkpoint import flat, metrics
 from training.checkpoint import STAGE
 from training.config import CheckpointConfig, Strategy
 
@@ -88,10 +88,6 @@ def _kill_when(requests: Sequence[Path], work: Path, num_snapshots_made: int) ->
     raise AssertionError(f"training was not caught alive: {process.stderr.read().decode()[-2000:]}")
 
 
-def _metrics(output: StageOutput) -> list[dict[str, float]]:
-    return [json.loads(line) for line in output.path("metrics.jsonl").read_text().splitlines()]
-
-
 def _config(data: TinyData, strategy: Strategy, **training: object) -> CheckpointConfig:
     return data.config(strategy, **{"steps": 40, "validate_every": 10, "checkpoint_every": 3, **training})
 
@@ -152,8 +148,8 @@ def test_two_processes_see_what_one_sees(tiny_data: TinyData, tmp_path: Path, mo
         assert double.manifest.measurements["num_processes"] == 2
         assert double.manifest.summary["consumption_digest"] == single.manifest.summary["consumption_digest"]
         assert double.path("ledger.parquet").read_bytes() == single.path("ledger.parquet").read_bytes()
-        for a, b in zip(_metrics(single), _metrics(double), strict=True):
-            assert a == pytest.approx(b, rel=1e-3)
+        for a, b in zip(metrics(single), metrics(double), strict=True):
+            assert flat(a) == pytest.approx(flat(b), rel=1e-3)
 
 
 def _interrupt_at(
@@ -164,7 +160,7 @@ def _interrupt_at(
 
     original = loop.train_step
 
-    def interrupted(run: loop.Run, at_step: int) -> tuple[float, float]:
+    def interrupted(run: loop.Run, at_step: int) -> loop.StepTaken:
         if at_step == step:
             raise KeyboardInterrupt
         return original(run, at_step)

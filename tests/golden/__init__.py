@@ -1,0 +1,1 @@
+"""Losses that training must go on giving."""

@@ -1,0 +1,43 @@
+"""Golden losses: twenty steps of every strategy on a tiny model and fixed data, kept in losses.json.
+
+They move when numerics move: initial values, order, noise, times, fusion, loss, optimizer, schedule. Where that was
+meant, `python -m tests.golden` writes them anew, and the difference belongs into the commit that meant it.
+"""
+
+import json
+from pathlib import Path
+
+import torch
+from accelerate.state import AcceleratorState
+
+from pipelines.progress import Progress
+from tests.training.conftest import TinyData
+from training.config import Strategy
+from training.dit import build_model
+from training.feature_source import FeatureSource
+from training.loop import train
+from training.saved_model import connect_text_encoder
+
+GOLDEN = Path(__file__).with_name("losses.json")
+NUM_STEPS = 20
+_LEARNING_RATE = 5e-3
+"""High enough that a learned fusion differs visibly from a fixed one within the steps."""
+_ORDER = "golden"
+"""In the place of the dataset's version, so that the order is the same whatever a manifest says of the data."""
+
+
+def losses_of(strategy: Strategy, data: TinyData, folder: Path) -> list[float]:
+    """Train in this process on one thread; return the loss of each step, then the validation loss."""
+    torch.set_num_threads(1)
+    AcceleratorState._reset_state()
+    once = {"validate_every": NUM_STEPS, "checkpoint_every": NUM_STEPS}
+    config = data.config(strategy, steps=NUM_STEPS, learning_rate=_LEARNING_RATE, **once)
+    model = build_model(config.model, strategy, seed=config.training.seed)
+    connect_text_encoder(model, config.text_encoder)
+    source = FeatureSource(config, data.inputs, model.prepare_text)
+    source.data_version = _ORDER
+    folder.mkdir(parents=True)
+    trained = train(config, model, source, folder, lambda total, noun, initial: Progress("golden", total, noun))
+    assert trained is not None
+    rows = [json.loads(line) for line in trained.metrics.path.read_text().splitlines()]
+    return [*(row["loss"] for row in rows), rows[-1]["validation_loss"]]

@@ -1,0 +1,71 @@
+"""What training reads: the text that stands for "no prompt", and features that can't be trained on."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from features.templates import PromptDropForm
+from pipelines.errors import ThroughlineError
+from tests.tiny_models import write_autoencoder
+from tests.training.conftest import TinyData, publish, text_feature_file
+from training.checkpoint import STAGE
+from training.config import CheckpointConfig, Strategy
+from training.dit import build_model
+from training.feature_source import FeatureSource, load_text_encoder
+from training.sampling import load_sampler
+from training.saved_model import ConditioningRecord, read_conditioning
+
+
+def _config(data: TinyData, **training: Any) -> CheckpointConfig:
+    settings = {"steps": 2, "warmup_steps": 0, "text_dtype": "bfloat16", **training}
+    return data.config(Strategy.STATIC, **settings).model_copy(update={"template_version": "released-1"})
+
+
+@pytest.mark.parametrize("form", ["instruction", "empty"])
+def test_training_and_sampling_read_the_same_for_no_prompt(
+    form: PromptDropForm, tiny_data: TinyData, tmp_path: Path
+) -> None:
+    config, inputs = _config(tiny_data, prompt_drop_form=form), tiny_data.without("text_features").inputs
+    text = {"instruction": "Describe this image.", "empty": ""}[form]
+    expected = load_text_encoder(tiny_data.llm, "plain-1").encode([text])[0].hidden_states
+    assert expected.shape[1] == 1 if form == "empty" else expected.shape[1] > 3
+    model = build_model(config.model, config.strategy)
+    read = FeatureSource(config, inputs, model.prepare_text).unconditional
+    assert torch.equal(read, model.prepare_text(expected.float()).bfloat16())
+
+    checkpoint = STAGE.run(config, inputs, tmp_path / "out", "static")
+    assert read_conditioning(checkpoint).prompt_drop_form == form
+    autoencoder = write_autoencoder(tmp_path / "vae").model_copy(update={"revision": "1"})
+    sampler = load_sampler(checkpoint, tiny_data.llm, autoencoder)
+    no_prompt, prompt = sampler.encode(["", "a dog"])
+    assert torch.equal(no_prompt, expected)
+    in_template = load_text_encoder(tiny_data.llm, "released-1").encode(["a dog"])[0].hidden_states
+    assert torch.equal(prompt, in_template)
+
+
+def test_a_checkpoint_that_does_not_say_was_trained_with_the_instruction() -> None:
+    known = {
+        "strategy": "joint", "text_encoder_id": "e", "text_encoder_revision": "1", "template_version": "released-1",
+        "autoencoder_id": "a", "autoencoder_revision": "1", "autoencoder_subfolder": None, "scaling_factor": 1.0,
+        "shift_factor": 0.0,
+    }  # fmt: skip
+    assert ConditioningRecord.model_validate(known).prompt_drop_form == "instruction"
+
+
+def test_a_text_without_tokens_names_its_sample(tiny_data: TinyData, tmp_path: Path) -> None:
+    features = tiny_data.inputs["text_features"]
+    tensors = load_file(features[0].files(".safetensors")[0])
+    offsets = tensors["offsets"].clone()
+    offsets[4] = offsets[3]  # the fourth text of the part loses its tokens to the fifth
+    key = bytes(tensors["sample_keys"][3].tolist()).hex()
+    emptied = text_feature_file(tensors | {"offsets": offsets}, tiny_data.llm)
+    spoiled = publish(
+        "text_features", {"text_features-00000.safetensors": emptied}, tmp_path, {}, "00000", tiny_data.llm
+    )
+    data = tiny_data.with_text_features([spoiled, features[1]], tmp_path)
+    with pytest.raises(ThroughlineError, match=f"sample {key}: a text of no tokens cannot condition an image"):
+        STAGE.run(data.config(Strategy.STATIC), data.inputs, tmp_path / "out", "static")
+    assert not list(tmp_path.glob("out/checkpoint/*/manifest.json"))
