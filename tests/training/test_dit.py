@@ -9,7 +9,7 @@ from tests.training.conftest import HEAD_DIM, KV_HEADS, NUM_LAYERS, TEXT_WIDTH, 
 from training.config import ModelConfig, Strategy
 from training.dit import Backbone, DiT, build_model
 from training.feature_source import pad_texts, prepare_text
-from training.layers import attend, grid_angles, rotate
+from training.layers import attend, grid_angles, rms_norm, rotary_tables, rotate
 from training.shared_attention import SharedAttention, SharedLayer
 
 
@@ -142,11 +142,27 @@ def test_rotary_attention_depends_on_relative_positions_alone() -> None:
         rotated = []
         for x, (row, column) in ((q, query_place), (k, key_place)):
             place = angles[row * 6 + column][None]
-            rotated.append(rotate(x, place.cos(), place.sin()))
+            rotated.append(rotate(x, *rotary_tables(place)))
         return (rotated[0] * rotated[1]).sum()
 
     torch.testing.assert_close(score((1, 2), (3, 5)), score((2, 0), (4, 3)))
     assert (score((1, 2), (3, 5)) - score((1, 2), (5, 3))).abs() > 1e-4
+
+
+def test_rms_norm_and_its_gradients_follow_the_equation() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, grad = torch.randn(2, 2, 3, 4, 24, generator=generator)
+    x, weight = (x[..., 4:20] * 3 + 1).requires_grad_(), torch.randn(16, generator=generator).requires_grad_()
+    grad = grad[..., :16]
+    rms_norm(x, weight, 1e-3).backward(grad)
+    exact_x, exact_weight = (value.detach().double().requires_grad_() for value in (x, weight))
+    expected = exact_x / (exact_x.square().mean(-1, keepdim=True) + 1e-3).sqrt() * exact_weight
+    expected.backward(grad.double())
+    torch.testing.assert_close(rms_norm(x, weight, 1e-3).double(), expected, atol=1e-5, rtol=1e-5)
+    for value, exact in ((x, exact_x), (weight, exact_weight)):
+        assert value.grad is not None
+        assert exact.grad is not None
+        torch.testing.assert_close(value.grad.double(), exact.grad, atol=1e-5, rtol=1e-5)
 
 
 def test_grouped_attention_equals_repeated_heads() -> None:
