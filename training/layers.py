@@ -236,9 +236,9 @@ class CrossAttention(nn.Module):
         self.k_norm = RMSNorm(self.head_dim, config.norm_eps)
         self.out = Projection(query, (config.hidden_size,), scale=config.residual_scale)
 
-    def keys_values(self, conditioning: Tensor) -> KeysValues:
-        """Project conditioning (B, S, C) to keys and values (B, G, S, E)."""
-        k, v = self.text_kv(conditioning).unflatten(-1, (-1, self.head_dim)).split(self.kv_heads, 2)
+    def keys_values(self, projected: Tensor) -> KeysValues:
+        """Keys and values (B, G, S, E) from text_kv(conditioning), (B, S, 2 * G * E)."""
+        k, v = projected.unflatten(-1, (-1, self.head_dim)).split(self.kv_heads, 2)
         return self.k_norm(k).transpose(1, 2), v.transpose(1, 2)
 
     def forward(self, x: Tensor, text: KeysValues, mask: Tensor | None) -> Tensor:

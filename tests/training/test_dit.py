@@ -79,6 +79,31 @@ def test_velocity_from_cached_text_equals_forward(strategy: Strategy) -> None:
         torch.testing.assert_close(model.velocity(x, t, cached, lengths, mask), model(x, t, stacked, lengths, mask))
 
 
+@pytest.mark.parametrize("strategy", [s for s in Strategy if s is not Strategy.FUSE_DIT])
+def test_keys_and_values_follow_the_text_path_in_either_order_of_products(strategy: Strategy) -> None:
+    model = built(strategy).requires_grad_(True)
+    assert isinstance(model, DiT)
+    t = torch.tensor([0.2, 0.7])
+    orders = set()
+    for length in (3, 20):
+        prepared, _, _ = pad_texts(texts(model, length, length))
+        found = model.text_keys_values(prepared, t)
+        tokens = model.fusion.num_variants * 2 * length
+        orders.add(tokens > 2 * KV_HEADS * HEAD_DIM * model.config.num_blocks)
+        conditioning = model.text_projection(model.text_norm(model.fusion.fuse(prepared, t)))
+        for index, (block, (k, v)) in enumerate(zip(model.blocks, found, strict=True)):
+            variant = conditioning[index if len(conditioning) > 1 else 0]
+            expected = block.cross_attention.text_kv(variant).unflatten(-1, (2, KV_HEADS, HEAD_DIM)).movedim(2, 0)
+            torch.testing.assert_close(k.transpose(1, 2), block.cross_attention.k_norm(expected[0]))
+            torch.testing.assert_close(v.transpose(1, 2), expected[1])
+        weight = torch.randn(v.shape, generator=torch.Generator().manual_seed(5))
+        learned = [model.text_norm.weight, model.text_projection.weight, model.text_projection.bias]
+        grads = torch.autograd.grad((v * weight).sum(), learned, retain_graph=True)
+        expected_grads = torch.autograd.grad((expected[1] * weight.transpose(1, 2)).sum(), learned)
+        torch.testing.assert_close(grads, expected_grads, atol=1e-4, rtol=1e-4)
+    assert orders == ({False, True} if model.fusion.num_variants > 1 else {False})
+
+
 @pytest.mark.parametrize("strategy", Strategy)
 def test_text_reaches_the_output(strategy: Strategy) -> None:
     model = built(strategy)
