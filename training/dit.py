@@ -22,6 +22,8 @@ from training.layers import (
     SwiGLU,
     grid_angles,
     initialise,
+    rms_norm,
+    rotary_tables,
     sinusoids,
 )
 
@@ -98,11 +100,6 @@ class Block(nn.Module):
             x = x + self.cross_attention(x, text, mask)
         return x + self.mlp(self.mlp_norm(x) * (1 + scale_mlp) + shift_mlp) * (1 + gate_mlp)
 
-    def text_keys_values(self, conditioning: Tensor) -> KeysValues:
-        """Keys and values of the cross-attention from conditioning (B, S, C)."""
-        assert self.cross_attention is not None, "fuse_dit's blocks have none"
-        return self.cross_attention.keys_values(conditioning)
-
     def _attend(self, x: Tensor, rotary: tuple[Tensor, Tensor], text: KeysValues, mask: Tensor | None) -> Tensor:
         if self.cross_attention is None:
             return self.attention(x, *rotary, text=text, mask=mask)
@@ -140,7 +137,7 @@ class Backbone(nn.Module):
         return False
 
     def rotary(self, height: int, width: int, lengths: Tensor) -> tuple[Tensor, Tensor]:
-        """Cosines and sines for h / patch x w / patch image tokens behind texts of the given lengths (B,)."""
+        """Tables of `rotate` for h / patch x w / patch image tokens behind texts of the given lengths (B,)."""
         raise NotImplementedError
 
     def attention_mask(self, text_mask: Tensor | None, num_image_tokens: int) -> Tensor | None:
@@ -214,15 +211,32 @@ class DiT(Backbone):
         return self.fusion.gate is not None
 
     def text_keys_values(self, prepared: Tensor, t: Tensor) -> list[KeysValues]:
-        conditioning = self.text_projection(self.text_norm(self.fusion.fuse(prepared, t)))
-        variants = list(conditioning) * (1 if conditioning.shape[0] > 1 else self.config.num_blocks)
+        """Keys and values of text_projection(text_norm(H_cond)) for each block, the products in the cheaper order.
+
+        The norm's weights are taken into the matrix, so that backward needs no product with it where nothing before it
+        learns. Blocks that see different conditioning take the matrix into their own key and value weights where those
+        have fewer rows than the batch has tokens: W_d (P u_d + b) = (W_d P) u_d + W_d b.
+        """
+        fused = self.fusion.fuse(prepared, t)
+        normed = rms_norm(fused, torch.ones_like(self.text_norm.weight), self.text_norm.eps)
+        matrix, bias = self.text_projection.weight * self.text_norm.weight, self.text_projection.bias
+        attentions = [cast(CrossAttention, block.cross_attention) for block in self.blocks]
+        rows = sum(attention.text_kv.out_features for attention in attentions)
+        if rows < normed.shape[:-1].numel():
+            weight = torch.cat([attention.text_kv.weight for attention in attentions])
+            weights, biases = (weight @ matrix).chunk(len(attentions)), (weight @ bias).chunk(len(attentions))
+        else:
+            normed = F.linear(normed, matrix, bias)
+            weights, biases = [attention.text_kv.weight for attention in attentions], [None] * len(attentions)
+        variants = list(normed) * (1 if normed.shape[0] > 1 else len(attentions))
         return [
-            cast(Block, block).text_keys_values(variant) for block, variant in zip(self.blocks, variants, strict=True)
+            attention.keys_values(F.linear(variant, weight, bias))
+            for attention, variant, weight, bias in zip(attentions, variants, weights, biases, strict=True)
         ]
 
     def rotary(self, height: int, width: int, lengths: Tensor) -> tuple[Tensor, Tensor]:
-        angles = grid_angles(height, width, self.config.head_dim, self.config.rope_theta, lengths.device)[:, None]
-        return angles.cos(), angles.sin()
+        angles = grid_angles(height, width, self.config.head_dim, self.config.rope_theta, lengths.device)
+        return rotary_tables(angles[:, None])
 
     def attention_mask(self, text_mask: Tensor | None, num_image_tokens: int) -> Tensor | None:
         return None if text_mask is None else text_mask[:, None, None]

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from training.config import ModelConfig
 from training.dit import Backbone
-from training.layers import KeysValues, axis_frequencies, grid_angles
+from training.layers import KeysValues, axis_frequencies, grid_angles, rotary_tables
 from training.shared_attention import SharedAttention
 
 
@@ -65,8 +65,7 @@ class FuseDiT(Backbone):
         head_dim, theta = self.config.head_dim, self.config.rope_theta
         frequencies = axis_frequencies(head_dim, theta, lengths.device).repeat(2)
         offsets = lengths.float()[:, None, None] * frequencies
-        angles = (grid_angles(height, width, head_dim, theta, lengths.device) + offsets)[:, :, None]
-        return angles.cos(), angles.sin()
+        return rotary_tables((grid_angles(height, width, head_dim, theta, lengths.device) + offsets)[:, :, None])
 
     def attention_mask(self, text_mask: Tensor | None, num_image_tokens: int) -> Tensor | None:
         return None if text_mask is None else F.pad(text_mask, (0, num_image_tokens), value=True)[:, None, None]

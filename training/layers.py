@@ -7,6 +7,7 @@ import hashlib
 import math
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -107,7 +108,40 @@ class RMSNorm(nn.Module):
         self.weight.fill_(1.0)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).to(x.dtype)
+        return rms_norm(x, self.weight, self.eps)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) * weight over the last axis, computed in fp32, returned as x's type."""
+    if x.device.type != "cpu":
+        return F.rms_norm(x.float(), weight.shape, weight.float(), eps).to(x.dtype)
+    return _RmsNormOnCpu.apply(x.float(), weight.float(), eps).to(x.dtype)
+
+
+class _RmsNormOnCpu(torch.autograd.Function):
+    """F.rms_norm has no kernel of its own on CPUs: backward takes it 1.5 ms for 512 x 384 values, this 0.3 ms."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        norms = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        scale = norms.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        ctx.save_for_backward(x, scale, weight)
+        return (x * scale).mul_(weight)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        """That of layer norm at a mean of zero, and what it takes off too much: scale * mean(grad * weight)."""
+        x, scale, weight = ctx.saved_tensors
+        needs_x, needs_weight, _ = ctx.needs_input_grad
+        grad = grads[0].contiguous()
+        with torch.autocast("cpu", enabled=False):
+            grad_x, grad_weight, _ = torch.ops.aten.native_layer_norm_backward(
+                grad, x, weight.shape, torch.zeros_like(scale), scale, weight, None, [needs_x, needs_weight, False]
+            )
+            if needs_x:
+                means = torch.mv(grad.flatten(0, -2), weight).view_as(scale).div_(x.shape[-1])
+                grad_x.add_(means.mul_(scale))
+        return grad_x, grad_weight, None
 
 
 def sinusoids(t: Tensor, size: int) -> Tensor:
@@ -138,10 +172,16 @@ def axis_frequencies(head_dim: int, theta: float, device: torch.device) -> Tenso
     return theta**-exponents
 
 
+def rotary_tables(angles: Tensor) -> tuple[Tensor, Tensor]:
+    """Turn angles (..., E / 2) into the factors of `rotate`: (cos, cos) and (-sin, sin), (..., E) each."""
+    cos, sin = angles.cos(), angles.sin()
+    return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
+
+
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate channel i of each head against channel i + E / 2: x (B, N, H, E), cos and sin (N or B x N, 1, E / 2)."""
-    first, second = x.float().chunk(2, dim=-1)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
+    """Rotate channel i of each head against channel i + E / 2: x (B, N, H, E), tables (N or B x N, 1, E)."""
+    values = x.float()
+    return torch.addcmul(values * cos, values.roll(x.shape[-1] // 2, -1), sin).to(x.dtype)
 
 
 KeysValues = tuple[Tensor, Tensor]
@@ -196,9 +236,9 @@ class CrossAttention(nn.Module):
         self.k_norm = RMSNorm(self.head_dim, config.norm_eps)
         self.out = Projection(query, (config.hidden_size,), scale=config.residual_scale)
 
-    def keys_values(self, conditioning: Tensor) -> KeysValues:
-        """Project conditioning (B, S, C) to keys and values (B, G, S, E)."""
-        k, v = self.text_kv(conditioning).unflatten(-1, (-1, self.head_dim)).split(self.kv_heads, 2)
+    def keys_values(self, projected: Tensor) -> KeysValues:
+        """Keys and values (B, G, S, E) from text_kv(conditioning), (B, S, 2 * G * E)."""
+        k, v = projected.unflatten(-1, (-1, self.head_dim)).split(self.kv_heads, 2)
         return self.k_norm(k).transpose(1, 2), v.transpose(1, 2)
 
     def forward(self, x: Tensor, text: KeysValues, mask: Tensor | None) -> Tensor:

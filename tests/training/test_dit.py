@@ -9,7 +9,7 @@ from tests.training.conftest import HEAD_DIM, KV_HEADS, NUM_LAYERS, TEXT_WIDTH, 
 from training.config import ModelConfig, Strategy
 from training.dit import Backbone, DiT, build_model
 from training.feature_source import pad_texts, prepare_text
-from training.layers import attend, grid_angles, rotate
+from training.layers import attend, grid_angles, rms_norm, rotary_tables, rotate
 from training.shared_attention import SharedAttention, SharedLayer
 
 
@@ -79,6 +79,31 @@ def test_velocity_from_cached_text_equals_forward(strategy: Strategy) -> None:
         torch.testing.assert_close(model.velocity(x, t, cached, lengths, mask), model(x, t, stacked, lengths, mask))
 
 
+@pytest.mark.parametrize("strategy", [s for s in Strategy if s is not Strategy.FUSE_DIT])
+def test_keys_and_values_follow_the_text_path_in_either_order_of_products(strategy: Strategy) -> None:
+    model = built(strategy).requires_grad_(True)
+    assert isinstance(model, DiT)
+    t = torch.tensor([0.2, 0.7])
+    orders = set()
+    for length in (3, 20):
+        prepared, _, _ = pad_texts(texts(model, length, length))
+        found = model.text_keys_values(prepared, t)
+        tokens = model.fusion.num_variants * 2 * length
+        orders.add(tokens > 2 * KV_HEADS * HEAD_DIM * model.config.num_blocks)
+        conditioning = model.text_projection(model.text_norm(model.fusion.fuse(prepared, t)))
+        for index, (block, (k, v)) in enumerate(zip(model.blocks, found, strict=True)):
+            variant = conditioning[index if len(conditioning) > 1 else 0]
+            expected = block.cross_attention.text_kv(variant).unflatten(-1, (2, KV_HEADS, HEAD_DIM)).movedim(2, 0)
+            torch.testing.assert_close(k.transpose(1, 2), block.cross_attention.k_norm(expected[0]))
+            torch.testing.assert_close(v.transpose(1, 2), expected[1])
+        weight = torch.randn(v.shape, generator=torch.Generator().manual_seed(5))
+        learned = [model.text_norm.weight, model.text_projection.weight, model.text_projection.bias]
+        grads = torch.autograd.grad((v * weight).sum(), learned, retain_graph=True)
+        expected_grads = torch.autograd.grad((expected[1] * weight.transpose(1, 2)).sum(), learned)
+        torch.testing.assert_close(grads, expected_grads, atol=1e-4, rtol=1e-4)
+    assert orders == ({False, True} if model.fusion.num_variants > 1 else {False})
+
+
 @pytest.mark.parametrize("strategy", Strategy)
 def test_text_reaches_the_output(strategy: Strategy) -> None:
     model = built(strategy)
@@ -142,11 +167,27 @@ def test_rotary_attention_depends_on_relative_positions_alone() -> None:
         rotated = []
         for x, (row, column) in ((q, query_place), (k, key_place)):
             place = angles[row * 6 + column][None]
-            rotated.append(rotate(x, place.cos(), place.sin()))
+            rotated.append(rotate(x, *rotary_tables(place)))
         return (rotated[0] * rotated[1]).sum()
 
     torch.testing.assert_close(score((1, 2), (3, 5)), score((2, 0), (4, 3)))
     assert (score((1, 2), (3, 5)) - score((1, 2), (5, 3))).abs() > 1e-4
+
+
+def test_rms_norm_and_its_gradients_follow_the_equation() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, grad = torch.randn(2, 2, 3, 4, 24, generator=generator)
+    x, weight = (x[..., 4:20] * 3 + 1).requires_grad_(), torch.randn(16, generator=generator).requires_grad_()
+    grad = grad[..., :16]
+    rms_norm(x, weight, 1e-3).backward(grad)
+    exact_x, exact_weight = (value.detach().double().requires_grad_() for value in (x, weight))
+    expected = exact_x / (exact_x.square().mean(-1, keepdim=True) + 1e-3).sqrt() * exact_weight
+    expected.backward(grad.double())
+    torch.testing.assert_close(rms_norm(x, weight, 1e-3).double(), expected, atol=1e-5, rtol=1e-5)
+    for value, exact in ((x, exact_x), (weight, exact_weight)):
+        assert value.grad is not None
+        assert exact.grad is not None
+        torch.testing.assert_close(value.grad.double(), exact.grad, atol=1e-5, rtol=1e-5)
 
 
 def test_grouped_attention_equals_repeated_heads() -> None:

@@ -16,7 +16,7 @@ from training.config import Strategy
 from training.dit import build_model
 from training.feature_source import pad_texts
 from training.fuse_dit import FuseDiT
-from training.layers import rotate
+from training.layers import rotary_tables, rotate
 from training.shared_attention import load_shared_attention, shared_attention_of
 
 
@@ -52,7 +52,7 @@ def _text_projections(layer: Any, h: Tensor, theta: float) -> tuple[Tensor, Tens
         q, k = attention.q_norm(q), attention.k_norm(k)
     frequencies = theta ** -(torch.arange(0, HEAD_DIM, 2) / HEAD_DIM)
     angles = (torch.arange(len(h))[:, None] * frequencies)[:, None]
-    return rotate(q, angles.cos(), angles.sin()), rotate(k, angles.cos(), angles.sin()), v
+    return rotate(q, *rotary_tables(angles)), rotate(k, *rotary_tables(angles)), v
 
 
 def _joint_attention(q: Tensor, k: Tensor, v: Tensor, num_text: int) -> Tensor:
@@ -86,8 +86,8 @@ def _run_jointly(llm: Any, model: FuseDiT, token_ids: Tensor, latents: Tensor) -
             attention = block.attention
             heads = (attention.heads, attention.kv_heads, attention.kv_heads)
             parts = attention.qkv(block.attention_norm(x)).unflatten(-1, (-1, HEAD_DIM)).split(heads, dim=1)
-            q = rotate(attention.q_norm(parts[0]), angles.cos(), angles.sin())
-            k = rotate(attention.k_norm(parts[1]), angles.cos(), angles.sin())
+            q = rotate(attention.q_norm(parts[0]), *rotary_tables(angles))
+            k = rotate(attention.k_norm(parts[1]), *rotary_tables(angles))
             # The two networks may have different numbers of query heads: attend twice over the same keys and values.
             k, v = torch.cat([text_k, k]), torch.cat([text_v, parts[2]])
             no_text = torch.zeros(num_text, attention.heads, HEAD_DIM)

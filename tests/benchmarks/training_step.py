@@ -1,0 +1,89 @@
+"""What a training step costs with each strategy, in CPU time, side by side in one process.
+
+python -m tests.benchmarks training_step [--strategies uniform depth_wise joint] [--batch 8] [--rounds 20]
+
+Timed: what training/loop.py does with a batch from the stacking of its prepared texts to the optimizer's step: fusion,
+projection, keys and values, the network forward and backward, gradient clipping, AdamW. Text features are cached and
+normalised once per caption, as training does it; that cost stands on a line of its own, and `--raw-text` puts it into
+every step. Not timed: reading latents, drawing noise, the moving average of the weights.
+"""
+
+import argparse
+from collections.abc import Callable
+
+import torch
+
+from tests.benchmarks.model_shape import (
+    add_arguments,
+    built,
+    conditions,
+    cpu_seconds,
+    model_config,
+    random_texts,
+    summary,
+    with_baseline,
+)
+from tests.benchmarks.record import write_results
+from training.config import ModelConfig, Strategy, TrainingConfig
+from training.feature_source import Batch, pad_texts, prepare_text
+from training.loop import batch_losses, build_optimizer
+
+
+def training_step(config: ModelConfig, strategy: Strategy, args: argparse.Namespace) -> Callable[[], object]:
+    """Return one step of a strategy, ready to be timed."""
+    training = TrainingConfig(batch_size=args.batch)
+    model = built(config, strategy).train()
+    optimizer = build_optimizer(model, training)
+    hidden_states = random_texts(config, args.batch, args.tokens)
+
+    def prepared() -> list[torch.Tensor]:
+        return [prepare_text(model.prepare_text, text, torch.float32) for text in hidden_states]
+
+    kept = prepared()
+    generator = torch.Generator().manual_seed(3)
+    shape = (args.batch, config.latent_channels, config.latent_size, config.latent_size)
+    data, noise = torch.randn(2, *shape, generator=generator)
+    t = torch.rand(args.batch, generator=generator)
+
+    def step() -> None:
+        texts, lengths, mask = pad_texts(prepared() if args.raw_text else kept)
+        batch = Batch(torch.arange(args.batch), data, noise, t, texts, lengths, mask)
+        batch_losses(model, batch).mean().backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), training.gradient_clip)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def main() -> None:
+    """Time a step of each strategy in turn; print CPU milliseconds and ratios."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add_arguments(parser)
+    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--raw-text", action="store_true", help="normalise raw hidden states in every step")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    config = model_config(args)
+    steps = {strategy: training_step(config, strategy, args) for strategy in with_baseline(args.strategies)}
+    figures = summary(cpu_seconds(steps, args.rounds), unit=1e-3, digits=1)
+    texts = random_texts(config, args.batch, args.tokens)
+    model = built(config, Strategy.DEPTH_WISE)
+
+    def normalised() -> None:
+        for text in texts:
+            prepare_text(model.prepare_text, text, torch.float32)
+
+    once = min(cpu_seconds({Strategy.DEPTH_WISE: normalised}, 5)[Strategy.DEPTH_WISE])
+    write_results(
+        "training_step",
+        {
+            **conditions(args),
+            "normalising all layers of the batch's captions, once per caption, ms": round(once * 1e3, 1),
+            **{f"{name}, ms": values for name, values in figures.items()},
+        },
+    )
+
+
+if __name__ == "__main__":
+    main()
