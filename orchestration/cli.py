@@ -58,6 +58,10 @@ def _parser() -> argparse.ArgumentParser:
     show.add_argument("--set", dest="changes", action="append", default=[], metavar="FIELD=VALUE")
     show.add_argument("--json", action="store_true", help="as JSON")
 
+    params = commands.add_parser("params", help="count the parameters and operations of a profile's models")
+    _add_profile(params)
+    params.add_argument("--json", action="store_true", help="as JSON")
+
     ui = commands.add_parser("ui", help="open Dagster's web interface over the outputs")
     _add_profile(ui)
     ui.add_argument(
@@ -205,6 +209,17 @@ def _flat(value: Any, path: str) -> list[str]:
     return [f"{path} = {json.dumps(value, ensure_ascii=False)}"]
 
 
+def _params(arguments: argparse.Namespace) -> int:
+    from orchestration.model_figures import figure_lines, model_figures
+
+    figures = model_figures(_load(arguments.profile, arguments.changes))
+    if arguments.json:
+        _print_json(figures)
+    else:
+        print("\n".join(figure_lines(figures)))
+    return 0
+
+
 def _ui(arguments: argparse.Namespace) -> int:
     from orchestration.ui import serve
 
@@ -221,6 +236,7 @@ _COMMANDS = {
     "audit": _audit,
     "doctor": _doctor,
     "profile": _profile,
+    "params": _params,
     "ui": _ui,
 }
 
