@@ -88,6 +88,10 @@ class TextEncoder:
         """Return the tokens of each caption in its template, cut at `max_tokens` and never empty."""
         return [ids[: self.max_tokens] for ids in self._all_tokens(captions)]
 
+    def count_tokens(self, captions: Sequence[str]) -> list[int]:
+        """Return how many tokens each caption has in its template, before anything is cut."""
+        return [len(ids) for ids in self._all_tokens(captions)]
+
     def _all_tokens(self, captions: Sequence[str]) -> list[list[int]]:
         if not captions:
             return []

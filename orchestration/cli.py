@@ -6,6 +6,7 @@ import signal
 import sys
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -58,6 +59,26 @@ def _parser() -> argparse.ArgumentParser:
     )
     show.add_argument("--set", dest="changes", action="append", default=[], metavar="FIELD=VALUE")
     show.add_argument("--json", action="store_true", help="as JSON")
+
+    generate = commands.add_parser("generate", help="draw images of a prompt from finished checkpoints")
+    _add_profile(generate)
+    generate.add_argument("prompt")
+    generate.add_argument(
+        "--strategy", action="append", default=[], metavar="NAME",
+        help="depth_wise, time_wise+shift, ... or all; may be given several times, and gives one picture side by side",
+    )  # fmt: skip
+    generate.add_argument("--checkpoint", type=Path, metavar="FOLDER", help="default: the newest of the strategy")
+    generate.add_argument("--out", type=Path, required=True, metavar="FILE.png")
+    generate.add_argument("--seed", type=int, default=0)
+    generate.add_argument("--num-images", type=int, default=1, metavar="N", help="per strategy")
+    generate.add_argument("--steps", type=int, help="default: the profile's, as are the next")
+    generate.add_argument("--guidance-scale", type=float)
+    generate.add_argument("--negative-prompt", default="", metavar="TEXT", help="what guidance leads away from")
+    generate.add_argument("--size", type=int, metavar="PX", help="height and width; default: as in training")
+
+    params = commands.add_parser("params", help="count the parameters and operations of a profile's models")
+    _add_profile(params)
+    params.add_argument("--json", action="store_true", help="as JSON")
 
     ui = commands.add_parser("ui", help="open Dagster's web interface over the outputs")
     _add_profile(ui)
@@ -206,6 +227,39 @@ def _flat(value: Any, path: str) -> list[str]:
     return [f"{path} = {json.dumps(value, ensure_ascii=False)}"]
 
 
+def _generate(arguments: argparse.Namespace) -> int:
+    from orchestration.generation import GenerationRequest, generate, parse_arms
+
+    settings = {"num_steps": arguments.steps, "guidance_scale": arguments.guidance_scale}
+    changes = [f"samples.sampler.{name}={value}" for name, value in settings.items() if value is not None]
+    profile = _load(arguments.profile, [*arguments.changes, *changes])
+    request = GenerationRequest(
+        prompt=arguments.prompt,
+        out=arguments.out,
+        arms=parse_arms(arguments.strategy, profile),
+        profile_argument=arguments.profile,
+        checkpoint=arguments.checkpoint,
+        seed=arguments.seed,
+        num_images=arguments.num_images,
+        negative_prompt=arguments.negative_prompt,
+        size_px=arguments.size,
+    )
+    for path in generate(profile, request):
+        print(path)
+    return 0
+
+
+def _params(arguments: argparse.Namespace) -> int:
+    from orchestration.model_figures import figure_lines, model_figures
+
+    figures = model_figures(_load(arguments.profile, arguments.changes))
+    if arguments.json:
+        _print_json(figures)
+    else:
+        print("\n".join(figure_lines(figures)))
+    return 0
+
+
 def _ui(arguments: argparse.Namespace) -> int:
     from orchestration.ui import serve
 
@@ -222,6 +276,8 @@ _COMMANDS = {
     "audit": _audit,
     "doctor": _doctor,
     "profile": _profile,
+    "generate": _generate,
+    "params": _params,
     "ui": _ui,
 }
 

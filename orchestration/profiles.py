@@ -29,7 +29,8 @@ from recaption.config import CaptionsConfig
 from training.config import Arm, ModelConfig, Strategy, TrainingConfig
 
 ConfigT = TypeVar("ConfigT", bound=BaseModel)
-_AUTOENCODER_FACTOR = 8
+AUTOENCODER_FACTOR = 8
+"""Image pixels per latent position, of every autoencoder that a profile names."""
 
 
 class DemoWorld(FrozenConfig):
@@ -124,7 +125,7 @@ class Profile(FrozenConfig):
 
     def _shape_problems(self) -> list[str]:
         problems = []
-        size_px = self.model.latent_size * _AUTOENCODER_FACTOR
+        size_px = self.model.latent_size * AUTOENCODER_FACTOR
         if size_px > self.images.transform.size_px:
             problems.append(f"model.latent_size asks for {size_px} px, images are {self.images.transform.size_px} px")
         return problems

@@ -26,7 +26,7 @@ from training.feature_source import load_text_encoder, pad_texts, prepare_text, 
 from training.flow import sampling_noise
 from training.fusion import shift_gate_time
 from training.layers import KeysValues
-from training.saved_model import SavedModel, load_model
+from training.saved_model import SavedModel, check_models, load_model
 from training.schedule import build_scheduler, euler_step, flow_time
 
 if TYPE_CHECKING:
@@ -132,6 +132,8 @@ class Sampler:
     decode: Callable[[Tensor], np.ndarray]
     """Unscaled latents (B, C, h, w) -> images uint8 (B, H, W, 3)."""
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    negative_prompt: str = ""
+    """What guidance leads away from; "" is the unconditional text of training."""
     _prepared: "OrderedDict[str, Tensor]" = field(default_factory=OrderedDict)
     _unconditional: TextBatch | None = None
 
@@ -176,7 +178,7 @@ class Sampler:
         prompt_of = torch.tensor([distinct.index(prompt) for prompt in prompts], device=self.device)
         text = self._text_batch([self._prepare(distinct)[prompt] for prompt in distinct])
         if self._unconditional is None:
-            self._unconditional = self._text_batch([self._prepare([""])[""]])
+            self._unconditional = self._text_batch(list(self._prepare([self.negative_prompt]).values()))
         model, unconditional = self.saved.model, self._unconditional
         return sample_latents(model, text, unconditional, prompt_of, noise.to(self.device), settings, on_step)
 
@@ -230,13 +232,9 @@ def load_sampler(
     checkpoints are sampled in one process. Raises ThroughlineError where encoder or autoencoder are not those trained
     with.
     """
+    check_models(checkpoint, text_encoder, autoencoder)
     saved = load_model(checkpoint, text_encoder, device)
     conditioning = saved.conditioning
-    if autoencoder.revision != conditioning.autoencoder_revision:
-        raise ThroughlineError(
-            f"checkpoint {checkpoint.data_version}: trained on latents of {conditioning.autoencoder_id} at "
-            f"{conditioning.autoencoder_revision}, given {autoencoder.id} at {autoencoder.revision}; name the former"
-        )
     loaded = encoder if encoder is not None else load_text_encoder(text_encoder, conditioning.template_version, device)
     decodes = decoder
     if decodes is None:

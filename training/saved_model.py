@@ -66,6 +66,23 @@ def read_conditioning(checkpoint: StageOutput) -> ConditioningRecord:
         raise ThroughlineError(f"{checkpoint.folder}: no readable {CONDITIONING_NAME} ({error})") from error
 
 
+def check_models(
+    checkpoint: StageOutput, text_encoder: ModelRef | None = None, autoencoder: ModelRef | None = None
+) -> None:
+    """Raise ThroughlineError where the encoder or the autoencoder is not the one a checkpoint was trained with."""
+    made_with = read_conditioning(checkpoint)
+    if text_encoder is not None and text_encoder.revision != made_with.text_encoder_revision:
+        raise ThroughlineError(
+            f"checkpoint {checkpoint.data_version}: trained with {made_with.text_encoder_id} at "
+            f"{made_with.text_encoder_revision}, given {text_encoder.id} at {text_encoder.revision}; name the former"
+        )
+    if autoencoder is not None and autoencoder.revision != made_with.autoencoder_revision:
+        raise ThroughlineError(
+            f"checkpoint {checkpoint.data_version}: trained on latents of {made_with.autoencoder_id} at "
+            f"{made_with.autoencoder_revision}, given {autoencoder.id} at {autoencoder.revision}; name the former"
+        )
+
+
 def load_model(checkpoint: StageOutput, text_encoder: ModelRef | None = None, device: str = "cpu") -> SavedModel:
     """Build a checkpoint's model and load its weights, in fp32, for sampling or analysis.
 
@@ -76,12 +93,8 @@ def load_model(checkpoint: StageOutput, text_encoder: ModelRef | None = None, de
 
     from training.dit import build_model
 
+    check_models(checkpoint, text_encoder)
     config, conditioning = read_model_config(checkpoint), read_conditioning(checkpoint)
-    if text_encoder is not None and text_encoder.revision != conditioning.text_encoder_revision:
-        raise ThroughlineError(
-            f"checkpoint {checkpoint.data_version}: trained with {conditioning.text_encoder_id} at "
-            f"{conditioning.text_encoder_revision}, given {text_encoder.id} at {text_encoder.revision}; name the former"
-        )
     model = build_model(config, conditioning.strategy, seed=None)
     try:
         model.load_state_dict(load_file(checkpoint.path(WEIGHTS_NAME)))

@@ -45,6 +45,20 @@ def test_profile_show_prints_what_set_takes(capsys: pytest.CaptureFixture[str]) 
     assert json.loads(capsys.readouterr().out)["training"]["steps"] == 5
 
 
+def test_params_of_the_paper(capsys: pytest.CaptureFixture[str]) -> None:
+    assert _main("params", "--profile", "paper", "--json") == 0
+    figures = json.loads(capsys.readouterr().out)
+    assert {name: row["parameters"] for name, row in figures["strategies"].items()} == {
+        "penultimate": 2_246_693_952, "uniform": 2_246_693_952, "static": 2_246_693_988, "fuse_dit": 1_711_646_784,
+        "time_wise": 2_246_778_468, "depth_wise": 2_246_694_816, "joint": 2_248_722_336,
+    }  # fmt: skip
+    depth_wise = figures["strategies"]["depth_wise"]["flops"]
+    assert {size: round(row["uncached"] / 1e12, 1) for size, row in depth_wise.items()} == {"256": 144.9, "512": 469.6}
+    assert _main("params", "--profile", "paper", "--set", "model.timestep_conditioning=adaln") == 0
+    text = capsys.readouterr().out
+    assert "of them adaLN" in text and "2,246,694,816" not in text
+
+
 def test_a_missing_source_is_one_sentence_and_status_one(tmp_path: Path) -> None:
     said = _main("run", "--profile", "single_gpu", "--set", f'source=["{tmp_path}/no"]', "--select", "laion_index")
     assert said == (

@@ -3,7 +3,7 @@
 import pytest
 
 from training.config import ModelConfig, Strategy
-from training.params import count_parameters
+from training.params import count_parameter_groups, count_parameters
 
 PAPER_COUNTS = {
     Strategy.PENULTIMATE: 2_246_693_952,
@@ -27,3 +27,5 @@ def test_adaln_adds_the_same_to_every_strategy() -> None:
     added = {count_parameters(adaln, strategy) - count_parameters(plain, strategy) for strategy in Strategy}
     inner, outer, modulations, tables = 256 * 32 + 32, 32 * 32 + 32, 32 * 8 * 32 + 8 * 32, 2 * 6 * 32
     assert added == {inner + outer + modulations + tables}
+    assert {count_parameter_groups(adaln, strategy).adaln for strategy in Strategy} == added
+    assert {count_parameter_groups(plain, strategy).adaln for strategy in Strategy} == {0}

@@ -1,0 +1,137 @@
+"""Floating-point operations of drawing one image, counted as the paper's Table 4 counts them, and what it leaves out.
+
+Two operations per multiplication and addition of every linear map. Attention products are not in the paper's figures;
+they stand apart here. The autoencoder is not counted.
+
+Letters: N image tokens, S text tokens, L LLM layers, D blocks, C text width.
+"""
+
+from dataclasses import dataclass
+
+from training.config import ModelConfig, Strategy
+
+_TIME_EMBEDDING_SIZE = 256
+_NUM_MODULATIONS = 8
+"""adaLN's, of blocks and output."""
+
+
+@dataclass(frozen=True)
+class TextEncoderShape:
+    """The linear maps of a decoder layer with grouped attention and a gated MLP."""
+
+    num_layers: int
+    hidden_size: int
+    query_width: int
+    key_value_width: int
+    mlp_width: int
+
+    def flops(self, num_tokens: int, num_layers: int | None = None) -> int:
+        """Operations of the first `num_layers` layers (None: all) on `num_tokens` tokens."""
+        attention = self.hidden_size * (2 * self.query_width + 2 * self.key_value_width)
+        per_layer = attention + 3 * self.hidden_size * self.mlp_width
+        return 2 * num_tokens * per_layer * (self.num_layers if num_layers is None else num_layers)
+
+
+KNOWN_TEXT_ENCODERS = {
+    "Qwen/Qwen3-VL-4B-Instruct": TextEncoderShape(36, 2560, 4096, 1024, 9728),
+    "HuggingFaceTB/SmolLM2-135M-Instruct": TextEncoderShape(30, 576, 576, 192, 1536),
+}
+
+
+@dataclass(frozen=True)
+class ImageFlops:
+    """Operations of one image, all steps and both branches of guidance together."""
+
+    text_encoder: int
+    fusion: int
+    """Sums over layers, and gates."""
+    text_projection: int
+    """The linear map of fused text that all blocks share."""
+    text_keys_values: int
+    """Keys and values of all blocks; for fuse_dit those made of stored hidden states, where they are."""
+    backbone: int
+    """Everything that image tokens go through."""
+    attention: int
+    """Products of queries, keys and values in the backbone. Not in `total`, as in Table 4."""
+
+    @property
+    def total(self) -> int:
+        """What Table 4 counts."""
+        return self.text_encoder + self.fusion + self.text_projection + self.text_keys_values + self.backbone
+
+
+def count_flops(
+    config: ModelConfig,
+    strategy: Strategy,
+    text_encoder: TextEncoderShape | None,
+    *,
+    latent_size: int,
+    cached: bool,
+    num_steps: int = 50,
+    num_text_tokens: int = 512,
+    num_branches: int = 2,
+) -> ImageFlops:
+    """Count one image of one prompt; `num_branches` is 2 with guidance.
+
+    Not `cached` is how the released code samples: fusion, projection, keys and values anew at every step. `cached` is
+    how `training.sampling` does: once per text, or once per text and time where a gate follows time. The text encoder
+    (None: left out) runs once either way; for fuse_dit the released code stops it at the last shared layer, and
+    `cached` runs all of it and makes the shared layers' keys and values of its hidden states. Raises ValueError where
+    latents are not divisible by the patch size.
+    """
+    if latent_size % config.patch_size:
+        raise ValueError(f"latents of {latent_size} are not divisible by the patch size {config.patch_size}")
+    text_tokens = num_text_tokens * num_branches
+    is_fuse_dit = strategy is Strategy.FUSE_DIT
+    times = num_steps if strategy.has_time_gate or not cached else 1
+    projection, keys_values, fusion = _text_path(config, strategy, text_tokens, num_branches)
+    if is_fuse_dit:
+        times = 1 if cached else 0
+    encoder_layers = config.shared_layers[-1] + 1 if is_fuse_dit and not cached else None
+    image_tokens = (latent_size // config.patch_size) ** 2
+    return ImageFlops(
+        text_encoder=0 if text_encoder is None else text_encoder.flops(text_tokens, encoder_layers),
+        text_projection=times * projection,
+        text_keys_values=times * keys_values,
+        fusion=times * fusion,
+        backbone=num_steps * num_branches * _backbone(config, image_tokens, cross_attention=not is_fuse_dit),
+        attention=num_steps * num_branches * _attention(config, image_tokens, num_text_tokens),
+    )
+
+
+def _text_path(config: ModelConfig, strategy: Strategy, text_tokens: int, num_texts: int) -> tuple[int, int, int]:
+    """Projection, keys and values, and fusion of one evaluation of the text path."""
+    width, layers, blocks = config.text_width, config.num_text_layers, config.num_blocks
+    keys_values = 2 * blocks * text_tokens * width * 2 * _key_value_width(config)
+    if strategy is Strategy.FUSE_DIT:
+        return 0, keys_values, 0
+    variants = blocks if strategy in (Strategy.DEPTH_WISE, Strategy.JOINT) else 1
+    fusion = 0
+    if strategy not in (Strategy.PENULTIMATE, Strategy.UNIFORM):
+        fusion += 2 * variants * layers * text_tokens * width
+    if strategy.has_time_gate:
+        fusion += 2 * variants * num_texts * config.gate_width * (config.gate_embedding_size + layers)
+    return 2 * variants * text_tokens * width**2, keys_values, fusion
+
+
+def _backbone(config: ModelConfig, image_tokens: int, *, cross_attention: bool) -> int:
+    hidden, query = config.hidden_size, config.num_heads * config.head_dim
+    per_block = hidden * (2 * query + 2 * _key_value_width(config)) + 3 * hidden * config.mlp_width
+    if cross_attention:
+        per_block += 2 * hidden * query
+    patches = 2 * hidden * config.latent_channels * config.patch_size**2
+    per_image = 0
+    if config.timestep_conditioning == "adaln":
+        per_image = hidden * (_TIME_EMBEDDING_SIZE + hidden + _NUM_MODULATIONS * hidden)
+    return 2 * (image_tokens * (config.num_blocks * per_block + patches) + per_image)
+
+
+def _attention(config: ModelConfig, image_tokens: int, text_tokens: int) -> int:
+    """Image tokens look at each other and at the text, in one attention (fuse_dit) or in two: the products are as
+    many."""
+    per_pair = 2 * 2 * config.num_heads * config.head_dim
+    return config.num_blocks * per_pair * image_tokens * (image_tokens + text_tokens)
+
+
+def _key_value_width(config: ModelConfig) -> int:
+    return config.num_kv_heads * config.head_dim
