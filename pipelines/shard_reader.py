@@ -3,7 +3,9 @@
 Order and shuffling belong to training; here a shard is a list.
 """
 
+import hashlib
 import json
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +14,10 @@ from typing import Any, Self, overload
 
 from pipelines.errors import ThroughlineError
 from pipelines.shard_format import SUFFIXES, Member, read_members
+
+
+class BadSampleError(ThroughlineError):
+    """One sample contradicts itself; the rest of its shard may be sound."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,11 +35,13 @@ class Shard(Sequence[Sample]):
 
     Opening reads the headers and raises ThroughlineError, naming the shard, where a sample is not
     the three members it should be, keys are out of order, or the archive is cut short. Reading a sample raises
-    ThroughlineError where its parts contradict each other. One `Shard` belongs to one thread or process.
+    BadSampleError where its parts contradict each other. Threads and forked processes may share a `Shard`.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, verify_digests: bool = False) -> None:
+        """With `verify_digests` the SHA-256 that a sample's JSON states are compared whenever it is read."""
         self.path = path
+        self._verify = verify_digests
         try:
             self._stream = path.open("rb")
         except FileNotFoundError as error:
@@ -69,12 +77,18 @@ class Shard(Sequence[Sample]):
         if isinstance(index, slice):
             return [self[place] for place in range(*index.indices(len(self)))]
         key, members = self._samples[index]
-        image, provenance, caption = (self._read(member) for member in members)
-        return _sample(self.path, key, image, provenance, caption)
-
-    def _read(self, member: Member) -> bytes:
-        self._stream.seek(member.offset)
-        return self._stream.read(member.num_bytes)
+        start, end = members[0].offset, members[-1].offset + members[-1].num_bytes
+        # By position, so that threads and forked processes do not move each other's place in the file.
+        data = os.pread(self._stream.fileno(), end - start, start)
+        if len(data) < end - start:
+            raise ThroughlineError(f"{self.path}: cut off inside sample {key}; re-run shards")
+        image, provenance, caption = (
+            data[member.offset - start : member.offset - start + member.num_bytes] for member in members
+        )
+        sample = _sample(self.path, key, image, provenance, caption)
+        if self._verify:
+            _check_digests(self.path, sample, caption)
+        return sample
 
 
 def read_shard(path: Path) -> Iterator[Sample]:
@@ -109,12 +123,19 @@ def _group(members: list[Member], path: Path) -> list[tuple[str, list[Member]]]:
 def _sample(path: Path, key: str, image: bytes, provenance: bytes, caption: bytes) -> Sample:
     try:
         text, record = caption.decode(), json.loads(provenance)
-    except ValueError as error:
-        raise ThroughlineError(f"{path}: sample {key}: text is not readable ({error}); re-run shards") from error
-    stated = (record.get("sample_key"), record.get("caption"))
+        stated = (record.get("sample_key"), record.get("caption"))
+    except (ValueError, AttributeError) as error:
+        raise BadSampleError(f"{path}: sample {key}: text is not readable ({error}); re-run shards") from error
     if stated != (key, text):
-        raise ThroughlineError(
+        raise BadSampleError(
             f"{path}: sample {key}: its JSON is about {stated[0]} and caption {stated[1]!r:.60}, its text is "
             f"{text!r:.60}; re-run shards"
         )
     return Sample(key, image, text, record)
+
+
+def _check_digests(path: Path, sample: Sample, caption: bytes) -> None:
+    for name, data in (("image_sha256", sample.image_bytes), ("caption_sha256", caption)):
+        stated = sample.provenance.get(name)
+        if stated is not None and stated != hashlib.sha256(data).hexdigest():
+            raise BadSampleError(f"{path}: sample {sample.sample_key}: not the {name} that its JSON states")

@@ -18,6 +18,7 @@ from pipelines.manifest import DROPPED_NAME
 from pipelines.sample_key import sample_key
 from pipelines.shard_format import read_members
 from pipelines.shard_reader import Shard, read_shard
+from pipelines.shard_samples import ShardSamples
 from pipelines.stage import StageOutput
 from pipelines.stage_configs import DatasetConfig, ShardsConfig
 from tests.pipelines.hostile_server import HostileServer
@@ -209,6 +210,19 @@ def test_dataset_takes_each_key_once_and_the_first_part_wins(
     by_part = {item.manifest.partition: item for item in world["shards"]}
     for row in rows:
         assert Shard(by_part[row["part"]].path(row["shard"])).keys[row["index_in_shard"]] == row["sample_key"]
+
+
+def test_samples_of_a_dataset_are_those_of_its_table(world: dict[str, list[StageOutput]], tmp_path: Path) -> None:
+    output = dataset.STAGE.run(DatasetConfig(validation_share=0.3), {"shards": world["shards"]}, tmp_path)
+    rows = _rows(output.path(SAMPLES_FILE))
+    for split in ("train", "validation"):
+        samples = ShardSamples.of_dataset(output, world["shards"], split)
+        assert [sample.sample_key for sample in samples[:]] == [
+            row["sample_key"] for row in rows if row["split"] == split
+        ]
+        assert samples.data_version == output.data_version
+    with pytest.raises(ThroughlineError, match=r"rolled up from other shards \(1 missing, 0 unknown"):
+        ShardSamples.of_dataset(output, world["shards"][:1], "train")
 
 
 def test_a_sample_keeps_its_split_whatever_else_is_in_the_set(
