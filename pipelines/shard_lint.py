@@ -19,6 +19,7 @@ from typing import Any, BinaryIO
 from pipelines.digest import file_sha256
 from pipelines.errors import ThroughlineError
 from pipelines.manifest import MANIFEST_NAME, FileEntry, Manifest, read_manifest
+from pipelines.shard_format import index_path, read_index
 from pipelines.tar_walk import DamagedTarError, Entry, walk
 
 KINDS = {
@@ -40,6 +41,7 @@ KINDS = {
     "caption_disagrees": "the JSON states another caption than the text",
     "key_disagrees": "the JSON states another key than the member's name",
     "hash_disagrees": "bytes that are not those whose digest the JSON or the manifest states",
+    "index_disagrees": "an index that is not its tar's",
     "image_unreadable": "an image whose header, or with --decode whose pixels, cannot be read",
     "image_suffix": "an image of another format than its suffix says",
     "pickle": "a member that runs code when it is loaded",
@@ -223,6 +225,8 @@ def _read_shard(path: Path, shard: "_Shard", entry: FileEntry | None, report: Li
             pass
     report.num_shards += 1
     report.num_bytes += reader.num_bytes
+    if is_whole:
+        shard.check_index(path, reader.num_bytes)
     if entry is None:
         return
     report.num_shards_with_digest += 1
@@ -254,6 +258,7 @@ class _Shard:
         """Key -> suffixes of its members."""
         self._key = ""
         self._members: dict[str, bytes] = {}
+        self._places: list[tuple[str, str, int, int]] = []
 
     def found(self, kind: str, key: str, detail: str) -> None:
         assert kind in KINDS
@@ -282,6 +287,7 @@ class _Shard:
         if suffix in self.keys[key]:
             self.found("duplicate_member", key, f"{suffix} stands there twice")
         self.keys[key].add(suffix)
+        self._places.append((key, suffix, entry.offset, len(entry.data)))
         self._members[suffix] = entry.data
 
     def _begin(self, key: str) -> None:
@@ -306,6 +312,30 @@ class _Shard:
                 of_others = ", ".join(f"{suffix} ({counts[suffix]})" for suffix in sorted(missing))
                 self.found("missing_member", key, f"lacks {of_others}, of {len(self.keys)} samples")
         self._report.num_samples += len(self.keys)
+
+    def check_index(self, path: Path, num_bytes: int) -> None:
+        """Compare the index beside the shard, if there is one, with what the shard holds."""
+        at = index_path(path)
+        if not at.is_file():
+            return
+        try:
+            index = read_index(at)
+        except ThroughlineError as error:
+            self.found("index_disagrees", "", str(error))
+            return
+        if index.num_bytes != num_bytes:
+            self.found("index_disagrees", "", f"the tar has {num_bytes} bytes, its index says {index.num_bytes}")
+        stated = [
+            (key, suffix, offset, size)
+            for key, row in zip(index.keys, index.rows, strict=True)
+            for suffix, (offset, size) in zip(index.suffixes, row, strict=True)
+        ]
+        differing = next((pair for pair in zip(self._places, stated, strict=False) if pair[0] != pair[1]), None)
+        if differing is not None:
+            (key, suffix, offset, size), other = differing
+            self.found("index_disagrees", key, f"{suffix} has {size} bytes at {offset}, the index says {other}")
+        elif len(stated) != len(self._places):
+            self.found("index_disagrees", "", f"{len(self._places)} members, the index says {len(stated)}")
 
     def _check_sample(self) -> None:
         if not self._members:
@@ -338,6 +368,7 @@ class _Shard:
         if not isinstance(record, dict):
             self.found("json_unreadable", self._key, f"{suffix} is no object but {type(record).__name__}")
             return
+        self._check_digests(record)
         caption, text = record.get("caption"), texts.get("txt")
         if isinstance(caption, str) and text is not None and caption != text:
             self.found("caption_disagrees", self._key, f"JSON says {caption!r:.60}, txt says {text!r:.60}")
@@ -345,6 +376,13 @@ class _Shard:
             stated = record.get(name)
             if isinstance(stated, str) and stated != self._key.rpartition("/")[2]:
                 self.found("key_disagrees", self._key, f"JSON says {name} {stated}")
+
+    def _check_digests(self, record: dict[str, Any]) -> None:
+        image = next((suffix for suffix in self._members if suffix in _IMAGE_FORMATS), None)
+        for name, suffix in (("image_sha256", image), ("caption_sha256", "txt")):
+            data = self._members.get(suffix or "")
+            if name in record and data is not None and record[name] != hashlib.sha256(data).hexdigest():
+                self.found("hash_disagrees", self._key, f"{suffix} has not the {name} that its JSON states")
 
     def _check_image(self, suffix: str, last: str, data: bytes) -> None:
         from PIL import Image

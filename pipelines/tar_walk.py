@@ -41,6 +41,8 @@ class Entry:
     name: str
     kind: str
     data: bytes
+    offset: int
+    """Where the data starts."""
 
 
 class _Source:
@@ -100,14 +102,15 @@ def walk(stream: Readable) -> Iterator[Entry]:
         if any(keyword.startswith("GNU.sparse.") for keyword in extended):
             header.type = tarfile.GNUTYPE_SPARSE
         extended = {}
+        offset = source.offset
         has_data = header.type in (*_FILE_TYPES, tarfile.GNUTYPE_SPARSE)
         data = _content(source, size, name) if has_data else b""
         if header.isdir():
-            yield Entry(name, "folder", b"")
+            yield Entry(name, "folder", b"", offset)
         elif header.type in _FILE_TYPES:
-            yield Entry(name, "file", data)
+            yield Entry(name, "file", data, offset)
         else:
-            yield Entry(name, _OTHER_TYPES.get(header.type, f"of the unknown type {header.type!r}"), b"")
+            yield Entry(name, _OTHER_TYPES.get(header.type, f"of the unknown type {header.type!r}"), b"", offset)
 
 
 def _content(source: _Source, size: int, name: str, limit: int | None = None) -> bytes:

@@ -73,11 +73,13 @@ def our_shards(root: Path) -> StageOutput:
     def produce(run: StageRun[_Config]) -> None:
         for number, keys in enumerate((run.config.keys, ("dd",))):
             name = f"shard-{number:05d}.tar"
-            with run.unit(f"{number:05d}") as unit, unit.open(name, num_rows=len(keys)) as stream:
-                writer = ShardWriter(stream, name)
-                for seed, key in enumerate(keys):
-                    writer.add(key, picture(seed), f"čaj {key}", {"sample_key": key, "caption": f"čaj {key}"})
-                writer.finish()
+            with run.unit(f"{number:05d}") as unit:
+                with unit.open(name, num_rows=len(keys)) as stream:
+                    writer = ShardWriter(stream, name)
+                    for seed, key in enumerate(keys):
+                        writer.add(key, picture(seed), f"čaj {key}", {"sample_key": key, "caption": f"čaj {key}"})
+                    index = writer.finish()
+                unit.write(f"shard-{number:05d}.index.json", index.to_bytes(), num_rows=len(keys))
 
     stage = Stage(name="shards", code_version="1", config_type=_Config, produce=produce)
     return stage.run(_Config(), {}, root, "00000")
@@ -195,6 +197,9 @@ def test_pixels_are_decoded_on_demand_alone(tmp_path: Path) -> None:
 
 OUR_DAMAGE: dict[str, Callable[[Path], object]] = {
     "hash_disagrees": lambda path: path.write_bytes(path.read_bytes().replace("čaj bb".encode(), "čaj b2".encode())),
+    "index_disagrees": lambda path: path.with_name("shard-00000.index.json").write_bytes(
+        path.with_name("shard-00001.index.json").read_bytes()
+    ),
     "count_disagrees": lambda path: path.write_bytes((path.parent / "shard-00001.tar").read_bytes()),
     "unsorted": lambda path: path.write_bytes(tar_bytes(sample("bb") + sample("aa") + sample("cc"))),
     "file_missing": lambda path: path.unlink(),
@@ -211,6 +216,21 @@ def test_damage_of_an_output_is_found_by_its_manifest(tmp_path: Path, kind: str)
     assert lint_folder(tmp_path).findings == []
     OUR_DAMAGE[kind](output.path("shard-00000.tar"))
     assert kind in kinds(lint_folder(tmp_path))
+
+
+def test_digests_in_the_json_and_a_changed_index_are_compared(tmp_path: Path) -> None:
+    output = our_shards(tmp_path / "ours")
+    path = output.path("shard-00000.tar")
+    other = picture(9).ljust(len(picture(1)), b"\0")[: len(picture(1))]
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    (alone / path.name).write_bytes(path.read_bytes().replace(picture(1), other))
+    (alone / "shard-00000.index.json").write_bytes(
+        output.path("shard-00000.index.json").read_bytes().replace(b'"cc"', b'"cd"')
+    )
+    found = lint_folder(alone).findings
+    assert [(item.kind, item.key) for item in found] == [("hash_disagrees", "bb"), ("index_disagrees", "cc")]
+    assert "jpg has not the image_sha256" in found[0].detail
 
 
 def test_every_kind_of_finding_is_planted_here() -> None:
