@@ -51,6 +51,11 @@ def _parser() -> argparse.ArgumentParser:
     doctor = commands.add_parser("doctor", help="show what this machine can run, and how to mend what is missing")
     _add_profile(doctor)
 
+    lint = commands.add_parser("lint", help="check a folder of WebDataset tars, of this project or any other")
+    lint.add_argument("folder", metavar="DIR", help="searched for .tar, .tar.gz and .tgz at any depth")
+    lint.add_argument("--decode", action="store_true", help="decode every image whole; default: its header alone")
+    lint.add_argument("--json", action="store_true", help="as JSON")
+
     profile = commands.add_parser("profile", help="show a profile")
     actions = profile.add_subparsers(dest="action", required=True, metavar="action")
     show = actions.add_parser("show", help="print the whole resolved configuration")
@@ -208,6 +213,14 @@ def _doctor(arguments: argparse.Namespace) -> int:
     return examine(_load(arguments.profile, arguments.changes))
 
 
+def _lint(arguments: argparse.Namespace) -> int:
+    from pathlib import Path
+
+    from orchestration.lint import lint
+
+    return 0 if lint(Path(arguments.folder), decode=arguments.decode, as_json=arguments.json) else EXIT_FAILED
+
+
 def _profile(arguments: argparse.Namespace) -> int:
     profile = _load(arguments.name, arguments.changes)
     if arguments.json:
@@ -275,6 +288,7 @@ _COMMANDS = {
     "status": _status,
     "audit": _audit,
     "doctor": _doctor,
+    "lint": _lint,
     "profile": _profile,
     "generate": _generate,
     "params": _params,

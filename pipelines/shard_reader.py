@@ -3,15 +3,34 @@
 Order and shuffling belong to training; here a shard is a list.
 """
 
+import hashlib
+import itertools
 import json
+import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, overload
+from typing import Any, BinaryIO, Self, overload
 
 from pipelines.errors import ThroughlineError
-from pipelines.shard_format import SUFFIXES, Member, read_members
+from pipelines.shard_format import (
+    CAPTION_SUFFIX,
+    IMAGE_SUFFIX,
+    IMAGE_SUFFIXES,
+    PROVENANCE_SUFFIX,
+    Member,
+    ShardIndex,
+    index_path,
+    read_index,
+    read_members,
+)
+
+_FIXED_SUFFIXES = (PROVENANCE_SUFFIX, CAPTION_SUFFIX)
+
+
+class BadSampleError(ThroughlineError):
+    """One sample contradicts itself; the rest of its shard may be sound."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,28 +41,33 @@ class Sample:
     image_bytes: bytes
     caption: str
     provenance: dict[str, Any]
+    extras: dict[str, bytes] = field(default_factory=dict)
+    """Suffix -> bytes of the members beyond the three."""
 
 
 class Shard(Sequence[Sample]):
     """An open shard: `shard[i]` reads one sample, `shard.keys` are all sample keys in order. Closes as a context.
 
-    Opening reads the headers and raises ThroughlineError, naming the shard, where a sample is not
-    the three members it should be, keys are out of order, or the archive is cut short. Reading a sample raises
-    ThroughlineError where its parts contradict each other. One `Shard` belongs to one thread or process.
+    Opening reads the index, or the headers where there is none (`contents`). It raises ThroughlineError, naming the
+    shard, where a sample is not the members it should be, keys are out of order, or the archive is cut short or not the
+    index's. Reading a sample raises BadSampleError where its parts contradict each other. Threads and forked processes
+    may share a `Shard`.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, verify_digests: bool = False) -> None:
+        """With `verify_digests` the SHA-256 that a sample's JSON states are compared whenever it is read."""
         self.path = path
+        self._verify = verify_digests
         try:
             self._stream = path.open("rb")
         except FileNotFoundError as error:
             raise ThroughlineError(f"{path}: no such shard; re-run shards") from error
         try:
-            self._samples = _group(list(read_members(self._stream, str(path), path.stat().st_size)), path)
+            self.contents = _open_index(path) or scan_index(self._stream, path)
         except BaseException:
             self._stream.close()
             raise
-        self.keys: tuple[str, ...] = tuple(key for key, _ in self._samples)
+        self.keys = self.contents.keys
 
     def __enter__(self) -> Self:
         return self
@@ -57,7 +81,7 @@ class Shard(Sequence[Sample]):
         self._stream.close()
 
     def __len__(self) -> int:
-        return len(self._samples)
+        return len(self.keys)
 
     @overload
     def __getitem__(self, index: int) -> Sample: ...
@@ -68,13 +92,18 @@ class Shard(Sequence[Sample]):
     def __getitem__(self, index: int | slice) -> Sample | list[Sample]:
         if isinstance(index, slice):
             return [self[place] for place in range(*index.indices(len(self)))]
-        key, members = self._samples[index]
-        image, provenance, caption = (self._read(member) for member in members)
-        return _sample(self.path, key, image, provenance, caption)
-
-    def _read(self, member: Member) -> bytes:
-        self._stream.seek(member.offset)
-        return self._stream.read(member.num_bytes)
+        key, row = self.keys[index], self.contents.rows[index]
+        start, end = row[0][0], row[-1][0] + row[-1][1]
+        # By position, so that threads and forked processes do not move each other's place in the file.
+        data = os.pread(self._stream.fileno(), end - start, start)
+        if len(data) < end - start:
+            raise ThroughlineError(f"{self.path}: cut off inside sample {key}; re-run shards")
+        image, provenance, caption, *others = (data[offset - start : offset - start + size] for offset, size in row)
+        extras = dict(zip(self.contents.suffixes[3:], others, strict=True))
+        sample = _sample(self.path, key, image, provenance, caption, extras)
+        if self._verify:
+            _check_digests(self.path, sample, caption)
+        return sample
 
 
 def read_shard(path: Path) -> Iterator[Sample]:
@@ -89,32 +118,76 @@ def shard_keys(path: Path) -> tuple[str, ...]:
         return shard.keys
 
 
-def _group(members: list[Member], path: Path) -> list[tuple[str, list[Member]]]:
-    samples: list[tuple[str, list[Member]]] = []
-    for first in range(0, len(members), len(SUFFIXES)):
-        group = members[first : first + len(SUFFIXES)]
-        key = group[0].name.partition(".")[0]
-        names = [member.name for member in group]
-        if names != [f"{key}.{suffix}" for suffix in SUFFIXES]:
+def _open_index(path: Path) -> ShardIndex | None:
+    """Return a shard's index, if it has one; raises ThroughlineError where it belongs to another archive."""
+    at = index_path(path)
+    if not at.exists():
+        return None
+    index, num_bytes = read_index(at), path.stat().st_size
+    if index.num_bytes != num_bytes:
+        raise ThroughlineError(f"{path}: {num_bytes} bytes, its index says {index.num_bytes}; re-run shards")
+    if any(second <= first for first, second in itertools.pairwise(index.keys)) or not _is_sample(index.suffixes):
+        raise ThroughlineError(f"{at}: keys out of order, or no samples of this project; re-run shards")
+    return index
+
+
+def scan_index(stream: BinaryIO, path: Path) -> ShardIndex:
+    """Return what a shard holds by its headers; raises ThroughlineError where it is not whole samples in order."""
+    num_bytes = path.stat().st_size
+    keys: list[str] = []
+    rows: list[list[tuple[int, int]]] = []
+    suffixes: tuple[str, ...] = ()
+    for key, members in _groups(read_members(stream, str(path), num_bytes)):
+        found = tuple(member.name.partition(".")[2] for member in members)
+        if not _is_sample(found) or found != (suffixes or found):
+            expected = suffixes or (IMAGE_SUFFIX, *_FIXED_SUFFIXES)
             raise ThroughlineError(
-                f"{path}: sample {first // len(SUFFIXES)} is {', '.join(names)}, expected "
-                f"{', '.join(f'{key}.{suffix}' for suffix in SUFFIXES)}; re-run shards"
+                f"{path}: sample {len(keys)} is {', '.join(member.name for member in members)}, expected "
+                f"{', '.join(f'{key}.{suffix}' for suffix in expected)}; re-run shards"
             )
-        if samples and key <= samples[-1][0]:
-            raise ThroughlineError(f"{path}: key {key} does not come after {samples[-1][0]}; re-run shards")
-        samples.append((key, group))
-    return samples
+        if keys and key <= keys[-1]:
+            raise ThroughlineError(f"{path}: key {key} does not come after {keys[-1]}; re-run shards")
+        suffixes = found
+        keys.append(key)
+        rows.append([(member.offset, member.num_bytes) for member in members])
+    return ShardIndex(num_bytes=num_bytes, suffixes=suffixes, keys=tuple(keys), rows=rows)
 
 
-def _sample(path: Path, key: str, image: bytes, provenance: bytes, caption: bytes) -> Sample:
+def _is_sample(suffixes: Sequence[str]) -> bool:
+    return not suffixes or (suffixes[0] in IMAGE_SUFFIXES and tuple(suffixes[1:3]) == _FIXED_SUFFIXES)
+
+
+def _groups(members: Iterator[Member]) -> Iterator[tuple[str, list[Member]]]:
+    """Yield the members that follow each other with one key; a suffix that comes again begins another sample."""
+    group: list[Member] = []
+    for member in members:
+        if group and (
+            member.name.partition(".")[0] != group[0].name.partition(".")[0]
+            or any(member.name == earlier.name for earlier in group)
+        ):
+            yield group[0].name.partition(".")[0], group
+            group = []
+        group.append(member)
+    if group:
+        yield group[0].name.partition(".")[0], group
+
+
+def _sample(path: Path, key: str, image: bytes, provenance: bytes, caption: bytes, extras: dict[str, bytes]) -> Sample:
     try:
         text, record = caption.decode(), json.loads(provenance)
-    except ValueError as error:
-        raise ThroughlineError(f"{path}: sample {key}: text is not readable ({error}); re-run shards") from error
-    stated = (record.get("sample_key"), record.get("caption"))
+        stated = (record.get("sample_key"), record.get("caption"))
+    except (ValueError, AttributeError) as error:
+        raise BadSampleError(f"{path}: sample {key}: text is not readable ({error}); re-run shards") from error
     if stated != (key, text):
-        raise ThroughlineError(
+        raise BadSampleError(
             f"{path}: sample {key}: its JSON is about {stated[0]} and caption {stated[1]!r:.60}, its text is "
             f"{text!r:.60}; re-run shards"
         )
-    return Sample(key, image, text, record)
+    return Sample(key, image, text, record, extras)
+
+
+def _check_digests(path: Path, sample: Sample, caption: bytes) -> None:
+    for name, data in (("image_sha256", sample.image_bytes), ("caption_sha256", caption)):
+        stated = sample.provenance.get(name)
+        if stated is not None and stated != hashlib.sha256(data).hexdigest():
+            raise BadSampleError(f"{path}: sample {sample.sample_key}: not the {name} that its JSON states")

@@ -1,6 +1,14 @@
-"""Stage ``shards``: joins pictures and captions by sample key into WebDataset tars, byte-identical when rebuilt."""
+"""Stage ``shards``: joins pictures and captions by sample key into WebDataset tars, byte-identical when rebuilt.
 
-from typing import TYPE_CHECKING, Any
+A unit of pictures becomes ``shard-<unit>.tar``, and where that would exceed the bounds ``shard-<unit>_001.tar`` and so
+on, each with its index. The bytes themselves are `pipelines.shard_format`'s.
+"""
+
+import io
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
 
 from pipelines.errors import ThroughlineError
 from pipelines.manifest import Conservation
@@ -9,6 +17,7 @@ from pipelines.stage_configs import ShardsConfig
 
 if TYPE_CHECKING:
     from pipelines.image_rows import ImageUnit
+    from pipelines.shard_format import SampleMembers, ShardWriter
 
 _PROVENANCE_COLUMNS = (
     "sample_key", "url", "alt_text", "format", "width_px", "height_px", "source_sha256", "source_num_bytes",
@@ -26,12 +35,12 @@ def produce(run: StageRun[ShardsConfig]) -> StageResult:
             if not run.is_finished(unit.name):
                 rows = _captions_of(captions, unit)
                 with run.unit(unit.name) as output:
-                    _write_shard(run, output, unit, rows, captioner)
+                    _write_unit(run, output, unit, rows, captioner)
             progress.advance(unit.num_rows)
     finished = run.finished_units()
     return StageResult(
         summary={
-            "num_shards": sum(bool(unit.files) for unit in finished),
+            "num_shards": sum(entry.path.endswith(".tar") for unit in finished for entry in unit.files),
             "num_samples": sum(unit.rows[1] for unit in finished if unit.rows),
         },
         conservation=None if finished else Conservation(rows_in=0, rows_out=0),
@@ -79,44 +88,133 @@ def _bad_caption(row: dict[str, Any] | None, config: ShardsConfig) -> tuple[str,
     return None
 
 
-def _write_shard(
+def _write_unit(
     run: StageRun[ShardsConfig],
     output: Unit,
     unit: "ImageUnit",
     captions: dict[str, dict[str, Any]],
     captioner: dict[str, str] | None,
 ) -> None:
-    from pipelines.shard_format import ShardWriter
+    from pipelines.shard_format import IMAGE_SUFFIX, sample_members
 
+    config = run.config
     table = unit.read([*_PROVENANCE_COLUMNS, "image"]).sort_by("sample_key")
     kept: list[int] = []
     for index, key in enumerate(table["sample_key"].to_pylist()):
-        problem = _bad_caption(captions.get(key), run.config)
+        problem = _bad_caption(captions.get(key), config)
         if problem is None:
             kept.append(index)
         else:
             output.drop(key, *problem)
     output.account(rows_in=table.num_rows, rows_out=len(kept))
-    if not kept:
-        return
-    name = f"shard-{unit.name}.tar"
+    caption_path = run.input("captions").path(f"captions-{unit.name}.parquet")
+    paths = {"images": unit.path, "captions": caption_path}
+    extras = [(item.suffix, _column(paths[item.source], item.column)) for item in config.extra_members]
+    image_suffix = "webp" if config.image_format == "webp" else IMAGE_SUFFIX
     rows = table.select(_PROVENANCE_COLUMNS).to_pylist()
-    with output.open(name, num_rows=len(kept)) as stream:
-        writer = ShardWriter(stream, name)
+    with _ShardSeries(output, unit.name, config) as series:
         for index in kept:
             row = rows[index]
-            caption = captions[row["sample_key"]]
+            key = row["sample_key"]
+            caption = captions[key]
             provenance = row | {
                 "caption": caption["caption"],
                 "prompt_version": caption["prompt_version"],
                 "captioner": captioner,
                 "part": run.partition,
             }
-            writer.add(row["sample_key"], table["image"][index].as_py(), caption["caption"], provenance)
-        writer.finish()
+            image = _encoded(table["image"][index].as_py(), config)
+            more = [(suffix, values[key]) for suffix, values in extras]
+            series.add(
+                sample_members(key, image, caption["caption"], provenance, image_suffix=image_suffix, extras=more)
+            )
 
 
-STAGE = Stage(name="shards", code_version="1", config_type=ShardsConfig, produce=produce)
+class _ShardSeries:
+    """The shards of one unit: a new one is begun where the next sample would exceed a bound."""
+
+    def __init__(self, output: Unit, unit_name: str, config: ShardsConfig) -> None:
+        self._output, self._unit_name, self._config = output, unit_name, config
+        self._stack = ExitStack()
+        self._writer: ShardWriter | None = None
+        self._name = ""
+        self._num_shards = 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None:
+            self._finish()
+        else:
+            self._stack.__exit__(kind, error, trace)
+
+    def add(self, sample: "SampleMembers") -> None:
+        """Append a sample to the shard that has room for it."""
+        from pipelines.shard_format import ShardWriter
+
+        writer = self._writer
+        if writer is not None and (
+            writer.num_samples >= self._config.max_samples_per_shard
+            or writer.num_bytes_with(sample) > self._config.max_shard_bytes
+        ):
+            self._finish()
+            writer = None
+        if writer is None:
+            piece = f"_{self._num_shards:03d}" if self._num_shards else ""
+            self._name = f"shard-{self._unit_name}{piece}.tar"
+            self._num_shards += 1
+            writer = self._writer = ShardWriter(self._stack.enter_context(self._output.open(self._name)), self._name)
+        writer.add_members(sample)
+
+    def _finish(self) -> None:
+        from pipelines.shard_format import index_path
+
+        if self._writer is None:
+            return
+        index = self._writer.finish()
+        self._stack.close()
+        self._output.count_rows(self._name, len(index.keys))
+        self._output.write(index_path(Path(self._name)).name, index.to_bytes(), num_rows=len(index.keys))
+        self._writer = None
+
+
+def _encoded(image: bytes, config: ShardsConfig) -> bytes:
+    """Return a picture in the configured format."""
+    from PIL import Image
+
+    if config.image_format == "keep":
+        return image
+    buffer = io.BytesIO()
+    with Image.open(io.BytesIO(image)) as picture:
+        picture.convert("RGB").save(buffer, config.image_format.upper(), quality=config.image_quality)
+    return buffer.getvalue()
+
+
+def _column(path: Path, column: str) -> dict[str, bytes]:
+    """Return sample key -> bytes of an extra member; raises ThroughlineError where the table has no such column."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    from pipelines.digest import canonical_json
+
+    names = pq.read_schema(path).names
+    if column not in names:
+        raise ThroughlineError(f"{path}: no column {column} for an extra member; it has {', '.join(names)}")
+    table = pq.read_table(path, columns=["sample_key", column])
+    kind, values = table.schema.field(column).type, table[column].to_pylist()
+    if pa.types.is_binary(kind) or pa.types.is_large_binary(kind):
+        encoded = [value or b"" for value in values]
+    elif pa.types.is_string(kind) or pa.types.is_large_string(kind):
+        encoded = [(value or "").encode() for value in values]
+    else:
+        encoded = [canonical_json(value) for value in values]
+    return dict(zip(table["sample_key"].to_pylist(), encoded, strict=True))
+
+
+STAGE = Stage(name="shards", code_version="2", config_type=ShardsConfig, produce=produce)
 
 if __name__ == "__main__":
     from pipelines.shards import STAGE as stage

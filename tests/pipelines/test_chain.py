@@ -1,13 +1,17 @@
+import hashlib
 import io
 import json
+import subprocess
 import tarfile
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
+from pydantic import ValidationError
 from webdataset.compat import WebDataset
 
 from pipelines import dataset, shards
@@ -16,10 +20,12 @@ from pipelines.errors import ThroughlineError
 from pipelines.image_rows import image_units
 from pipelines.manifest import DROPPED_NAME
 from pipelines.sample_key import sample_key
-from pipelines.shard_format import read_members
-from pipelines.shard_reader import Shard, read_shard
+from pipelines.shard_format import index_path, read_index, read_members
+from pipelines.shard_lint import lint_folder
+from pipelines.shard_reader import BadSampleError, Shard, read_shard, scan_index
+from pipelines.shard_samples import ShardSamples
 from pipelines.stage import StageOutput
-from pipelines.stage_configs import DatasetConfig, ShardsConfig
+from pipelines.stage_configs import DatasetConfig, ExtraMember, ShardsConfig
 from tests.pipelines.hostile_server import HostileServer
 from tests.pipelines.laion_world import laion_row, run_captions, run_images, run_subset, write_laion
 
@@ -114,6 +120,8 @@ def test_plain_webdataset_reads_the_shards(world: dict[str, list[StageOutput]]) 
     for item, sample in zip(samples, expected, strict=True):
         assert item["txt"] == sample.caption == f"A caption, čaj ☕, of {sample.sample_key}."
         assert item["json"] == sample.provenance
+        assert item["json"]["image_sha256"] == hashlib.sha256(sample.image_bytes).hexdigest()
+        assert item["json"]["caption_sha256"] == hashlib.sha256(sample.caption.encode()).hexdigest()
         assert item["jpg"].size == (256, 256)
         assert item["json"]["captioner"] == {"id": "test/captioner", "revision": "sha256:1"}
         assert sample_key(item["json"]["url"], item["json"]["alt_text"]) == sample.sample_key
@@ -131,6 +139,120 @@ def test_shards_hold_the_bytes_of_the_images_stage_in_the_order_of_keys(world: d
             assert [sample.sample_key for sample in samples] == sorted(sample.sample_key for sample in samples)
             assert all(sample.image_bytes == images.pop(sample.sample_key) for sample in samples)
         assert not images
+
+
+def _sample_rows(paths: list[Path]) -> list[tuple[str, bytes, str]]:
+    return [(item.sample_key, item.image_bytes, item.caption) for path in paths for item in read_shard(path)]
+
+
+@pytest.mark.parametrize("bound", [{"max_samples_per_shard": 3}, {"max_shard_bytes": 100_000}])
+def test_bounds_cut_a_unit_into_shards_of_the_same_samples_in_the_same_order(
+    world: dict[str, list[StageOutput]], tmp_path: Path, bound: dict[str, int]
+) -> None:
+    inputs = {"images": world["images"][:1], "captions": world["captions"][:1]}
+    versions = {
+        shards.STAGE.run(ShardsConfig(**bound), inputs, tmp_path / f"{number}", "00000").data_version
+        for number in range(2)
+    }
+    (version,) = versions
+    tars = StageOutput.load(tmp_path / "0" / "shards" / version / "manifest.json")
+    paths = tars.files(".tar")
+    names = [path.name for path in paths]
+    assert names[:2] == ["shard-00000.tar", "shard-00000_001.tar"] and names == sorted(names)
+    assert tars.manifest.summary == {"num_shards": len(paths), "num_samples": 12}
+    assert _sample_rows(paths) == _sample_rows(world["shards"][0].files(".tar"))
+    for path in paths:
+        num_rows = tars.manifest.file(path.name).num_rows
+        assert num_rows == len(Shard(path))
+        assert path.stat().st_size <= bound.get("max_shard_bytes", 1 << 30)
+        assert num_rows <= bound.get("max_samples_per_shard", 12)
+    assert subprocess.run(["tar", "-tf", paths[1]], check=True, capture_output=True).stdout.count(b"\n") == 3 * (
+        tars.manifest.file(names[1]).num_rows or 0
+    )
+    again = dataset.STAGE.run(DatasetConfig(), {"shards": [tars]}, tmp_path)
+    assert [(row["sample_key"], row["shard"]) for row in _rows(again.path(SAMPLES_FILE))] == sorted(
+        (key, path.name) for path in paths for key in Shard(path).keys
+    )
+
+
+def test_a_sample_larger_than_the_bound_gets_a_shard_of_its_own(
+    world: dict[str, list[StageOutput]], tmp_path: Path
+) -> None:
+    inputs = {"images": world["images"][:1], "captions": world["captions"][:1]}
+    tars = shards.STAGE.run(ShardsConfig(max_shard_bytes=10_240), inputs, tmp_path, "00000")
+    assert [len(Shard(path)) for path in tars.files(".tar")] == [1] * 12
+
+
+def test_webp_and_extra_members_are_read_by_plain_webdataset(
+    world: dict[str, list[StageOutput]], tmp_path: Path
+) -> None:
+    extras = (
+        ExtraMember(suffix="alt.txt", source="images", column="alt_text"),
+        ExtraMember(suffix="size.json", source="images", column="width_px"),
+        ExtraMember(suffix="model.txt", source="captions", column="prompt_version"),
+    )
+    config = ShardsConfig(image_format="webp", image_quality=80, extra_members=extras)
+    inputs = {"images": world["images"][:1], "captions": world["captions"][:1]}
+    tars = shards.STAGE.run(config, inputs, tmp_path, "00000")
+    paths = tars.files(".tar")
+    plain = list(WebDataset([str(path) for path in paths], shardshuffle=False))  # pyright: ignore[reportArgumentType]
+    ours = [sample for path in paths for sample in read_shard(path)]
+    for item, sample in zip(plain, ours, strict=True):
+        assert item["webp"] == sample.image_bytes
+        assert Image.open(io.BytesIO(item["webp"])).format == "WEBP"
+        assert sample.extras == {name: item[name] for name in ("alt.txt", "size.json", "model.txt")}
+        assert item["alt.txt"].decode() == sample.provenance["alt_text"]
+        assert json.loads(item["size.json"]) == sample.provenance["width_px"]
+    assert lint_folder(tars.folder, decode=True).findings == []
+    jpeg = shards.STAGE.run(ShardsConfig(image_format="jpeg", image_quality=40), inputs, tmp_path, "00000")
+    sizes = [sum(len(image) for _, image, _ in _sample_rows(out.files(".tar"))) for out in (jpeg, world["shards"][0])]
+    assert sizes[0] < sizes[1] / 2
+
+
+def test_extra_members_that_cannot_be_are_refused(world: dict[str, list[StageOutput]], tmp_path: Path) -> None:
+    for suffix, message in (("txt", "choose another suffix"), ("a.pkl", "runs code"), ("../x", "pattern")):
+        with pytest.raises(ValidationError, match=message):
+            ExtraMember(suffix=suffix, source="images", column="url")
+    twice = ExtraMember(suffix="url", source="images", column="url")
+    with pytest.raises(ValidationError, match="each may stand once"):
+        ShardsConfig(extra_members=(twice, twice))
+    config = ShardsConfig(extra_members=(ExtraMember(suffix="x", source="captions", column="score"),))
+    inputs = {"images": world["images"][:1], "captions": world["captions"][:1]}
+    with pytest.raises(ThroughlineError, match=r"captions-00000.parquet: no column score"):
+        shards.STAGE.run(config, inputs, tmp_path, "00000")
+
+
+def test_an_index_is_what_the_headers_say_and_a_foreign_one_is_refused(
+    world: dict[str, list[StageOutput]], tmp_path: Path
+) -> None:
+    path = world["shards"][0].files(".tar")[0]
+    with path.open("rb") as stream:
+        assert scan_index(stream, path) == replace(read_index(index_path(path)), columns={})
+    copy = tmp_path / path.name
+    copy.write_bytes(path.read_bytes())
+    index_path(copy).write_bytes(index_path(path).read_bytes())
+    assert Shard(copy).keys == Shard(path).keys
+    copy.write_bytes(path.read_bytes() + bytes(10_240))
+    with pytest.raises(ThroughlineError, match="its index says"):
+        Shard(copy)
+    for content, message in ((b"{}", "format"), (b"[", "not a readable index")):
+        index_path(copy).write_bytes(content)
+        with pytest.raises(ThroughlineError, match=message):
+            Shard(copy)
+
+
+def test_a_flipped_byte_is_found_where_digests_are_verified(
+    world: dict[str, list[StageOutput]], tmp_path: Path
+) -> None:
+    path = tmp_path / "shard-00000.tar"
+    data = bytearray(world["shards"][0].files(".tar")[0].read_bytes())
+    data[2_000] ^= 1
+    path.write_bytes(data)
+    assert len(list(Shard(path))) == len(read_index(index_path(world["shards"][0].files(".tar")[0])).keys)
+    with Shard(path, verify_digests=True) as shard:
+        with pytest.raises(BadSampleError, match="not the image_sha256"):
+            shard[0]
+        assert shard[1].sample_key == shard.keys[1]
 
 
 def test_members_carry_nothing_of_the_machine(world: dict[str, list[StageOutput]]) -> None:
@@ -209,6 +331,19 @@ def test_dataset_takes_each_key_once_and_the_first_part_wins(
     by_part = {item.manifest.partition: item for item in world["shards"]}
     for row in rows:
         assert Shard(by_part[row["part"]].path(row["shard"])).keys[row["index_in_shard"]] == row["sample_key"]
+
+
+def test_samples_of_a_dataset_are_those_of_its_table(world: dict[str, list[StageOutput]], tmp_path: Path) -> None:
+    output = dataset.STAGE.run(DatasetConfig(validation_share=0.3), {"shards": world["shards"]}, tmp_path)
+    rows = _rows(output.path(SAMPLES_FILE))
+    for split in ("train", "validation"):
+        samples = ShardSamples.of_dataset(output, world["shards"], split)
+        assert [sample.sample_key for sample in samples[:]] == [
+            row["sample_key"] for row in rows if row["split"] == split
+        ]
+        assert samples.data_version == output.data_version
+    with pytest.raises(ThroughlineError, match=r"rolled up from other shards \(1 missing, 0 unknown"):
+        ShardSamples.of_dataset(output, world["shards"][:1], "train")
 
 
 def test_a_sample_keeps_its_split_whatever_else_is_in_the_set(
