@@ -50,7 +50,12 @@ class Run:
         self.ledger = Ledger(keys, source.data_version, training.seed, training.batch_size)
         self.bad_steps = BadSteps(training)
         self.metrics = MetricsFile(scratch / METRICS_NAME)
-        self.snapshots = Snapshots(scratch / "snapshots", training.keep_checkpoints)
+        self.snapshots = Snapshots(
+            scratch / "snapshots",
+            training.keep_checkpoints,
+            keep_every=training.keep_every,
+            max_shard_bytes=training.max_shard_bytes,
+        )
         optimizer = build_optimizer(self.backbone, training)
         self.num_steps_done = self._restore(optimizer)
         self.optimizer: Any
