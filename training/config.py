@@ -167,6 +167,12 @@ class TrainingConfig(FrozenConfig):
     """Scratch checkpoints that stay, the newest; they go when the run is finished."""
     keep_every: int | None = execution_field(None, gt=0)
     """Scratch checkpoints after each multiple of so many steps stay too; a multiple of checkpoint_every."""
+    checkpoint_activations: bool = execution_field(False)
+    """Compute each block's activations again in the backward pass: less memory, about a third more time."""
+    compile: bool = execution_field(False)
+    """Compile the blocks (torch.compile; on a CPU that needs a C++ compiler)."""
+    sharded: bool = execution_field(False)
+    """Shard parameters, gradients, optimizer state and moving average over the processes (FSDP2)."""
     num_processes: int = execution_field(1, ge=1)
     """Processes that the launcher starts; batch_size must divide by num_processes * accumulation_steps."""
     threads: int | None = execution_field(None, ge=1)
