@@ -38,9 +38,9 @@ def fusion_weights(checkpoint: StageOutput, strategy: Strategy, times: Sequence[
             weights[block, :, layer] = 1.0
         return weights
     import torch
-    from safetensors import safe_open
 
     from training.fusion import Fusion
+    from training.weight_files import read_weights
 
     fusion = Fusion(
         strategy,
@@ -51,9 +51,7 @@ def fusion_weights(checkpoint: StageOutput, strategy: Strategy, times: Sequence[
         gate_time_scale=config.gate_time_scale,
     )
     prefix = "fusion."
-    with safe_open(checkpoint.path("model.safetensors"), framework="pt") as tensors:
-        names = [name for name in tensors.keys() if name.startswith(prefix)]  # noqa: SIM118 - not a mapping
-        state = {name.removeprefix(prefix): tensors.get_tensor(name) for name in names}
+    state = {name.removeprefix(prefix): tensor for name, tensor in read_weights(checkpoint, prefix).items()}
     try:
         fusion.load_state_dict(state)
     except RuntimeError as error:

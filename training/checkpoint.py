@@ -20,7 +20,6 @@ from training.config import CheckpointConfig
 from training.saved_model import (
     CONDITIONING_NAME,
     MODEL_CONFIG_NAME,
-    WEIGHTS_NAME,
     ConditioningRecord,
     write_conditioning,
 )
@@ -104,9 +103,9 @@ def _write(
 ) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
-    from safetensors.torch import save
 
     from training.metrics_file import METRICS_NAME
+    from training.weight_files import write_weights
 
     ledger, skipped = trained.ledger, trained.bad_steps.skipped
     seen = [index for index, count in enumerate(ledger.times_seen) if count]
@@ -118,7 +117,7 @@ def _write(
         }
     )
     with run.unit(_UNIT) as unit:
-        unit.write(WEIGHTS_NAME, save(trained.weights, metadata={"format": "pt"}))
+        write_weights(unit, trained.weights, run.config.training.max_shard_bytes)
         unit.write(MODEL_CONFIG_NAME, run.config.model.model_dump_json(indent=1).encode() + b"\n")
         unit.write(CONDITIONING_NAME, write_conditioning(conditioning))
         with (

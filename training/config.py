@@ -158,10 +158,21 @@ class TrainingConfig(FrozenConfig):
     loss_jump_window: int = Field(100, ge=1)
     max_bad_steps_in_row: int = Field(10, ge=1)
     """Steps left out one after the other that stop the run."""
+    max_shard_bytes: int = Field(5_000_000_000, gt=0)
+    """Largest file of weights; what is more goes into several, beside an index. Snapshots are split likewise."""
     accumulation_steps: int = execution_field(1, ge=1)
     checkpoint_every: int = execution_field(5000, gt=0)
     """Steps between scratch checkpoints: what a kill can cost."""
     keep_checkpoints: int = execution_field(2, ge=1)
+    """Scratch checkpoints that stay, the newest; they go when the run is finished."""
+    keep_every: int | None = execution_field(None, gt=0)
+    """Scratch checkpoints after each multiple of so many steps stay too; a multiple of checkpoint_every."""
+    checkpoint_activations: bool = execution_field(False)
+    """Compute each block's activations again in the backward pass: less memory, about a third more time."""
+    compile: bool = execution_field(False)
+    """Compile the blocks (torch.compile; on a CPU that needs a C++ compiler)."""
+    sharded: bool = execution_field(False)
+    """Shard parameters, gradients, optimizer state and moving average over the processes (FSDP2)."""
     num_processes: int = execution_field(1, ge=1)
     """Processes that the launcher starts; batch_size must divide by num_processes * accumulation_steps."""
     threads: int | None = execution_field(None, ge=1)
@@ -181,6 +192,10 @@ class TrainingConfig(FrozenConfig):
         if self.batch_size % shares:
             raise ValueError(
                 f"batch_size {self.batch_size} does not divide by num_processes * accumulation_steps = {shares}"
+            )
+        if self.keep_every is not None and self.keep_every % self.checkpoint_every:
+            raise ValueError(
+                f"keep_every {self.keep_every} is not a multiple of checkpoint_every {self.checkpoint_every}"
             )
         if self.warmup_steps >= self.steps:
             raise ValueError(f"warmup_steps {self.warmup_steps} must be fewer than steps {self.steps}")

@@ -17,7 +17,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather
+from accelerate.utils import DistributedType, gather
 from torch import Tensor, nn
 
 from pipelines.errors import ThroughlineError
@@ -38,6 +38,7 @@ from training.flow import (
 from training.metrics_file import MetricsFile, Row, t_bucket_sums
 from training.run_log import RunLog
 from training.run_state import Run
+from training.sharding import defer_gradients
 
 logger = logging.getLogger(__name__)
 
@@ -134,7 +135,7 @@ def validation_losses(
 
 def validate(run: Run) -> Row:
     """Validation losses of the moving average, as part of a row; empty numbers where nothing is held out."""
-    with run.averaged_weights():
+    with run.averaged_weights(), run.accelerator.autocast():
         found = validation_losses(run.backbone, run.source, run.training.num_validation_samples, run.device)
     if found is None:
         return {"validation_loss": None}
@@ -173,6 +174,12 @@ def train(
             f"batch_size {training.batch_size} does not divide by {accelerator.num_processes} processes * "
             f"{training.accumulation_steps} accumulation steps"
         )
+    if accelerator.distributed_type == DistributedType.FSDP:
+        raise ThroughlineError(
+            "accelerate is configured for FSDP; leave fsdp_config out and set training.sharded instead"
+        )
+    if training.sharded and accelerator.num_processes == 1:
+        raise ThroughlineError("sharded training needs several processes; raise num_processes or set sharded to false")
     is_main = accelerator.is_main_process
     if accelerator.num_processes != training.num_processes and is_main:
         logger.warning("configured for %d processes, running in %d", training.num_processes, accelerator.num_processes)
@@ -195,7 +202,7 @@ def train(
             taken = train_step(run, step)
             seconds = time.monotonic() - began
             row, is_last = taken.row, step + 1 == training.steps
-            if is_main and (is_last or (step + 1) % training.validate_every == 0):
+            if run.holds_average and (is_last or (step + 1) % training.validate_every == 0):
                 row |= validate(run)
             if is_main:
                 run.metrics.append(row)
@@ -204,6 +211,7 @@ def train(
             if line is not None and log is not None:
                 log.add(row, taken.num_text_tokens, seconds)
                 line.advance(1, **_details(run, row, is_last))
+    weights = run.averaged()
     if log is None:
         return None
     measurements = {
@@ -213,7 +221,6 @@ def train(
         "threads_per_process": torch.get_num_threads(),
         "resumed_at_step": first_step,
     }
-    weights = {name: tensor.cpu() for name, tensor in run.ema.items()}
     return Trained(weights, run.ledger, run.metrics, run.bad_steps, measurements)
 
 
@@ -250,7 +257,9 @@ def train_step(run: Run, step: int) -> StepTaken:
     for start in range(first, first + share, micro):
         batch = read_batch(run.source, training, step, range(start, start + micro), indices).to(run.device)
         with accelerator.accumulate(run.model):
-            local = batch_losses(run.model, batch)
+            defer_gradients(run.model, defer=not accelerator.sync_gradients)
+            with accelerator.autocast():
+                local = batch_losses(run.model, batch)
             accelerator.backward(local.mean())
             seen.append(torch.stack([local.detach(), batch.t, batch.lengths.float()], dim=1))
             consumed.append(batch.sample_indices)

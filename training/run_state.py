@@ -16,6 +16,7 @@ from training.data_order import DataOrder, Ledger
 from training.dit import Backbone
 from training.feature_source import TRAIN, FeatureSource
 from training.metrics_file import METRICS_NAME, MetricsFile
+from training.sharding import forget_gathered, laid_like, lay_out, whole
 from training.snapshots import Snapshot, Snapshots
 
 
@@ -36,7 +37,10 @@ def build_optimizer(model: nn.Module, training: TrainingConfig) -> torch.optim.A
 
 
 class Run:
-    """Model, optimizer, moving average, ledger and judge of a run; the main process owns its files and the average."""
+    """Model, optimizer, moving average, ledger and judge of a run.
+
+    The main process owns its files, and the average too unless parameters are sharded: then each holds its slice.
+    """
 
     def __init__(
         self, config: CheckpointConfig, model: Backbone, source: FeatureSource, scratch: Path, accelerator: Accelerator
@@ -50,41 +54,50 @@ class Run:
         self.ledger = Ledger(keys, source.data_version, training.seed, training.batch_size)
         self.bad_steps = BadSteps(training)
         self.metrics = MetricsFile(scratch / METRICS_NAME)
-        self.snapshots = Snapshots(scratch / "snapshots", training.keep_checkpoints)
+        self.snapshots = Snapshots(
+            scratch / "snapshots",
+            training.keep_checkpoints,
+            keep_every=training.keep_every,
+            max_shard_bytes=training.max_shard_bytes,
+        )
+        snapshot = self._find_snapshot()
+        if snapshot is not None:
+            self._fill(snapshot.tensors[f"model.{name}"] for name, _ in self.backbone.named_parameters())
+        lay_out(self.backbone, training, self.device, accelerator.num_processes)
+        self.holds_average = accelerator.is_main_process or training.sharded
+        parameters = dict(self.backbone.named_parameters()) if self.holds_average else {}
+        self.ema = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+        self.num_steps_done = 0
         optimizer = build_optimizer(self.backbone, training)
-        self.num_steps_done = self._restore(optimizer)
-        self.optimizer: Any
-        self.model, self.optimizer = accelerator.prepare(self.backbone, optimizer)
+        if snapshot is not None:
+            self._take_up(snapshot, optimizer)
+        self.model: nn.Module = self.backbone if training.sharded else accelerator.prepare(self.backbone)
+        self.optimizer: Any = accelerator.prepare(optimizer)
 
-    def _restore(self, optimizer: torch.optim.Optimizer) -> int:
-        main = self.accelerator.is_main_process
-        snapshot = self.snapshots.load_newest() if main else None
+    def _find_snapshot(self) -> Snapshot | None:
+        """Return the newest snapshot, which the main process chooses for all."""
+        snapshot = self.snapshots.load_newest() if self.accelerator.is_main_process else None
         chosen = [snapshot.num_steps_done if snapshot is not None else None]
         if self.accelerator.num_processes > 1:
             broadcast_object_list(chosen)
         if chosen[0] is not None and snapshot is None:
             snapshot = self.snapshots.load_step(chosen[0])
-        parameters = dict(self.backbone.named_parameters())
-        self.ema = {name: parameter.detach().clone() for name, parameter in parameters.items()} if main else {}
-        if snapshot is None:
-            return 0
-        self._take_up(snapshot, parameters, optimizer)
-        return snapshot.num_steps_done
+        return snapshot
 
     @torch.no_grad()
-    def _take_up(self, snapshot: Snapshot, parameters: dict[str, nn.Parameter], optimizer: Any) -> None:
+    def _take_up(self, snapshot: Snapshot, optimizer: torch.optim.Optimizer) -> None:
         tensors = snapshot.tensors
+        self.num_steps_done = snapshot.num_steps_done
         self.bad_steps.restore(snapshot.state["bad_steps"])
-        for name, parameter in parameters.items():
-            parameter.copy_(tensors[f"model.{name}"])
-            if self.bad_steps.num_taken:
+        if self.bad_steps.num_taken:
+            for name, parameter in self.backbone.named_parameters():
                 optimizer.state[parameter] = {
                     "step": torch.tensor(float(self.bad_steps.num_taken), device=self.device),
-                    "exp_avg": tensors[f"exp_avg.{name}"].to(self.device),
-                    "exp_avg_sq": tensors[f"exp_avg_sq.{name}"].to(self.device),
+                    "exp_avg": laid_like(parameter, tensors[f"exp_avg.{name}"]),
+                    "exp_avg_sq": laid_like(parameter, tensors[f"exp_avg_sq.{name}"]),
                 }
         for name, average in self.ema.items():
-            average.copy_(tensors[f"ema.{name}"])
+            average.copy_(laid_like(average, tensors[f"ema.{name}"]))
         ledger = {name: tensors[f"ledger.{name}"] for name in ("first_step", "times_seen")}
         self.ledger.restore(ledger, snapshot.state["consumption_digest"])
         if self.accelerator.is_main_process:
@@ -104,6 +117,7 @@ class Run:
         try:
             yield
         finally:
+            forget_gathered(self.backbone)
             self._fill(weights)
 
     @torch.no_grad()
@@ -112,17 +126,32 @@ class Run:
             parameter.copy_(value)
 
     def save(self) -> None:
-        """Write a snapshot; metrics first, since rows beyond a snapshot are cut when it is taken up."""
-        if not self.accelerator.is_main_process:
+        """Write a snapshot, whose tensors are whole whatever the layout; metrics first, since rows beyond it are cut.
+
+        Every process must call this where parameters are sharded.
+        """
+        if not self.holds_average:
             return
-        self.metrics.flush()
-        state = self.optimizer.optimizer.state
+        if self.accelerator.is_main_process:
+            self.metrics.flush()
         tensors = {f"ledger.{name}": tensor for name, tensor in self.ledger.tensors().items()}
+        for name, tensor in self._sharded_tensors():
+            gathered = whole(tensor)
+            if self.accelerator.is_main_process:
+                tensors[name] = gathered.detach().cpu()
+        if self.accelerator.is_main_process:
+            kept = {"consumption_digest": self.ledger.consumption_digest, "bad_steps": self.bad_steps.state()}
+            self.snapshots.save(self.num_steps_done, tensors, kept)
+
+    def _sharded_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        state = self.optimizer.optimizer.state
         for name, parameter in self.backbone.named_parameters():
-            tensors[f"model.{name}"] = parameter
-            tensors[f"ema.{name}"] = self.ema[name]
+            yield f"model.{name}", parameter
+            yield f"ema.{name}", self.ema[name]
             if self.bad_steps.num_taken:
-                tensors[f"exp_avg.{name}"] = state[parameter]["exp_avg"]
-                tensors[f"exp_avg_sq.{name}"] = state[parameter]["exp_avg_sq"]
-        kept = {"consumption_digest": self.ledger.consumption_digest, "bad_steps": self.bad_steps.state()}
-        self.snapshots.save(self.num_steps_done, tensors, kept)
+                yield f"exp_avg.{name}", state[parameter]["exp_avg"]
+                yield f"exp_avg_sq.{name}", state[parameter]["exp_avg_sq"]
+
+    def averaged(self) -> dict[str, Tensor]:
+        """Return the moving average, whole, on the CPU; every process must ask where parameters are sharded."""
+        return {name: whole(average).cpu() for name, average in self.ema.items()}

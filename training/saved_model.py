@@ -15,7 +15,6 @@ from training.config import ModelConfig, Strategy
 if TYPE_CHECKING:
     from training.dit import Backbone
 
-WEIGHTS_NAME = "model.safetensors"
 MODEL_CONFIG_NAME = "config.json"
 CONDITIONING_NAME = "conditioning.json"
 
@@ -87,20 +86,20 @@ def load_model(checkpoint: StageOutput, text_encoder: ModelRef | None = None, de
     """Build a checkpoint's model and load its weights, in fp32, for sampling or analysis.
 
     `text_encoder` gives fuse_dit the layers it shares; without it that strategy can be looked at, not run. Raises
-    ThroughlineError where the encoder is not the one trained with, or weights do not fit the configuration.
+    ThroughlineError where the encoder is not the one trained with, a file of weights is missing, or weights do not fit
+    the configuration.
     """
-    from safetensors.torch import load_file
-
     from training.dit import build_model
+    from training.weight_files import read_weights
 
     check_models(checkpoint, text_encoder)
     config, conditioning = read_model_config(checkpoint), read_conditioning(checkpoint)
     model = build_model(config, conditioning.strategy, seed=None)
     try:
-        model.load_state_dict(load_file(checkpoint.path(WEIGHTS_NAME)))
-    except (RuntimeError, OSError) as error:
+        model.load_state_dict(read_weights(checkpoint))
+    except RuntimeError as error:
         first = str(error).splitlines()[0]
-        raise ThroughlineError(f"{checkpoint.path(WEIGHTS_NAME)}: does not fit its configuration ({first})") from error
+        raise ThroughlineError(f"{checkpoint.folder}: weights do not fit their configuration ({first})") from error
     if text_encoder is not None:
         connect_text_encoder(model, text_encoder)
     return SavedModel(model.to(device).eval().requires_grad_(False), config, conditioning)

@@ -15,8 +15,9 @@ from torch import Tensor
 from pipelines.atomic import sync_folder
 from pipelines.digest import file_sha256
 from pipelines.errors import ThroughlineError
+from training.weight_files import split_tensors
 
-_TENSORS = "tensors.safetensors"
+_TENSORS_STEM = "tensors"
 _STATE = "state.json"
 _PREFIX = "step-"
 
@@ -33,10 +34,17 @@ class Snapshot:
 
 
 class Snapshots:
-    """The snapshots in one folder, ``step-<steps done>``, of which the newest `keep` stay."""
+    """The snapshots in one folder, ``step-<steps done>``: the newest `keep` stay, and those of each `keep_every` steps.
 
-    def __init__(self, folder: Path, keep: int) -> None:
-        self._folder, self._keep = folder, keep
+    A snapshot is ``state.json``, which names the other files with their digests, and tensors in files of at most
+    `max_shard_bytes`.
+    """
+
+    def __init__(
+        self, folder: Path, keep: int, *, keep_every: int | None = None, max_shard_bytes: int = 5_000_000_000
+    ) -> None:
+        self._folder, self._keep, self._keep_every = folder, keep, keep_every
+        self._max_shard_bytes = max_shard_bytes
         folder.mkdir(parents=True, exist_ok=True)
 
     def save(self, num_steps_done: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> Path:
@@ -46,14 +54,14 @@ class Snapshots:
         for left_over in self._folder.glob(f"{_PREFIX}*.tmp"):
             shutil.rmtree(left_over)
         temporary.mkdir()
-        save_file({name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}, temporary / _TENSORS)
-        record = {
-            "num_steps_done": num_steps_done,
-            "sha256": file_sha256(temporary / _TENSORS),
-            "state": dict(state),
-        }
+        held = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
+        digests = {}
+        for file, names in split_tensors(held, _TENSORS_STEM, self._max_shard_bytes).items():
+            save_file({name: held[name] for name in names}, temporary / file)
+            digests[file] = file_sha256(temporary / file)
+        record = {"num_steps_done": num_steps_done, "files": digests, "state": dict(state)}
         (temporary / _STATE).write_text(json.dumps(record, indent=1, allow_nan=False) + "\n")
-        for name in (_TENSORS, _STATE):
+        for name in (*digests, _STATE):
             _sync_file(temporary / name)
         sync_folder(temporary)
         if target.exists():
@@ -61,7 +69,8 @@ class Snapshots:
         temporary.rename(target)
         sync_folder(self._folder)
         for path in self._paths()[: -self._keep]:
-            shutil.rmtree(path)
+            if self._keep_every is None or _num_steps(path) % self._keep_every:
+                shutil.rmtree(path)
         return target
 
     def load_newest(self) -> Snapshot | None:
@@ -86,16 +95,24 @@ class Snapshots:
         """Read one snapshot; raises ThroughlineError where it is not whole."""
         try:
             record = json.loads((path / _STATE).read_text())
-            found = file_sha256(path / _TENSORS)
-            expected, num_steps_done, state = record["sha256"], record["num_steps_done"], record["state"]
+            files, num_steps_done, state = dict(record["files"]), record["num_steps_done"], record["state"]
+            found = {file: file_sha256(path / file) for file in files}
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ThroughlineError(f"{path}: not a readable snapshot ({error})") from error
-        if found != expected:
-            raise ThroughlineError(f"{path / _TENSORS}: SHA-256 {found[:12]}..., its state says {expected[:12]}...")
-        return Snapshot(num_steps_done, load_file(path / _TENSORS), state)
+        tensors: dict[str, Tensor] = {}
+        for file, expected in files.items():
+            if found[file] != expected:
+                said = f"SHA-256 {found[file][:12]}..., its state says {expected[:12]}..."
+                raise ThroughlineError(f"{path / file}: {said}")
+            tensors |= load_file(path / file)
+        return Snapshot(num_steps_done, tensors, state)
 
     def _paths(self) -> list[Path]:
         return sorted(path for path in self._folder.glob(f"{_PREFIX}*") if not path.name.endswith(".tmp"))
+
+
+def _num_steps(path: Path) -> int:
+    return int(path.name.removeprefix(_PREFIX))
 
 
 def _sync_file(path: Path) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from pipelines.config import FrozenConfig
 from pipelines.stage import StageOutput, StageRequest, write_request
@@ -150,6 +151,31 @@ def test_two_processes_see_what_one_sees(tiny_data: TinyData, tmp_path: Path, mo
         assert double.path("ledger.parquet").read_bytes() == single.path("ledger.parquet").read_bytes()
         for a, b in zip(metrics(single), metrics(double), strict=True):
             assert flat(a) == pytest.approx(flat(b), rel=1e-3)
+
+
+def test_sharded_processes_give_the_losses_of_one_and_resume(
+    tiny_data: TinyData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """FSDP2 over two gloo processes: a run from the start, and one from a snapshot that a single process made."""
+    config = _config(tiny_data, Strategy.JOINT, steps=8)
+    single = STAGE.run(config, tiny_data.inputs, tmp_path / "one", "joint")
+    _interrupt_at(monkeypatch, 5, config, tiny_data, tmp_path / "from_one" / "out")
+    sharded = _config(
+        tiny_data, Strategy.JOINT, steps=8, num_processes=2, sharded=True, accumulation_steps=2,
+        checkpoint_activations=True,
+    )  # fmt: skip
+    folders = [tmp_path / name for name in ("fresh", "from_one")]
+    fresh, from_one = _run([_request(tiny_data, sharded, folder, "joint", "joint") for folder in folders], 2)
+    assert from_one.manifest.measurements["resumed_at_step"] == 3
+    for double in (fresh, from_one):
+        assert double.manifest.measurements["num_processes"] == 2
+        assert double.path("ledger.parquet").read_bytes() == single.path("ledger.parquet").read_bytes()
+        for a, b in zip(metrics(single), metrics(double), strict=True):
+            assert flat(a) == pytest.approx(flat(b), rel=1e-3)
+        one, two = load_file(single.path("model.safetensors")), load_file(double.path("model.safetensors"))
+        assert {name: tensor.shape for name, tensor in one.items()} == {n: tensor.shape for n, tensor in two.items()}
+        for name in one:
+            torch.testing.assert_close(one[name], two[name], rtol=1e-3, atol=1e-4)
 
 
 def _interrupt_at(

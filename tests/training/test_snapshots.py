@@ -54,6 +54,36 @@ def test_a_damaged_newest_falls_back_to_the_one_before(
     assert snapshots.load_newest() is not None
 
 
+def test_snapshots_of_some_steps_stay_for_good(tmp_path: Path) -> None:
+    snapshots = Snapshots(tmp_path, keep=2, keep_every=10)
+    _save(snapshots, 5, 10, 15, 20, 25, 30, 35)
+    assert [int(path.name[-2:]) for path in sorted(tmp_path.iterdir())] == [10, 20, 30, 35]
+
+
+@pytest.mark.parametrize("damage", [None, "missing piece", "flipped byte"])
+def test_large_snapshots_are_split(tmp_path: Path, caplog: pytest.LogCaptureFixture, damage: str | None) -> None:
+    snapshots = Snapshots(tmp_path, keep=2, max_shard_bytes=1000)
+    tensors = {name: torch.full((200,), float(place)) for place, name in enumerate("abc")}
+    _save(snapshots, 5)
+    folder = snapshots.save(10, tensors | {"d": torch.tensor(1)}, {"seen": 1})
+    pieces = sorted(folder.glob("*.safetensors"))
+    assert [path.name for path in pieces] == [f"tensors-0000{number}-of-00003.safetensors" for number in (1, 2, 3)]
+    if damage == "missing piece":
+        pieces[1].unlink()
+    elif damage == "flipped byte":
+        pieces[1].write_bytes(pieces[1].read_bytes()[:-1] + b"\xff")
+    newest = snapshots.load_newest()
+    assert newest is not None
+    if damage is None:
+        assert (newest.num_steps_done, newest.state) == (10, {"seen": 1})
+        assert {name: tensor.tolist() for name, tensor in newest.tensors.items()} == {
+            name: tensor.tolist() for name, tensor in (tensors | {"d": torch.tensor(1)}).items()
+        }
+    else:
+        assert newest.num_steps_done == 5
+        assert pieces[1].name in caplog.text
+
+
 def test_a_kill_while_writing_leaves_the_one_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     snapshots = Snapshots(tmp_path, keep=2)
     _save(snapshots, 5)
