@@ -84,6 +84,15 @@ class TextEncoder:
             max_tokens=max_tokens,
         )
 
+    @property
+    def model(self) -> Any:
+        """The transformers decoder, without a language-model head."""
+        return self._model
+
+    @property
+    def tokenizer(self) -> Any:
+        return self._tokenizer
+
     def tokenise(self, captions: Sequence[str]) -> list[list[int]]:
         """Return the tokens of each caption in its template, cut at `max_tokens` and never empty."""
         return [ids[: self.max_tokens] for ids in self._all_tokens(captions)]
