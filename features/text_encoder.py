@@ -180,6 +180,9 @@ def _load_text_model(model: ModelRef, config: Any, dtype: torch.dtype) -> Any:
             f"text encoder {model.id}: {len(report['missing_keys'])} weights are missing from {model.source}, such as "
             f"{sorted(report['missing_keys'])[0]}; it is no decoder-only language model known here"
         )
+    if key_mapping is not None:
+        # Saved, the language model stands by itself; transformers would try to give it its old prefix, and fail.
+        loaded._weight_conversions = []
     return loaded
 
 

@@ -10,11 +10,13 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline, FlowMatchHeunDiscreteScheduler
+from safetensors import safe_open
 from torch import Tensor
+from transformers import AutoConfig
 
 from pipelines.config import ModelRef
 from pipelines.errors import ThroughlineError
-from tests.tiny_models import write_autoencoder
+from tests.tiny_models import write_autoencoder, write_qwen3_vl
 from tests.training.checkpoints import write_checkpoint
 from tests.training.conftest import TINY_MODEL
 from training.config import SamplerConfig, Strategy
@@ -83,6 +85,34 @@ def test_latents_of_the_exported_folder_are_those_of_the_sampler(
     # The encoder's weights read from another file lie at other addresses, and hidden states are rounded to bfloat16: a
     # sum that rounds the other way there is all that may differ.
     expected = load_sampler(checkpoint, llm, autoencoder).latents(PROMPTS, INDICES, 7, SETTINGS)
+    torch.testing.assert_close(drawn, expected, atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("strategy", [Strategy.DEPTH_WISE, Strategy.FUSE_DIT])
+def test_the_language_model_of_a_vision_language_model_is_exported_alone(
+    strategy: Strategy, tmp_path: Path, autoencoder: ModelRef
+) -> None:
+    encoder = write_qwen3_vl(tmp_path / "vlm")
+    text = AutoConfig.from_pretrained(encoder.source).get_text_config(decoder=True)
+    model = TINY_MODEL.model_copy(
+        update={
+            "text_width": text.hidden_size,
+            "num_text_layers": text.num_hidden_layers,
+            "num_heads": text.num_attention_heads,
+            "num_kv_heads": text.num_key_value_heads,
+            "head_dim": text.head_dim,
+            "num_blocks": text.num_hidden_layers - 1,
+        }
+    )
+    checkpoint = write_checkpoint(tmp_path, strategy, encoder, autoencoder, model)
+    folder = export_pipeline(checkpoint, encoder, autoencoder, SETTINGS, tmp_path / "export")
+    with safe_open(folder / "text_encoder" / "model.safetensors", framework="pt") as tensors:
+        assert not [name for name in tensors.keys() if "visual" in name]  # noqa: SIM118 - not a mapping
+    pipe: Any = ThroughlinePipeline.from_pretrained(folder)
+    drawn = _drawn(pipe, gate_shift=False)
+    sampler = load_sampler(checkpoint, encoder, autoencoder, encoder=pipe.prompt_encoder())
+    torch.testing.assert_close(drawn, sampler.latents(PROMPTS, INDICES, 7, SETTINGS), atol=1e-5, rtol=1e-5)
+    expected = load_sampler(checkpoint, encoder, autoencoder).latents(PROMPTS, INDICES, 7, SETTINGS)
     torch.testing.assert_close(drawn, expected, atol=1e-3, rtol=1e-3)
 
 
