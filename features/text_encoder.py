@@ -84,6 +84,15 @@ class TextEncoder:
             max_tokens=max_tokens,
         )
 
+    @property
+    def model(self) -> Any:
+        """The transformers decoder, without a language-model head."""
+        return self._model
+
+    @property
+    def tokenizer(self) -> Any:
+        return self._tokenizer
+
     def tokenise(self, captions: Sequence[str]) -> list[list[int]]:
         """Return the tokens of each caption in its template, cut at `max_tokens` and never empty."""
         return [ids[: self.max_tokens] for ids in self._all_tokens(captions)]
@@ -171,6 +180,9 @@ def _load_text_model(model: ModelRef, config: Any, dtype: torch.dtype) -> Any:
             f"text encoder {model.id}: {len(report['missing_keys'])} weights are missing from {model.source}, such as "
             f"{sorted(report['missing_keys'])[0]}; it is no decoder-only language model known here"
         )
+    if key_mapping is not None:
+        # Saved, the language model stands by itself; transformers would try to give it its old prefix, and fail.
+        loaded._weight_conversions = []
     return loaded
 
 

@@ -81,6 +81,15 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--negative-prompt", default="", metavar="TEXT", help="what guidance leads away from")
     generate.add_argument("--size", type=int, metavar="PX", help="height and width; default: as in training")
 
+    export = commands.add_parser("export", help="write a finished checkpoint as a folder that diffusers loads")
+    _add_profile(export)
+    export.add_argument("--strategy", metavar="NAME", help="depth_wise, ...: its newest checkpoint")
+    export.add_argument("--checkpoint", type=Path, metavar="FOLDER", help="this one instead")
+    export.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="a new or an empty folder")
+    export.add_argument(
+        "--without-text-encoder", action="store_true", help="name the encoder's hub id and commit instead of saving it"
+    )
+
     params = commands.add_parser("params", help="count the parameters and operations of a profile's models")
     _add_profile(params)
     params.add_argument("--json", action="store_true", help="as JSON")
@@ -262,6 +271,21 @@ def _generate(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _export(arguments: argparse.Namespace) -> int:
+    from orchestration.pipeline_export import export
+
+    folder = export(
+        _load(arguments.profile, arguments.changes),
+        arguments.out,
+        strategy=arguments.strategy,
+        checkpoint=arguments.checkpoint,
+        save_text_encoder=not arguments.without_text_encoder,
+        profile_argument=arguments.profile,
+    )
+    print(folder)
+    return 0
+
+
 def _params(arguments: argparse.Namespace) -> int:
     from orchestration.model_figures import figure_lines, model_figures
 
@@ -291,6 +315,7 @@ _COMMANDS = {
     "lint": _lint,
     "profile": _profile,
     "generate": _generate,
+    "export": _export,
     "params": _params,
     "ui": _ui,
 }

@@ -34,8 +34,8 @@ if TYPE_CHECKING:
 
     from features.autoencoder import Autoencoder
 
-OnStep = Callable[[int, int, Tensor], None]
-"""Called after each Euler step with its index, the number of steps, and the latents (B, C, h, w)."""
+OnStep = Callable[[int, int, Tensor], Tensor | None]
+"""Called after each step with its index, the number of steps, and the latents (B, C, h, w); may return others."""
 
 _KEPT_PROMPTS = 512
 
@@ -85,20 +85,27 @@ def sample_latents(
     noise: Tensor,
     settings: SamplerConfig,
     on_step: OnStep | None = None,
+    *,
+    scheduler: Any = None,
+    unconditional_of: Tensor | None = None,
 ) -> Tensor:
     """Integrate from noise (B, C, h, w) at t = 0 to latents at t = 1.
 
-    Image i is drawn for prompt `prompt_of[i]` of `text`. Guidance is u + s * (c - u), both branches in one batch.
+    Image i is drawn for prompt `prompt_of[i]` of `text`, and guided away from `unconditional_of[i]` of `unconditional`
+    (None: from its first). Guidance is u + s * (c - u), both branches in one batch. `scheduler` is one of diffusers'
+    for flow matching with its timesteps set; None takes Euler steps as `settings` say.
     """
     num_prompts, batch = text.prepared.shape[1], noise.shape[0]
     guided = settings.guidance_scale != 1
-    # Row num_prompts of the joined texts is the unconditional one.
-    places = torch.cat([torch.full_like(prompt_of, num_prompts), prompt_of]) if guided else prompt_of
+    # Rows of the joined texts from num_prompts on are unconditional.
+    away = torch.zeros_like(prompt_of) if unconditional_of is None else unconditional_of
+    places = torch.cat([num_prompts + away, prompt_of]) if guided else prompt_of
     lengths = torch.cat([text.lengths, unconditional.lengths])[places]
     longest = int(max(text.lengths.max(), unconditional.lengths.max())) if guided else int(text.lengths.max())
     padded = bool((lengths < longest).any())
     mask = torch.arange(longest, device=noise.device) < lengths[:, None] if padded else None
-    scheduler = build_scheduler(settings.num_steps, settings.time_shift)
+    if scheduler is None:
+        scheduler = build_scheduler(settings.num_steps, settings.time_shift)
     timesteps = cast(Tensor, scheduler.timesteps)
     joined: list[KeysValues] | None = None
     x_t = noise
@@ -118,7 +125,8 @@ def sample_latents(
             velocity = without + settings.guidance_scale * (with_text - without)
         x_t = euler_step(scheduler, x_t, velocity, timestep)
         if on_step is not None:
-            on_step(index, settings.num_steps, x_t)
+            replaced = on_step(index, len(timesteps), x_t)
+            x_t = x_t if replaced is None else replaced
     return x_t
 
 

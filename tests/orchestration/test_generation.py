@@ -1,4 +1,4 @@
-"""`throughline generate` on tiny checkpoints: which one is found, what is written, what is refused."""
+"""`throughline generate` and `export` on tiny checkpoints: which is found, what is written, what is refused."""
 
 import json
 import os
@@ -49,10 +49,13 @@ class Home:
         }
         self.profile.write_text(json.dumps(changes))
 
-    def generate(self, *arguments: str) -> object:
+    def call(self, command: str, *arguments: str) -> object:
         with pytest.raises(SystemExit) as caught:
-            main(["generate", "--profile", str(self.profile), *arguments])
+            main([command, "--profile", str(self.profile), *arguments])
         return caught.value.code
+
+    def generate(self, *arguments: str) -> object:
+        return self.call("generate", *arguments)
 
 
 @pytest.fixture
@@ -138,3 +141,19 @@ def test_what_cannot_be_drawn_is_one_sentence(home: Home) -> None:
     (checkpoint.folder / "model.safetensors").write_bytes(b"short")
     said = home.generate("a dog", *common)
     assert isinstance(said, str) and "model.safetensors: 5 bytes, manifest says" in said
+
+
+def test_export_writes_the_pipeline_of_the_newest_checkpoint(home: Home, capsys: pytest.CaptureFixture[str]) -> None:
+    out = home.folder / "export"
+    said = home.call("export", "--strategy", "uniform", "--out", str(out))
+    assert isinstance(said, str) and "no finished checkpoint of uniform" in said
+    checkpoint = write_checkpoint(home.outputs, Strategy.UNIFORM, home.llm, home.autoencoder)
+    assert home.call("export", "--strategy", "uniform", "--out", str(out)) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == str(out)
+    index = json.loads((out / "model_index.json").read_text())
+    assert index["lineage"]["checkpoint"] == checkpoint.data_version
+    assert (index["num_inference_steps"], index["guidance_scale"]) == (2, 2.0)
+    said = home.call("export", "--strategy", "uniform", "--out", str(out))
+    assert isinstance(said, str) and "there is something already" in said
+    said = home.call("export", "--out", str(home.folder / "other"))
+    assert isinstance(said, str) and "name either a strategy" in said
