@@ -261,6 +261,7 @@ def _picture(row: Row, outcome: RowOutcome) -> dict[str, Any]:
         "height_px": picture.height_px,
         "source_sha256": picture.source_sha256,
         "source_num_bytes": outcome.source_num_bytes,
+        "perceptual_hash": picture.perceptual_hash,
         "content_type": fetched.content_type,
         "final_url": fetched.final_url,
     }
@@ -273,7 +274,7 @@ def _table_options(table: "pa.Table") -> dict[str, Any]:
     return {"compression": codecs, "use_dictionary": False, "write_statistics": others}
 
 
-STAGE = Stage(name="images", code_version="1", config_type=ImagesConfig, produce=produce)
+STAGE = Stage(name="images", code_version="2", config_type=ImagesConfig, produce=produce)
 
 if __name__ == "__main__":
     from pipelines.images import STAGE as stage

@@ -203,3 +203,9 @@ class DatasetConfig(FrozenConfig):
     """Share of samples held out, chosen by sample key: the same samples whatever else is in the set."""
     validation_salt: str = "validation-1"
     """Another salt gives another choice."""
+    duplicate_images: bool = False
+    """Whether of all samples with the same source bytes one alone stays (``duplicate_image``)."""
+    near_duplicates: int | None = Field(default=None, ge=0, le=16)
+    """Of samples whose perceptual hashes differ in at most this many of 64 bits one alone stays (``near_duplicate``);
+    None is off. 4 finds other sizes and qualities of one picture; time grows steeply with it. The winner, of these and
+    of `duplicate_images`, is the one with the most source pixels, then the one with the smallest key."""
