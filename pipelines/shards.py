@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 _PROVENANCE_COLUMNS = (
     "sample_key", "url", "alt_text", "format", "width_px", "height_px", "source_sha256", "source_num_bytes",
-    "perceptual_hash",
+    "perceptual_hash", "drifted",
 )  # fmt: skip
 
 

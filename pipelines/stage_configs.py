@@ -148,6 +148,9 @@ class ImagesConfig(FrozenConfig):
     decode_workers: int = execution_field(2, ge=1)
     decode_seconds: float = Field(default=30.0, gt=0)
     """A picture that keeps a decoder busy for longer is given up."""
+    drift: Literal["keep", "drop"] = "keep"
+    """What becomes of a picture whose bytes no longer have the SHA-256 that the source table states (DataComp does);
+    it is recorded either way, and dropped as ``drifted``."""
     shards_in_flight: int = execution_field(4, ge=1)
     """Shards fetched at the same time, so that one slow host doesn't idle the rest; costs their pictures' memory."""
 

@@ -89,10 +89,19 @@ def _jpeg(pixels: np.ndarray) -> bytes:
 
 def _record(index: int, caption: str) -> dict[str, Any]:
     return {
-        "sample_key": f"{index:032x}", "url": f"https://example.org/pictures/{index}.jpg",
-        "alt_text": f"picture {index}", "caption": caption, "format": "jpeg", "width_px": 1024, "height_px": 768, "source_sha256": f"{index:064x}",
-        "source_num_bytes": 180_000, "perceptual_hash": f"{index:016x}", "prompt_version": "dense-1", "part": "00000",
-    }  # fmt: skip
+        "sample_key": f"{index:032x}",
+        "url": f"https://example.org/pictures/{index}.jpg",
+        "alt_text": f"picture {index}",
+        "caption": caption,
+        "format": "jpeg",
+        "width_px": 1024,
+        "height_px": 768,
+        "source_sha256": f"{index:064x}",
+        "source_num_bytes": 180_000,
+        "perceptual_hash": f"{index:016x}",
+        "prompt_version": "dense-1",
+        "part": "00000",
+    }
 
 
 class _World:
