@@ -20,7 +20,7 @@ import statistics
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -118,13 +118,14 @@ class _World:
         self.shards = []
         for start in range(0, count, _SHARD_SAMPLES):
             self.shards.append(folder / f"input-{start // _SHARD_SAMPLES:05d}.tar")
-            self._write_ours(self.shards[-1], slice(start, start + _SHARD_SAMPLES), digests=True)
+            part = slice(start, start + _SHARD_SAMPLES)
+            self._write_ours(self.shards[-1], self.images[part], self.records[part], digests=True)
         np.save(folder / "pixels.npy", self.pixels)
 
-    def _write_ours(self, path: Path, part: slice, *, digests: bool, images: list[bytes] | None = None) -> None:
+    def _write_ours(self, path: Path, images: Iterable[bytes], records: list[dict[str, Any]], *, digests: bool) -> None:
         with path.open("wb") as stream:
             writer = ShardWriter(HashingWriter(stream), path.name)
-            for image, record in zip((images or self.images)[part], self.records[part], strict=True):
+            for image, record in zip(images, records, strict=True):
                 if digests:
                     writer.add(record["sample_key"], image, record["caption"], record)
                 else:
@@ -134,16 +135,15 @@ class _World:
             index_path(path).write_bytes(writer.finish().to_bytes())
 
     def ours(self) -> None:
-        self._write_ours(self.folder / "ours.tar", slice(None), digests=True)
+        self._write_ours(self.folder / "ours.tar", self.images, self.records, digests=True)
 
     def ours_without_digests(self) -> None:
-        self._write_ours(self.folder / "ours.tar", slice(None), digests=False)
+        self._write_ours(self.folder / "ours.tar", self.images, self.records, digests=False)
 
     def ours_decoded(self) -> None:
-        images = [_jpeg(picture) for picture in self.pixels]
-        self._write_ours(self.folder / "ours.tar", slice(None), digests=True, images=images)
+        self._write_ours(self.folder / "ours.tar", map(_jpeg, self.pixels), self.records, digests=True)
 
-    def _write_webdataset(self, images: list[bytes]) -> None:
+    def _write_webdataset(self, images: Iterable[bytes]) -> None:
         with TarWriter(str(self.folder / "webdataset.tar")) as writer:
             for image, record in zip(images, self.records, strict=True):
                 writer.write({"__key__": record["sample_key"], "jpg": image, "json": record, "txt": record["caption"]})
@@ -152,7 +152,7 @@ class _World:
         self._write_webdataset(self.images)
 
     def webdataset_decoded(self) -> None:
-        self._write_webdataset([_jpeg(picture) for picture in self.pixels])
+        self._write_webdataset(map(_jpeg, self.pixels))
 
     def encoder(self) -> None:
         for picture in self.pixels:
