@@ -4,18 +4,20 @@ The samples stay where they are; here stands which there are, in which shard, an
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from pipelines.errors import ThroughlineError
 from pipelines.feature_keys import feature_keys
-from pipelines.shard_reader import shard_keys
-from pipelines.stage import Stage, StageOutput, StageResult, StageRun
+from pipelines.shard_format import ShardIndex
+from pipelines.shard_reader import Shard
+from pipelines.stage import Stage, StageOutput, StageResult, StageRun, Unit
 from pipelines.stage_configs import DatasetConfig
 
 SAMPLES_FILE = "samples.parquet"
 TRAIN, VALIDATION = "train", "validation"
 _ROW_GROUP_ROWS = 65_536
+_HASH_COLUMNS = ("perceptual_hash", "source_sha256", "source_pixels")
 
 
 def split_of(sample_key: str, config: DatasetConfig) -> str:
@@ -64,11 +66,14 @@ def _write_samples(
     import pyarrow.parquet as pq
 
     rows: dict[str, tuple[str, str, int]] = {}
+    hashes: dict[str, tuple[str, str, int]] = {}
+    wants_hashes = run.config.duplicate_images or run.config.near_duplicates is not None
     rows_in = 0
     with run.unit("samples") as unit, run.progress(len(parts), "parts") as progress:
         for part, shards in parts.items():
             for path in shards.files(".tar"):
-                keys = _checked_keys(path, shards)
+                contents = _checked_contents(path, shards)
+                keys = contents.keys
                 known = {name: _feature_keys(outputs[part], name, path, keys) for name, outputs in features.items()}
                 rows_in += len(keys)
                 for index, key in enumerate(keys):
@@ -81,7 +86,11 @@ def _write_samples(
                         unit.drop(key, "duplicate_key", detail)
                     else:
                         rows[key] = (part, path.name, index)
+                if wants_hashes:
+                    hashes |= zip(keys, _hashes(contents, path), strict=True)
             progress.advance(samples=len(rows))
+        if wants_hashes:
+            _drop_alike(unit, rows, hashes, run.config)
         sample_keys = sorted(rows)
         splits = [split_of(key, run.config) for key in sample_keys]
         table = pa.table(
@@ -99,14 +108,49 @@ def _write_samples(
         unit.notes["splits"] = {f"num_{split}": splits.count(split) for split in (TRAIN, VALIDATION)}
 
 
-def _checked_keys(path: Path, shards: StageOutput) -> tuple[str, ...]:
-    keys = shard_keys(path)
+def _checked_contents(path: Path, shards: StageOutput) -> ShardIndex:
+    with Shard(path) as shard:
+        contents = shard.contents
     stated = shards.manifest.file(path.name).num_rows
-    if len(keys) != stated:
+    if len(contents.keys) != stated:
         raise ThroughlineError(
-            f"{path}: {len(keys)} samples, manifest says {stated}; re-run shards for part {shards.manifest.partition}"
+            f"{path}: {len(contents.keys)} samples, manifest says {stated}; re-run shards for part "
+            f"{shards.manifest.partition}"
         )
-    return keys
+    return contents
+
+
+def _hashes(contents: ShardIndex, path: Path) -> Iterator[tuple[str, str, int]]:
+    """Yield (perceptual hash, source SHA-256, source pixels) of each sample of a shard."""
+    lacking = [name for name in _HASH_COLUMNS if name not in contents.columns]
+    if lacking:
+        raise ThroughlineError(f"{path}: its index has no {', '.join(lacking)}; re-run images and shards")
+    return zip(*(contents.columns[name] for name in _HASH_COLUMNS), strict=True)
+
+
+def _drop_alike(
+    unit: Unit, rows: dict[str, tuple[str, str, int]], hashes: dict[str, tuple[str, str, int]], config: DatasetConfig
+) -> None:
+    """Take samples out of `rows` that are alike another one; the detail of a drop is the winner's key."""
+    import numpy as np
+
+    from pipelines.near_duplicates import winners
+
+    best_first = sorted(rows, key=lambda key: (-hashes[key][2], key))
+    if config.duplicate_images:
+        first: dict[str, str] = {}
+        for key in best_first:
+            winner = first.setdefault(hashes[key][1], key)
+            if winner != key:
+                unit.drop(key, "duplicate_image", winner)
+                del rows[key]
+        best_first = list(first.values())
+    if config.near_duplicates is not None:
+        packed = np.array([int(hashes[key][0], 16) for key in best_first], dtype=np.uint64)
+        for place, winner_place in enumerate(winners(packed, config.near_duplicates).tolist()):
+            if winner_place != place:
+                unit.drop(best_first[place], "near_duplicate", best_first[winner_place])
+                del rows[best_first[place]]
 
 
 def _feature_keys(output: StageOutput, name: str, shard: Path, keys_of_shard: Sequence[str]) -> set[str]:
@@ -122,7 +166,7 @@ def _feature_keys(output: StageOutput, name: str, shard: Path, keys_of_shard: Se
     return keys
 
 
-STAGE = Stage(name="dataset", code_version="1", config_type=DatasetConfig, produce=produce)
+STAGE = Stage(name="dataset", code_version="2", config_type=DatasetConfig, produce=produce)
 
 if __name__ == "__main__":
     from pipelines.dataset import STAGE as stage

@@ -46,6 +46,8 @@ class FetchStatus(StrEnum):
     IMAGE_CORRUPT = "image_corrupt"
     DECODER_CRASHED = "decoder_crashed"
     DECODE_TIMEOUT = "decode_timeout"
+    # A picture, but not the one that the source table speaks of
+    DRIFTED = "drifted"
 
 
 MAY_HEAL = frozenset(

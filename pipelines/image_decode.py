@@ -16,6 +16,7 @@ import numpy as np
 from PIL import ExifTags, Image, ImageCms, UnidentifiedImageError
 
 from pipelines.fetch_status import FetchStatus
+from pipelines.perceptual_hash import perceptual_hash
 from pipelines.stage_configs import ImageFormat, ImageTransform
 
 # The limit is checked below, on the header; Pillow's own would raise in the middle of a format plug-in.
@@ -64,7 +65,8 @@ _SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB"))
 class DecodeOutcome:
     """A finished picture, or the status that says why there is none.
 
-    `width_px` and `height_px` are the source's as shown (after EXIF orientation); `image` is the encoded result.
+    `width_px` and `height_px` are the source's as shown (after EXIF orientation); `image` is the encoded result, and
+    `perceptual_hash` is of its pixels before they are encoded.
     """
 
     status: FetchStatus
@@ -74,6 +76,7 @@ class DecodeOutcome:
     width_px: int = 0
     height_px: int = 0
     source_sha256: str = ""
+    perceptual_hash: str = ""
 
 
 class _Rejected(Exception):
@@ -126,20 +129,23 @@ def _decode(body: bytes, transform: ImageTransform) -> DecodeOutcome:
         with _open(body, found) as source:
             _check_header(source, transform)
             _load(source, found)
-            width_px, height_px, image, notes = _finish(source, transform)
+            width_px, height_px, square, notes = _finish(source, transform)
+    buffer = io.BytesIO()
+    square.save(buffer, "JPEG", quality=transform.jpeg_quality, subsampling=transform.jpeg_subsampling)
     return DecodeOutcome(
         status=FetchStatus.OK,
         detail=", ".join(notes),
-        image=image,
+        image=buffer.getvalue(),
         format=found.value,
         width_px=width_px,
         height_px=height_px,
         source_sha256=hashlib.sha256(body).hexdigest(),
+        perceptual_hash=perceptual_hash(square),
     )
 
 
-def _finish(picture: Image.Image, transform: ImageTransform) -> tuple[int, int, bytes, list[str]]:
-    """Return the source's size as shown, the encoded picture, and notes on metadata that was ignored.
+def _finish(picture: Image.Image, transform: ImageTransform) -> tuple[int, int, Image.Image, list[str]]:
+    """Return the source's size as shown, the finished picture, and notes on metadata that was ignored.
 
     Orientation, profile and transparency are applied to the small picture: on the large one they cost more than all
     the rest.
@@ -151,10 +157,7 @@ def _finish(picture: Image.Image, transform: ImageTransform) -> tuple[int, int, 
     square = resize_and_crop(_eight_bit(picture), transform.size_px, transform.resample)
     if turn is not None:
         square = square.transpose(turn)
-    square = _over_white(square, profile, notes)
-    buffer = io.BytesIO()
-    square.save(buffer, "JPEG", quality=transform.jpeg_quality, subsampling=transform.jpeg_subsampling)
-    return width_px, height_px, buffer.getvalue(), notes
+    return width_px, height_px, _over_white(square, profile, notes), notes
 
 
 def _open(body: bytes, found: ImageFormat) -> Image.Image:

@@ -23,11 +23,15 @@ IMAGES_SCHEMA = pa.schema(
         pa.field("height_px", pa.int32(), nullable=False),
         pa.field("source_sha256", pa.string(), nullable=False),
         pa.field("source_num_bytes", pa.int64(), nullable=False),
+        pa.field("perceptual_hash", pa.string(), nullable=False),
+        pa.field("drifted", pa.bool_()),
         pa.field("content_type", pa.string()),
         pa.field("final_url", pa.string(), nullable=False),
     ]
 )
-"""`image` is the encoded square; `format`, sides and digest are those of the picture as it was downloaded."""
+"""`image` is the encoded square; `format`, sides and digest are those of the picture as it was downloaded;
+`perceptual_hash` is the square's, 16 hex digits (`pipelines.perceptual_hash`); `drifted` says whether the
+downloaded bytes have another SHA-256 than the source table states, null where it states none."""
 
 STATUS_SCHEMA = pa.schema(
     [

@@ -7,7 +7,7 @@ import asyncio
 import time
 from collections import Counter, deque
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,6 +37,8 @@ class Row:
     sample_key: str
     url: str
     alt_text: str
+    expected_sha256: str | None = None
+    """What the source table says the bytes hash to, if it does."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +50,8 @@ class RowOutcome:
     fetched: "Fetched"
     source_num_bytes: int = 0
     picture: "DecodeOutcome | None" = None
+    drifted: bool | None = None
+    """Whether the bytes are not those of the source table's digest; None where it states none."""
 
 
 def produce(run: StageRun[ImagesConfig]) -> StageResult:
@@ -66,13 +70,15 @@ def produce(run: StageRun[ImagesConfig]) -> StageResult:
         except BaseExceptionGroup as group:
             raise _first(group) from group
     seconds = time.monotonic() - start
-    statuses = Counter[str]()
+    statuses, drift = Counter[str](), Counter[str]()
     for unit in run.finished_units():
         statuses.update(unit.notes["statuses"])
+        drift.update(unit.notes["drift"])
     num_ok = statuses[FetchStatus.OK]
     fetched_now = statuses.total() - num_done
     return StageResult(
-        summary={"num_rows": statuses.total(), "num_ok": num_ok, "statuses": dict(sorted(statuses.items()))},
+        summary={"num_rows": statuses.total(), "num_ok": num_ok, "statuses": dict(sorted(statuses.items()))}
+        | ({"drift": dict(sorted(drift.items()))} if drift else {}),
         measurements={"seconds": round(seconds, 3), "rows_per_second": round(fetched_now / seconds, 2)},
         conservation=None if statuses else Conservation(rows_in=0, rows_out=0),
     )
@@ -128,10 +134,10 @@ def read_shards(path: Path, rows_per_shard: int) -> Iterator[tuple[str, list[Row
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    names = ["sample_key", "url", "alt_text"]
     number = 0
     pending: list[Row] = []
     with pq.ParquetFile(path) as rows:
+        names = [field.name for field in fields(Row) if field.name in rows.schema_arrow.names]
         for batch in rows.iter_batches(max(rows_per_shard, 8192), columns=names):
             pending.extend(Row(**row) for row in pa.Table.from_batches([batch]).to_pylist())
             while len(pending) >= rows_per_shard:
@@ -153,7 +159,7 @@ async def _download_shard(
     watch = _FailureWatch(f"{run.label} shard {name}", len(rows), run.config)
 
     async def one(index: int, row: Row) -> RowOutcome:
-        outcome = await _download_row(row, fetcher, pool)
+        outcome = _checked_for_drift(row, await _download_row(row, fetcher, pool), run.config)
         tally.add(outcome.status)
         watch.record(index, outcome)
         return outcome
@@ -172,6 +178,18 @@ async def _download_row(row: Row, fetcher: "Fetcher", pool: "DecodePool") -> Row
     return RowOutcome(
         picture.status, picture.detail, replace(fetched, body=b""), len(fetched.body), picture if ok else None
     )
+
+
+def _checked_for_drift(row: Row, outcome: RowOutcome, config: ImagesConfig) -> RowOutcome:
+    if outcome.picture is None or row.expected_sha256 is None:
+        return outcome
+    found = outcome.picture.source_sha256
+    if found == row.expected_sha256.strip().lower():
+        return replace(outcome, drifted=False)
+    detail = f"SHA-256 {found[:16]}..., the source table states {row.expected_sha256[:16]}..."
+    if config.drift == "drop":
+        return replace(outcome, status=FetchStatus.DRIFTED, detail=detail, picture=None, drifted=True)
+    return replace(outcome, detail=", ".join(filter(None, (outcome.detail, detail))), drifted=True)
 
 
 class _FailureWatch:
@@ -245,6 +263,8 @@ def _write_shard(run: StageRun[ImagesConfig], name: str, rows: list[Row], outcom
             if outcome.picture is None:
                 unit.drop(row.sample_key, outcome.status.value, outcome.detail)
         unit.account(rows_in=len(rows), rows_out=len(pictures))
+        drift = Counter(outcome.drifted for outcome in outcomes)
+        unit.notes["drift"] = {word: drift[flag] for flag, word in ((False, "same"), (True, "drifted")) if drift[flag]}
         unit.notes["statuses"] = dict(sorted(Counter(outcome.status.value for outcome in outcomes).items()))
 
 
@@ -261,6 +281,8 @@ def _picture(row: Row, outcome: RowOutcome) -> dict[str, Any]:
         "height_px": picture.height_px,
         "source_sha256": picture.source_sha256,
         "source_num_bytes": outcome.source_num_bytes,
+        "perceptual_hash": picture.perceptual_hash,
+        "drifted": outcome.drifted,
         "content_type": fetched.content_type,
         "final_url": fetched.final_url,
     }
@@ -273,7 +295,7 @@ def _table_options(table: "pa.Table") -> dict[str, Any]:
     return {"compression": codecs, "use_dictionary": False, "write_statistics": others}
 
 
-STAGE = Stage(name="images", code_version="1", config_type=ImagesConfig, produce=produce)
+STAGE = Stage(name="images", code_version="2", config_type=ImagesConfig, produce=produce)
 
 if __name__ == "__main__":
     from pipelines.images import STAGE as stage

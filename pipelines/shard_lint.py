@@ -422,12 +422,14 @@ def lines(report: LintReport) -> Iterator[str]:
     for finding in report.findings:
         yield finding.line()
     compared = f", {report.num_shards_with_digest} compared with a manifest" if report.num_shards_with_digest else ""
-    yield (
-        f"{report.num_shards} shards, {report.num_samples} samples, {report.num_members} members, "
-        f"{report.num_bytes} bytes{compared}"
-    )
+    counted = ((report.num_shards, "shard"), (report.num_samples, "sample"), (report.num_members, "member"))
+    yield f"{', '.join(_count(*item) for item in counted)}, {report.num_bytes} bytes{compared}"
     if report.findings:
         counts = ", ".join(f"{kind} {count}" for kind, count in report.counts().items())
-        yield f"{len(report.findings)} findings: {counts}"
+        yield f"{_count(len(report.findings), 'finding')}: {counts}"
     else:
         yield "nothing found"
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 _PROVENANCE_COLUMNS = (
     "sample_key", "url", "alt_text", "format", "width_px", "height_px", "source_sha256", "source_num_bytes",
+    "perceptual_hash", "drifted",
 )  # fmt: skip
 
 
@@ -125,9 +126,9 @@ def _write_unit(
             }
             image = _encoded(table["image"][index].as_py(), config)
             more = [(suffix, values[key]) for suffix, values in extras]
-            series.add(
-                sample_members(key, image, caption["caption"], provenance, image_suffix=image_suffix, extras=more)
-            )
+            sample = sample_members(key, image, caption["caption"], provenance, image_suffix=image_suffix, extras=more)
+            series.add(sample, {"perceptual_hash": row["perceptual_hash"], "source_sha256": row["source_sha256"],
+                                "source_pixels": row["width_px"] * row["height_px"]})  # fmt: skip
 
 
 class _ShardSeries:
@@ -151,8 +152,8 @@ class _ShardSeries:
         else:
             self._stack.__exit__(kind, error, trace)
 
-    def add(self, sample: "SampleMembers") -> None:
-        """Append a sample to the shard that has room for it."""
+    def add(self, sample: "SampleMembers", columns: dict[str, Any]) -> None:
+        """Append a sample to the shard that has room for it, and `columns` to that shard's index."""
         from pipelines.shard_format import ShardWriter
 
         writer = self._writer
@@ -167,7 +168,7 @@ class _ShardSeries:
             self._name = f"shard-{self._unit_name}{piece}.tar"
             self._num_shards += 1
             writer = self._writer = ShardWriter(self._stack.enter_context(self._output.open(self._name)), self._name)
-        writer.add_members(sample)
+        writer.add_members(sample, columns)
 
     def _finish(self) -> None:
         from pipelines.shard_format import index_path

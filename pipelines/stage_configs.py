@@ -148,6 +148,9 @@ class ImagesConfig(FrozenConfig):
     decode_workers: int = execution_field(2, ge=1)
     decode_seconds: float = Field(default=30.0, gt=0)
     """A picture that keeps a decoder busy for longer is given up."""
+    drift: Literal["keep", "drop"] = "keep"
+    """What becomes of a picture whose bytes no longer have the SHA-256 that the source table states (DataComp does);
+    it is recorded either way, and dropped as ``drifted``."""
     shards_in_flight: int = execution_field(4, ge=1)
     """Shards fetched at the same time, so that one slow host doesn't idle the rest; costs their pictures' memory."""
 
@@ -203,3 +206,9 @@ class DatasetConfig(FrozenConfig):
     """Share of samples held out, chosen by sample key: the same samples whatever else is in the set."""
     validation_salt: str = "validation-1"
     """Another salt gives another choice."""
+    duplicate_images: bool = False
+    """Whether of all samples with the same source bytes one alone stays (``duplicate_image``)."""
+    near_duplicates: int | None = Field(default=None, ge=0, le=16)
+    """Of samples whose perceptual hashes differ in at most this many of 64 bits one alone stays (``near_duplicate``);
+    None is off. 4 finds other sizes and qualities of one picture; time grows steeply with it. The winner, of these and
+    of `duplicate_images`, is the one with the most source pixels, then the one with the smallest key."""

@@ -1,6 +1,7 @@
 import hashlib
 import io
 import json
+import shutil
 import subprocess
 import tarfile
 from collections import Counter
@@ -15,16 +16,18 @@ from pydantic import ValidationError
 from webdataset.compat import WebDataset
 
 from pipelines import dataset, shards
+from pipelines.config import FrozenConfig
 from pipelines.dataset import SAMPLES_FILE, split_of
 from pipelines.errors import ThroughlineError
 from pipelines.image_rows import image_units
 from pipelines.manifest import DROPPED_NAME
+from pipelines.perceptual_hash import perceptual_hash
 from pipelines.sample_key import sample_key
-from pipelines.shard_format import index_path, read_index, read_members
+from pipelines.shard_format import ShardWriter, index_path, read_index, read_members, sample_members
 from pipelines.shard_lint import lint_folder
 from pipelines.shard_reader import BadSampleError, Shard, read_shard, scan_index
 from pipelines.shard_samples import ShardSamples
-from pipelines.stage import StageOutput
+from pipelines.stage import Stage, StageOutput, StageRun
 from pipelines.stage_configs import DatasetConfig, ExtraMember, ShardsConfig
 from tests.pipelines.hostile_server import HostileServer
 from tests.pipelines.laion_world import laion_row, run_captions, run_images, run_subset, write_laion
@@ -333,6 +336,76 @@ def test_dataset_takes_each_key_once_and_the_first_part_wins(
         assert Shard(by_part[row["part"]].path(row["shard"])).keys[row["index_in_shard"]] == row["sample_key"]
 
 
+def _alike_shards(root: Path, pictures: list[tuple[str, str, int]]) -> list[StageOutput]:
+    """Two parts of shards whose indexes state these (perceptual hash, source SHA-256, source pixels)."""
+
+    def produce(run: StageRun[FrozenConfig]) -> None:
+        mine = pictures[:2] if run.partition == "00000" else pictures[2:]
+        start = 0 if run.partition == "00000" else 2
+        with run.unit("00000") as unit:
+            with unit.open("shard-00000.tar", num_rows=len(mine)) as stream:
+                writer = ShardWriter(stream, "shard-00000.tar")
+                for place, (perceptual, source, pixels) in enumerate(mine, start):
+                    sample = sample_members(_key(place), b"", "", {"sample_key": _key(place), "caption": ""})
+                    columns = {"perceptual_hash": perceptual, "source_sha256": source, "source_pixels": pixels}
+                    writer.add_members(sample, columns)
+                index = writer.finish()
+            unit.write("shard-00000.index.json", index.to_bytes())
+
+    stage = Stage(name="shards", code_version="1", config_type=FrozenConfig, produce=produce)
+    return [stage.run(FrozenConfig(), {}, root, part) for part in ("00000", "00001")]
+
+
+def _key(place: int) -> str:
+    return f"{place:032x}"
+
+
+def test_alike_samples_of_all_parts_leave_one_winner_and_every_loss_is_listed(tmp_path: Path) -> None:
+    pictures = [
+        ("0000000000000000", "a", 100),
+        ("ffffffffffffffff", "b", 900),
+        ("0000000000000003", "c", 400),  # two bits from the first, and larger: the winner, in another part
+        ("000000000000000f", "c", 400),  # the bytes of the one before, found first where that is asked for
+        ("00000000000000ff", "d", 400),  # six bits from the winner, four from the one that lost
+    ]
+    tars = _alike_shards(tmp_path, pictures)
+
+    def drops(**config: Any) -> dict[str, tuple[str, str]]:
+        output = dataset.STAGE.run(DatasetConfig(**config), {"shards": tars}, tmp_path)
+        conservation = output.manifest.conservation
+        assert conservation is not None and conservation.holds and conservation.rows_in == 5
+        kept = {row["sample_key"] for row in _rows(output.path(SAMPLES_FILE))}
+        rows = _rows(output.path(DROPPED_NAME)) if conservation.dropped else []
+        assert kept == {_key(place) for place in range(5)} - {row["sample_key"] for row in rows}
+        assert all(row["detail"] in kept for row in rows)
+        return {row["sample_key"]: (row["reason"], row["detail"]) for row in rows}
+
+    assert drops() == drops(near_duplicates=0) == {}
+    exact = {_key(3): ("duplicate_image", _key(2))}
+    assert drops(duplicate_images=True) == exact
+    near = {_key(0): ("near_duplicate", _key(2)), _key(3): ("near_duplicate", _key(2))}
+    assert drops(near_duplicates=4) == near
+    assert drops(near_duplicates=4, duplicate_images=True) == near | exact
+    assert drops(near_duplicates=6) == near | {_key(4): ("near_duplicate", _key(2))}
+
+
+def test_near_duplicates_need_the_hashes_of_the_index(world: dict[str, list[StageOutput]], tmp_path: Path) -> None:
+    for output in world["shards"]:
+        for path in output.files(".tar"):
+            columns = read_index(index_path(path)).columns
+            for place, sample in enumerate(read_shard(path)):
+                assert columns["perceptual_hash"][place] == sample.provenance["perceptual_hash"]
+                shown = perceptual_hash(Image.open(io.BytesIO(sample.image_bytes)))
+                assert (int(shown, 16) ^ int(columns["perceptual_hash"][place], 16)).bit_count() <= 8
+    tars = world["shards"][0]
+    bare = tmp_path / "bare"
+    shutil.copytree(tars.folder, bare)
+    for path in bare.glob("*.index.json"):
+        path.unlink()
+    with pytest.raises(ThroughlineError, match="its index has no perceptual_hash"):
+        dataset.STAGE.run(DatasetConfig(near_duplicates=3), {"shards": [replace(tars, folder=bare)]}, tmp_path)
+
+
 def test_samples_of_a_dataset_are_those_of_its_table(world: dict[str, list[StageOutput]], tmp_path: Path) -> None:
     output = dataset.STAGE.run(DatasetConfig(validation_share=0.3), {"shards": world["shards"]}, tmp_path)
     rows = _rows(output.path(SAMPLES_FILE))
@@ -369,9 +442,6 @@ def test_dataset_drops_what_has_no_features_and_refuses_features_of_strangers(
 ) -> None:
     import numpy as np
     from safetensors.numpy import save
-
-    from pipelines.config import FrozenConfig
-    from pipelines.stage import Stage, StageRun
 
     class LatentsLike(FrozenConfig):
         leave_out: str = ""

@@ -6,14 +6,18 @@ import sys
 import time
 from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from pipelines import images
+from pipelines.config import FrozenConfig
 from pipelines.errors import ThroughlineError
+from pipelines.image_rows import image_units
 from pipelines.images import read_shards
-from pipelines.manifest import damaged_files
-from pipelines.stage import StageOutput, StageRequest, write_request
+from pipelines.manifest import Conservation, damaged_files
+from pipelines.sample_key import sample_key
+from pipelines.stage import Stage, StageOutput, StageRequest, StageRun, write_request
 from pipelines.stage_configs import FetchConfig, ImagesConfig
 from tests.pipelines.hostile_server import HostileServer
 from tests.pipelines.laion_world import images_config, laion_row, run_images, run_subset, write_laion
@@ -157,6 +161,43 @@ def test_another_order_of_completion_changes_nothing(server: HostileServer, tmp_
         for number, options in enumerate([{"shards_in_flight": 3}, {"shards_in_flight": 1, "decode_workers": 1}])
     }
     assert len(versions) == 1
+
+
+class _SubsetLike(FrozenConfig):
+    urls: tuple[str, ...]
+    expected: tuple[str | None, ...]
+
+
+def _stated_subset(run: StageRun[_SubsetLike]) -> None:
+    config = run.config
+    rows = [
+        {"sample_key": sample_key(url, "text"), "url": url, "alt_text": "text", "expected_sha256": digest}
+        for url, digest in zip(config.urls, config.expected, strict=True)
+    ]
+    with run.unit("rows") as unit, unit.open("rows.parquet", num_rows=len(rows)) as stream:
+        pq.write_table(pa.Table.from_pylist(rows), stream)
+
+
+def test_bytes_that_are_not_the_source_tables_are_recorded_and_kept_or_dropped(
+    server: HostileServer, tmp_path: Path
+) -> None:
+    urls = tuple(server.url(f"/scene/{index}") for index in range(3))
+    plain = run_images(server, subset_of(list(urls), tmp_path / "plain"), tmp_path / "plain")
+    digests = {row["url"]: row["source_sha256"] for unit in image_units(plain) for row in unit.read().to_pylist()}
+    assert {row["drifted"] for unit in image_units(plain) for row in unit.read().to_pylist()} == {None}
+    stage = Stage(name="subset", code_version="1", config_type=_SubsetLike, produce=_stated_subset)
+    stated = (digests[urls[0]].upper(), "0" * 64, None)
+    subset = stage.run(_SubsetLike(urls=urls, expected=stated), {}, tmp_path, "00000")
+    kept = run_images(server, subset, tmp_path)
+    rows = [row for unit in image_units(kept) for row in unit.read().to_pylist()]
+    assert {row["url"]: row["drifted"] for row in rows} == dict(zip(urls, (False, True, None), strict=True))
+    assert kept.manifest.summary["drift"] == {"drifted": 1, "same": 1}
+    statuses = pq.read_table(kept.path("status-00000.parquet")).to_pylist()
+    assert statuses[1]["status"] == "ok" and "the source table states 0000000000000000" in statuses[1]["detail"]
+    strict = run_images(server, subset, tmp_path, drift="drop")
+    assert strict.manifest.conservation == Conservation(rows_in=3, rows_out=2, dropped={"drifted": 1})
+    (lost,) = pq.read_table(strict.path("dropped.parquet")).to_pylist()
+    assert (lost["sample_key"], lost["reason"]) == (sample_key(urls[1], "text"), "drifted")
 
 
 def test_settings_that_decide_which_rows_arrive_are_part_of_the_fingerprint() -> None:

@@ -260,8 +260,8 @@ def test_command_says_where_counts_and_exits_with_one(tmp_path: Path, capsys: py
     assert "\x1b" not in printed.out
     first, counted, total = printed.out.splitlines()
     assert first.startswith("00000.tar  a1\\x1b[2J  image_unreadable: jpg: ")
-    assert counted.startswith("1 shards, 1 samples, 2 members, ")
-    assert total == "1 findings: image_unreadable 1"
+    assert counted.startswith("1 shard, 1 sample, 2 members, ")
+    assert total == "1 finding: image_unreadable 1"
     assert "1/1 shards" in printed.err
     with pytest.raises(SystemExit):
         main(["lint", str(tmp_path), "--json"])
