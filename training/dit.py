@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from training.config import ModelConfig, Strategy
+from training.config import ModelConfig, Strategy, check_gate_signal
 from training.fusion import Fusion
 from training.layers import (
     CrossAttention,
@@ -26,6 +26,7 @@ from training.layers import (
     rotary_tables,
     sinusoids,
 )
+from training.time_head import TimeHead
 
 _TIME_EMBEDDING_SIZE = 256
 _NUM_MODULATIONS = 6
@@ -136,6 +137,15 @@ class Backbone(nn.Module):
         """Whether `text_keys_values` depends on t, so that sampling has to repeat it at each scheduled time."""
         return False
 
+    @property
+    def text_depends_on_latents(self) -> bool:
+        """Whether that time is read off the latents, so that sampling has to repeat it for each image."""
+        return False
+
+    def gate_time(self, latents: Tensor, t: Tensor) -> Tensor:
+        """The time (B,) that gates see at latents (B, C, h, w) and flow times t (B,)."""
+        return t
+
     def rotary(self, height: int, width: int, lengths: Tensor) -> tuple[Tensor, Tensor]:
         """Tables of `rotate` for h / patch x w / patch image tokens behind texts of the given lengths (B,)."""
         raise NotImplementedError
@@ -146,10 +156,11 @@ class Backbone(nn.Module):
 
     def forward(
         self, latents: Tensor, t: Tensor, prepared: Tensor, lengths: Tensor, text_mask: Tensor | None = None
-    ) -> Tensor:
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """Velocity at latents (B, C, h, w) and flow times t (B,), given prepared text (K, B, S, C').
 
-        `lengths` (B,) are the texts' real lengths; `text_mask` (B, S) is None where no text is padded.
+        `lengths` (B,) are the texts' real lengths; `text_mask` (B, S) is None where no text is padded. Where gates
+        follow an estimated time, its logits (B,) come beside the velocity.
         """
         return self.velocity(latents, t, self.text_keys_values(prepared, t), lengths, text_mask)
 
@@ -192,6 +203,8 @@ class DiT(Backbone):
 
     def __init__(self, config: ModelConfig, strategy: Strategy) -> None:
         super().__init__(config, cross_attention=True)
+        check_gate_signal(config, strategy)
+        self.time_head = TimeHead(config.latent_channels) if config.gate_signal == "estimated" else None
         self.fusion = Fusion(
             strategy,
             config.num_text_layers,
@@ -209,6 +222,22 @@ class DiT(Backbone):
     @property
     def text_depends_on_time(self) -> bool:
         return self.fusion.gate is not None
+
+    @property
+    def text_depends_on_latents(self) -> bool:
+        return self.time_head is not None
+
+    def gate_time(self, latents: Tensor, t: Tensor) -> Tensor:
+        return t if self.time_head is None else self.time_head(latents).sigmoid().detach()
+
+    def forward(
+        self, latents: Tensor, t: Tensor, prepared: Tensor, lengths: Tensor, text_mask: Tensor | None = None
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        if self.time_head is None:
+            return super().forward(latents, t, prepared, lengths, text_mask)
+        logits = self.time_head(latents)
+        text = self.text_keys_values(prepared, logits.sigmoid().detach())
+        return self.velocity(latents, t, text, lengths, text_mask), logits
 
     def text_keys_values(self, prepared: Tensor, t: Tensor) -> list[KeysValues]:
         """Keys and values of text_projection(text_norm(H_cond)) for each block, the products in the cheaper order.

@@ -26,7 +26,7 @@ from pipelines.errors import ThroughlineError
 from pipelines.progress import Progress
 from training.config import CheckpointConfig, TrainingConfig
 from training.data_order import DataOrder, Ledger
-from training.dit import Backbone
+from training.dit import Backbone, DiT
 from training.feature_source import TRAIN, VALIDATION, Batch, FeatureSource, pad_texts
 from training.flow import (
     interpolate,
@@ -37,6 +37,7 @@ from training.flow import (
     velocity_target,
 )
 from training.snapshots import Snapshot, Snapshots
+from training.time_head import time_losses
 
 logger = logging.getLogger(__name__)
 
@@ -111,10 +112,27 @@ def read_batch(
 
 
 def batch_losses(model: nn.Module, batch: Batch) -> Tensor:
-    """Loss of each sample (B,), fp32."""
+    """Loss of each sample (B,), fp32.
+
+    Where gates follow an estimated time, the head's loss adds to the gradients, not to the values: arms stay
+    comparable, and `head_losses` gives it.
+    """
     x_t = interpolate(batch.noise, batch.latents, batch.t)
-    predicted = model(x_t, batch.t, batch.prepared, batch.lengths, batch.text_mask)
-    return sample_losses(predicted, velocity_target(batch.noise, batch.latents))
+    output = model(x_t, batch.t, batch.prepared, batch.lengths, batch.text_mask)
+    if isinstance(output, Tensor):
+        return sample_losses(output, velocity_target(batch.noise, batch.latents))
+    velocity, time_logits = output
+    of_head = time_losses(time_logits, batch.t)
+    return sample_losses(velocity, velocity_target(batch.noise, batch.latents)) + (of_head - of_head.detach())
+
+
+@torch.no_grad()
+def head_losses(model: Backbone, batch: Batch) -> Tensor | None:
+    """Loss (B,) of the head that reads t off the latents, or None where the model has none."""
+    head = model.time_head if isinstance(model, DiT) else None
+    if head is None:
+        return None
+    return time_losses(head(interpolate(batch.noise, batch.latents, batch.t)), batch.t)
 
 
 @torch.no_grad()
@@ -285,13 +303,15 @@ def train(
         return None
     with progress(training.steps, "steps", first_step) as line:
         for step in range(first_step, training.steps):
-            loss, grad_norm = train_step(run, step)
+            loss, grad_norm, head_loss = train_step(run, step)
             row: dict[str, float | None] = {
                 "step": step,
                 "loss": loss,
                 "grad_norm": grad_norm,
                 "learning_rate": learning_rate_at(training, step),
             }
+            if head_loss is not None:
+                row["time_head_loss"] = head_loss
             is_last = step + 1 == training.steps
             if is_last or (step + 1) % training.validate_every == 0:
                 row["validation_loss"] = run.validate()
@@ -311,8 +331,11 @@ def train(
     return Trained(weights, run.ledger, run.metrics, measurements)
 
 
-def train_step(run: Run, step: int) -> tuple[float, float]:
-    """One optimizer step of the global batch; returns its mean loss and the gradient norm before clipping."""
+def train_step(run: Run, step: int) -> tuple[float, float, float | None]:
+    """One optimizer step of the global batch; returns its mean loss and the gradient norm before clipping.
+
+    Where gates follow an estimated time, the mean loss of the head on this process's last samples stands behind.
+    """
     training, accelerator = run.training, run.accelerator
     indices = run.order.indices(step)
     for group in run.optimizer.param_groups:
@@ -322,11 +345,12 @@ def train_step(run: Run, step: int) -> tuple[float, float]:
     first = accelerator.process_index * share
     losses: list[Tensor] = []
     consumed: list[Tensor] = []
-    grad_norm = math.nan
+    grad_norm, of_head = math.nan, None
     for start in range(first, first + share, micro):
         batch = read_batch(run.source, training, step, range(start, start + micro), indices).to(run.device)
         with accelerator.accumulate(run.model):
             local = batch_losses(run.model, batch)
+            of_head = head_losses(run.backbone, batch)
             accelerator.backward(local.mean())
             if accelerator.sync_gradients:
                 norm = accelerator.clip_grad_norm_(run.model.parameters(), training.gradient_clip)
@@ -342,7 +366,7 @@ def train_step(run: Run, step: int) -> tuple[float, float]:
     run.ledger.record(step, all_consumed.cpu().numpy())
     run.update_ema(step)
     run.num_steps_done = step + 1
-    return float(all_losses.mean()), grad_norm
+    return float(all_losses.mean()), grad_norm, None if of_head is None else float(of_head.mean())
 
 
 def _check_finite(run: Run, step: int, losses: Tensor, indices: Tensor, grad_norm: float) -> None:
