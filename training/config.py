@@ -93,6 +93,9 @@ class ModelConfig(FrozenConfig):
     """`none` is the paper's backbone: t reaches the network through the gates alone. `adaln` adds adaLN-single."""
     gate_time_scale: float = Field(1.0, gt=0)
     """Factor on t before the sinusoids of Eq. 12: 1 as printed, where most frequencies hardly move; 1000 spreads."""
+    gate_signal: Literal["nominal", "estimated"] = "nominal"
+    """Time that gates see: the schedule's, as in the paper, or one that a small head reads off the noisy latents.
+    `estimated` is for time_wise and joint alone; in sampling it makes keys and values anew for each image and step."""
     gate_embedding_size: int = Field(128, gt=0, multiple_of=2)
     gate_width: int = Field(512, gt=0)
     fuse_first_layer: int = Field(6, ge=1)
@@ -227,6 +230,20 @@ class CheckpointConfig(FrozenConfig):
     """Encodes the unconditional text (and captions where no text features are cached); fuse_dit shares its layers."""
     template_version: str = Field(min_length=1)
     """Version of the text template around captions; cached text features must have been made with the same."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "CheckpointConfig":
+        check_gate_signal(self.model, self.strategy)
+        return self
+
+
+def check_gate_signal(model: ModelConfig, strategy: Strategy) -> None:
+    """Raise ValueError where gates are to follow an estimated time and there are none."""
+    if model.gate_signal == "estimated" and not strategy.has_time_gate:
+        raise ValueError(
+            f"{strategy}: gate_signal = estimated needs a time gate (time_wise or joint); leave it nominal, or the "
+            "strategy out"
+        )
 
 
 def demo_model(**changes: Any) -> ModelConfig:

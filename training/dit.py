@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from training.config import ModelConfig, Strategy
+from training.config import ModelConfig, Strategy, check_gate_signal
 from training.fusion import Fusion
 from training.layers import (
     CrossAttention,
@@ -26,6 +26,7 @@ from training.layers import (
     rotary_tables,
     sinusoids,
 )
+from training.time_head import TimeHead
 
 _TIME_EMBEDDING_SIZE = 256
 _NUM_MODULATIONS = 6
@@ -100,6 +101,11 @@ class Block(nn.Module):
             x = x + self.cross_attention(x, text, mask)
         return x + self.mlp(self.mlp_norm(x) * (1 + scale_mlp) + shift_mlp) * (1 + gate_mlp)
 
+    def text_keys_values(self, conditioning: Tensor) -> KeysValues:
+        """Keys and values of the cross-attention from conditioning (B, S, C)."""
+        assert self.cross_attention is not None, "fuse_dit's blocks have none"
+        return self.cross_attention.keys_values(self.cross_attention.text_kv(conditioning))
+
     def _attend(self, x: Tensor, rotary: tuple[Tensor, Tensor], text: KeysValues, mask: Tensor | None) -> Tensor:
         if self.cross_attention is None:
             return self.attention(x, *rotary, text=text, mask=mask)
@@ -136,6 +142,15 @@ class Backbone(nn.Module):
         """Whether `text_keys_values` depends on t, so that sampling has to repeat it at each scheduled time."""
         return False
 
+    @property
+    def text_depends_on_latents(self) -> bool:
+        """Whether that time is read off the latents, so that sampling has to repeat it for each image."""
+        return False
+
+    def gate_time(self, latents: Tensor, t: Tensor) -> Tensor:
+        """The time (B,) that gates see at latents (B, C, h, w) and flow times t (B,)."""
+        return t
+
     def rotary(self, height: int, width: int, lengths: Tensor) -> tuple[Tensor, Tensor]:
         """Tables of `rotate` for h / patch x w / patch image tokens behind texts of the given lengths (B,)."""
         raise NotImplementedError
@@ -146,10 +161,11 @@ class Backbone(nn.Module):
 
     def forward(
         self, latents: Tensor, t: Tensor, prepared: Tensor, lengths: Tensor, text_mask: Tensor | None = None
-    ) -> Tensor:
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """Velocity at latents (B, C, h, w) and flow times t (B,), given prepared text (K, B, S, C').
 
-        `lengths` (B,) are the texts' real lengths; `text_mask` (B, S) is None where no text is padded.
+        `lengths` (B,) are the texts' real lengths; `text_mask` (B, S) is None where no text is padded. Where gates
+        follow an estimated time, its logits (B,) come beside the velocity.
         """
         return self.velocity(latents, t, self.text_keys_values(prepared, t), lengths, text_mask)
 
@@ -192,6 +208,8 @@ class DiT(Backbone):
 
     def __init__(self, config: ModelConfig, strategy: Strategy) -> None:
         super().__init__(config, cross_attention=True)
+        check_gate_signal(config, strategy)
+        self.time_head = TimeHead(config.latent_channels) if config.gate_signal == "estimated" else None
         self.fusion = Fusion(
             strategy,
             config.num_text_layers,
@@ -200,6 +218,8 @@ class DiT(Backbone):
             gate_width=config.gate_width,
             gate_time_scale=config.gate_time_scale,
         )
+        self.folds_text_projection = True
+        """Whether keys and values may be computed from the product of matrices, which needs all blocks' at once."""
         self.text_norm = RMSNorm(config.text_width, config.norm_eps)
         self.text_projection = Projection(config.text_width, (config.text_width,), bias=True, std=0.02)
 
@@ -209,6 +229,22 @@ class DiT(Backbone):
     @property
     def text_depends_on_time(self) -> bool:
         return self.fusion.gate is not None
+
+    @property
+    def text_depends_on_latents(self) -> bool:
+        return self.time_head is not None
+
+    def gate_time(self, latents: Tensor, t: Tensor) -> Tensor:
+        return t if self.time_head is None else self.time_head(latents).sigmoid().detach()
+
+    def forward(
+        self, latents: Tensor, t: Tensor, prepared: Tensor, lengths: Tensor, text_mask: Tensor | None = None
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        if self.time_head is None:
+            return super().forward(latents, t, prepared, lengths, text_mask)
+        logits = self.time_head(latents)
+        text = self.text_keys_values(prepared, logits.sigmoid().detach())
+        return self.velocity(latents, t, text, lengths, text_mask), logits
 
     def text_keys_values(self, prepared: Tensor, t: Tensor) -> list[KeysValues]:
         """Keys and values of text_projection(text_norm(H_cond)) for each block, the products in the cheaper order.
@@ -220,18 +256,19 @@ class DiT(Backbone):
         fused = self.fusion.fuse(prepared, t)
         normed = rms_norm(fused, torch.ones_like(self.text_norm.weight), self.text_norm.eps)
         matrix, bias = self.text_projection.weight * self.text_norm.weight, self.text_projection.bias
-        attentions = [cast(CrossAttention, block.cross_attention) for block in self.blocks]
+        blocks = [cast(Block, block) for block in self.blocks]
+        attentions = [cast(CrossAttention, block.cross_attention) for block in blocks]
         rows = sum(attention.text_kv.out_features for attention in attentions)
-        if rows < normed.shape[:-1].numel():
-            weight = torch.cat([attention.text_kv.weight for attention in attentions])
-            weights, biases = (weight @ matrix).chunk(len(attentions)), (weight @ bias).chunk(len(attentions))
-        else:
-            normed = F.linear(normed, matrix, bias)
-            weights, biases = [attention.text_kv.weight for attention in attentions], [None] * len(attentions)
-        variants = list(normed) * (1 if normed.shape[0] > 1 else len(attentions))
+        folds = self.folds_text_projection and rows < normed.shape[:-1].numel()
+        inputs = normed if folds else F.linear(normed, matrix, bias)
+        variants = list(inputs) * (1 if inputs.shape[0] > 1 else len(blocks))
+        if not folds:
+            return [block.text_keys_values(variant) for block, variant in zip(blocks, variants, strict=True)]
+        weight = torch.cat([attention.text_kv.weight for attention in attentions])
+        weights, biases = (weight @ matrix).chunk(len(blocks)), (weight @ bias).chunk(len(blocks))
         return [
-            attention.keys_values(F.linear(variant, weight, bias))
-            for attention, variant, weight, bias in zip(attentions, variants, weights, biases, strict=True)
+            attention.keys_values(F.linear(variant, folded, shift))
+            for attention, variant, folded, shift in zip(attentions, variants, weights, biases, strict=True)
         ]
 
     def rotary(self, height: int, width: int, lengths: Tensor) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from training.config import ModelConfig
+from training.config import ModelConfig, Strategy, check_gate_signal
 from training.dit import Backbone
 from training.layers import KeysValues, axis_frequencies, grid_angles, rotary_tables
 from training.shared_attention import SharedAttention
@@ -23,6 +23,7 @@ class FuseDiT(Backbone):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(config, cross_attention=False)
+        check_gate_signal(config, Strategy.FUSE_DIT)
         if config.shared_layers[-1] >= config.num_text_layers:
             raise ValueError(
                 f"fuse_dit: block {config.num_blocks - 1} would share layer {config.shared_layers[-1]}, "

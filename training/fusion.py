@@ -20,6 +20,7 @@ Time runs as in the paper: t = 0 is noise, t = 1 is data.
 """
 
 import math
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -175,5 +176,28 @@ class Fusion(nn.Module):
             alpha = self.logits.float().softmax(-1).to(prepared.dtype)
             return (alpha @ prepared.reshape(num_layers, -1)).view(-1, batch, tokens, channels)
         alpha = self.all_weights(t).to(prepared.dtype)
+        if prepared.device.type == "cpu":
+            return cast(Tensor, _SumOnCpu.apply(alpha, prepared))
         fused = alpha.transpose(0, 1) @ prepared.flatten(2).transpose(0, 1)
         return fused.view(batch, -1, tokens, channels).transpose(0, 1)
+
+
+class _SumOnCpu(torch.autograd.Function):
+    """sum_l alpha (V, B, L) * prepared (L, B, N, C), written where it belongs: a batched product would be laid out by
+    sample, and every pass behind it would copy. Prepared text learns nothing, so it gets no gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, alpha: Tensor, prepared: Tensor) -> Tensor:
+        ctx.save_for_backward(prepared)
+        fused = prepared.new_empty(alpha.shape[0], *prepared.shape[1:])
+        layers, rows = prepared.flatten(2), fused.flatten(2)
+        for sample in range(alpha.shape[1]):
+            torch.mm(alpha[:, sample], layers[:, sample], out=rows[:, sample])
+        return fused
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        (prepared,) = ctx.saved_tensors
+        layers, rows = prepared.flatten(2), grads[0].flatten(2)
+        products = [rows[:, sample] @ layers[:, sample].T for sample in range(rows.shape[1])]
+        return torch.stack(products, dim=1), None

@@ -39,6 +39,7 @@ from training.metrics_file import MetricsFile, Row, t_bucket_sums
 from training.run_log import RunLog
 from training.run_state import Run
 from training.sharding import defer_gradients
+from training.time_head import time_losses
 
 logger = logging.getLogger(__name__)
 
@@ -96,11 +97,19 @@ def read_batch(
     )
 
 
-def batch_losses(model: nn.Module, batch: Batch) -> Tensor:
-    """Loss of each sample (B,), fp32."""
+def batch_losses(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor | None]:
+    """Loss of each sample (B,), fp32, and that of the head that reads t off the latents, None without one.
+
+    The head's loss adds to the gradients of the first, not to its values: arms stay comparable.
+    """
     x_t = interpolate(batch.noise, batch.latents, batch.t)
-    predicted = model(x_t, batch.t, batch.prepared, batch.lengths, batch.text_mask)
-    return sample_losses(predicted, velocity_target(batch.noise, batch.latents))
+    output = model(x_t, batch.t, batch.prepared, batch.lengths, batch.text_mask)
+    target = velocity_target(batch.noise, batch.latents)
+    if isinstance(output, Tensor):
+        return sample_losses(output, target), None
+    velocity, time_logits = output
+    of_head = time_losses(time_logits, batch.t)
+    return sample_losses(velocity, target) + (of_head - of_head.detach()), of_head.detach()
 
 
 @torch.no_grad()
@@ -129,7 +138,7 @@ def validation_losses(
             lengths=lengths,
             text_mask=text_mask,
         )
-        losses.append(batch_losses(model, batch.to(device)))
+        losses.append(batch_losses(model, batch.to(device))[0])
     return torch.cat(losses).cpu(), times
 
 
@@ -253,15 +262,17 @@ def train_step(run: Run, step: int) -> StepTaken:
     first = accelerator.process_index * share
     seen: list[Tensor] = []
     consumed: list[Tensor] = []
-    grad_norm, bad, numbers, read = math.nan, None, torch.empty(0, 3), indices
+    grad_norm, bad, of_head = math.nan, None, None
+    numbers, read = torch.empty(0, 4), indices
     for start in range(first, first + share, micro):
         batch = read_batch(run.source, training, step, range(start, start + micro), indices).to(run.device)
         with accelerator.accumulate(run.model):
             defer_gradients(run.model, defer=not accelerator.sync_gradients)
             with accelerator.autocast():
-                local = batch_losses(run.model, batch)
+                local, of_head = batch_losses(run.model, batch)
             accelerator.backward(local.mean())
-            seen.append(torch.stack([local.detach(), batch.t, batch.lengths.float()], dim=1))
+            head = torch.zeros_like(local) if of_head is None else of_head
+            seen.append(torch.stack([local.detach(), batch.t, batch.lengths.float(), head], dim=1))
             consumed.append(batch.sample_indices)
             if not accelerator.sync_gradients:
                 continue
@@ -275,7 +286,7 @@ def train_step(run: Run, step: int) -> StepTaken:
     if bad is not None:
         _leave_out(run, bad)
     run.ledger.record(step, read)
-    losses, t, lengths = numbers.unbind(1)
+    losses, t, lengths, of_heads = numbers.unbind(1)
     loss = float(losses.mean())
     if bad is None:
         run.bad_steps.take(loss)
@@ -290,6 +301,8 @@ def train_step(run: Run, step: int) -> StepTaken:
         "t_bucket_loss_sums": sums,
         "t_bucket_counts": counts,
     }
+    if of_head is not None:
+        row["time_head_loss"] = float(of_heads.mean())
     if bad is not None:
         row["skipped"] = {"reason": bad.reason, "sample_keys": bad.sample_keys}
     return StepTaken(row, int(lengths.sum()))

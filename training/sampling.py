@@ -1,7 +1,8 @@
 """Images from a checkpoint: flow matching with Euler steps and guidance, the text side computed once.
 
 What depends on the text alone (fusion, projection, keys and values of every block) is computed once per prompt, or
-once per prompt and scheduled time where the gate follows time; the unconditional text once per schedule.
+once per prompt and scheduled time where the gate follows time; the unconditional text once per schedule. Only where
+the gate follows a time read off the latents is it computed for each image and step.
 
 Shapes: B images, P distinct prompts, S text tokens, D blocks, G key and value heads, E channels of a head.
 """
@@ -76,6 +77,21 @@ def _lengthen(keys_or_values: Tensor, longest: int) -> Tensor:
     return F.pad(keys_or_values, (0, 0, 0, longest - keys_or_values.shape[2]))
 
 
+def _keys_values_by_image(
+    model: Backbone, text: TextBatch, unconditional: TextBatch | None, prompt_of: Tensor, gate_t: Tensor
+) -> list[KeysValues]:
+    """Keys and values at gate times (B,) of the images' own: unconditional rows first, then each image's prompt.
+
+    Both branches of an image share its time. Nothing is kept, since no two images or steps have the same.
+    """
+    conditional = model.text_keys_values(text.prepared[:, prompt_of], gate_t)
+    if unconditional is None:
+        return conditional
+    batch = len(prompt_of)
+    without = model.text_keys_values(unconditional.prepared.expand(-1, batch, -1, -1), gate_t)
+    return _join(without, conditional, torch.arange(2 * batch, device=prompt_of.device))
+
+
 @torch.no_grad()
 def sample_latents(
     model: Backbone,
@@ -112,11 +128,15 @@ def sample_latents(
     for index, timestep in enumerate(timesteps):
         t = flow_time(timestep).to(noise.device)
         if joined is None or model.text_depends_on_time:
-            gate_t = shift_gate_time(t) if settings.gate_shift else t
-            conditional = text.keys_values(model, gate_t, keep_times=False)
-            if guided:
+            gate_t = model.gate_time(x_t, t)
+            gate_t = shift_gate_time(gate_t) if settings.gate_shift else gate_t
+            if model.text_depends_on_latents:
+                joined = _keys_values_by_image(model, text, unconditional if guided else None, prompt_of, gate_t)
+            elif guided:
+                conditional = text.keys_values(model, gate_t, keep_times=False)
                 joined = _join(conditional, unconditional.keys_values(model, gate_t, keep_times=True), places)
             else:
+                conditional = text.keys_values(model, gate_t, keep_times=False)
                 joined = [(k[places], v[places]) for k, v in conditional]
         doubled = torch.cat([x_t, x_t]) if guided else x_t
         velocity = model.velocity(doubled, t.expand(len(places)), joined, lengths, mask).float()

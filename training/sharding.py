@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.checkpoint import checkpoint
 
 from training.config import TrainingConfig
-from training.dit import Backbone
+from training.dit import Backbone, DiT
 
 
 def lay_out(model: Backbone, training: TrainingConfig, device: torch.device, num_processes: int) -> None:
@@ -31,6 +31,8 @@ def lay_out(model: Backbone, training: TrainingConfig, device: torch.device, num
             block.compile()
     if training.sharded:
         mesh = init_device_mesh(device.type, (num_processes,))
+        if isinstance(model, DiT):
+            model.folds_text_projection = False
         for block in model.blocks:
             fully_shard(block, mesh=mesh)
             # Keys and values of the text are made of a block's parameters outside its forward.

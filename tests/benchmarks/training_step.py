@@ -48,7 +48,7 @@ def training_step(config: ModelConfig, strategy: Strategy, args: argparse.Namesp
     def step() -> None:
         texts, lengths, mask = pad_texts(prepared() if args.raw_text else kept)
         batch = Batch(torch.arange(args.batch), data, noise, t, texts, lengths, mask)
-        batch_losses(model, batch).mean().backward()
+        batch_losses(model, batch)[0].mean().backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), training.gradient_clip)
         optimizer.step()
         optimizer.zero_grad()

@@ -63,8 +63,9 @@ def spoil(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
             at[0] = step
             return original_step(state, step)
 
-        def spoiled(model: torch.nn.Module, batch: loop.Batch) -> torch.Tensor:
-            return original(model, batch) * (factor if at[0] in steps else 1.0)
+        def spoiled(model: torch.nn.Module, batch: loop.Batch) -> tuple[torch.Tensor, torch.Tensor | None]:
+            losses, of_head = original(model, batch)
+            return losses * (factor if at[0] in steps else 1.0), of_head
 
         monkeypatch.setattr(loop, "train_step", counted)
         monkeypatch.setattr(loop, "batch_losses", spoiled)

@@ -166,11 +166,11 @@ def test_a_loss_that_is_not_finite_names_step_and_samples(
 
     original = loop.batch_losses
 
-    def spoiled(model: torch.nn.Module, batch: loop.Batch) -> torch.Tensor:
-        losses = original(model, batch)
+    def spoiled(model: torch.nn.Module, batch: loop.Batch) -> tuple[torch.Tensor, torch.Tensor | None]:
+        losses, of_head = original(model, batch)
         if int(batch.sample_indices[3]) == target:
             losses = losses * torch.tensor([1, 1, 1, float("nan"), 1, 1, 1, 1])
-        return losses
+        return losses, of_head
 
     config = tiny_data.config(Strategy.STATIC)
     from training.data_order import DataOrder
