@@ -6,6 +6,8 @@ The definition of a sample key is `pipelines.sample_key`'s; this is the same for
 # pyarrow.compute makes its functions when it is imported, where no type checker sees them.
 # pyright: reportAttributeAccessIssue=false
 
+import hashlib
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -47,9 +49,21 @@ def hex_keys(keys: np.ndarray) -> pa.StringArray:
     return pa.StringArray.from_buffers(len(keys), pa.py_buffer(offsets), pa.py_buffer(data))
 
 
+def parse_hex_keys(keys: pa.Array) -> np.ndarray:
+    """Return keys that stand as 32 hex digits as uint8 [rows, 16]; none may be null."""
+    digits = "".join(keys.to_pylist()) if len(keys) else ""
+    return np.frombuffer(bytes.fromhex(digits), np.uint8).reshape(-1, SAMPLE_KEY_BYTES)
+
+
 def key_words(keys: np.ndarray) -> np.ndarray:
     """Return keys, uint8 [rows, 16], as big-endian numbers uint64 [rows, 2], which sort as the hex digits do."""
     return np.ascontiguousarray(keys).view(">u8").astype(np.uint64)
+
+
+def key_ranks(words: np.ndarray, salt: str) -> np.ndarray:
+    """Return the hash rank uint64 [rows] of keys uint64 [rows, 2]: a number that depends on key and salt alone."""
+    first = np.uint64(int.from_bytes(hashlib.blake2b(salt.encode(), digest_size=8).digest(), "little"))
+    return _mixed(words[:, 0] + first, _MIXES[1])
 
 
 def string_hashes(values: pa.Array) -> np.ndarray:

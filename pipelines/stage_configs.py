@@ -136,6 +136,19 @@ class LaionSubsetConfig(FrozenConfig):
         return where
 
 
+class LaionSelectionConfig(FrozenConfig):
+    """What becomes of the parts' rows taken together: duplicates between parts, and a sample of a fixed size."""
+
+    drop_duplicate_urls: bool = True
+    """Keep one row of each URL over all parts: that of the smallest sample key. Pairs are always reduced to one."""
+    limit: int | None = Field(default=None, ge=1)
+    """Most rows to keep: those of the lowest hash rank, the same rows however they are spread over parts."""
+    sample_salt: str = "sample-1"
+    """Another salt gives another sample."""
+    bucket_rows: int = execution_field(2_000_000, ge=1)
+    """Rows whose hashes are held in memory at a time, at 150 bytes each; the others wait on disk, at 40 bytes each."""
+
+
 class ImageFormat(StrEnum):
     """A picture format, recognised by its first bytes and never by its content type."""
 
