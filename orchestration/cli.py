@@ -7,6 +7,8 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from orchestration import subset_command
+
 if TYPE_CHECKING:
     from orchestration.execution import Execution
     from orchestration.profiles import Profile
@@ -57,6 +59,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     show.add_argument("--set", dest="changes", action="append", default=[], metavar="FIELD=VALUE")
     show.add_argument("--json", action="store_true", help="as JSON")
+
+    subset = commands.add_parser("subset", help="filter LAION metadata files into a subset, without a profile")
+    subset_command.add_arguments(subset)
 
     ui = commands.add_parser("ui", help="open Dagster's web interface over the outputs")
     _add_profile(ui)
@@ -211,6 +216,10 @@ def _ui(arguments: argparse.Namespace) -> int:
     return serve(_execution(arguments), arguments.profile, arguments.changes, arguments.port)
 
 
+def _subset(arguments: argparse.Namespace) -> int:
+    return subset_command.run_subset(arguments)
+
+
 def _print_json(value: Any) -> None:
     print(json.dumps(value, indent=1, ensure_ascii=False))
 
@@ -221,6 +230,7 @@ _COMMANDS = {
     "audit": _audit,
     "doctor": _doctor,
     "profile": _profile,
+    "subset": _subset,
     "ui": _ui,
 }
 
