@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from orchestration import subset_command
+
 if TYPE_CHECKING:
     from orchestration.execution import Execution
     from orchestration.profiles import Profile
@@ -93,6 +95,9 @@ def _parser() -> argparse.ArgumentParser:
     params = commands.add_parser("params", help="count the parameters and operations of a profile's models")
     _add_profile(params)
     params.add_argument("--json", action="store_true", help="as JSON")
+
+    subset = commands.add_parser("subset", help="filter LAION metadata files into a subset, without a profile")
+    subset_command.add_arguments(subset)
 
     ui = commands.add_parser("ui", help="open Dagster's web interface over the outputs")
     _add_profile(ui)
@@ -303,6 +308,10 @@ def _ui(arguments: argparse.Namespace) -> int:
     return serve(_execution(arguments), arguments.profile, arguments.changes, arguments.port)
 
 
+def _subset(arguments: argparse.Namespace) -> int:
+    return subset_command.run_subset(arguments)
+
+
 def _print_json(value: Any) -> None:
     print(json.dumps(value, indent=1, ensure_ascii=False))
 
@@ -317,6 +326,7 @@ _COMMANDS = {
     "generate": _generate,
     "export": _export,
     "params": _params,
+    "subset": _subset,
     "ui": _ui,
 }
 

@@ -1,6 +1,7 @@
 """Rows that end in a stage: written away while they come, so that a unit may lose more of them than memory holds."""
 
 import os
+import shutil
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,19 +15,25 @@ if TYPE_CHECKING:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    from pipelines.digest import HashingWriter
+
 _BATCH_ROWS = 65_536
+_COPY_BYTES = 1 << 20
 _COLUMNS = ("sample_key", "reason", "detail")
 
 
 class DropWriter:
     """Writes the drops of one unit to a file of its own, which is in place when the context ends without an error."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, unit: str) -> None:
         self.counts = Counter[str]()
         """Reason -> rows."""
         self._path = path
+        self._unit = unit
         self._temporary = path.with_name(path.name + ".tmp")
         self._buffer: tuple[list[str], list[str], list[str]] = ([], [], [])
+        self._batches: list[pa.RecordBatch] = []
+        self._num_pending = 0
         self._stream: IO[bytes] | None = None
         self._writer: pq.ParquetWriter | None = None
 
@@ -35,7 +42,22 @@ class DropWriter:
         for column, values in zip(self._buffer, (sample_keys, reasons, details), strict=True):
             column.extend(values)
         self.counts.update(reasons)
-        while len(self._buffer[0]) >= _BATCH_ROWS:
+        self._num_pending += len(reasons)
+        if self._num_pending >= _BATCH_ROWS:
+            self._flush()
+
+    def extend_arrays(self, sample_keys: "pa.Array", reasons: "pa.DictionaryArray", details: "pa.Array") -> None:
+        """Record rows that stand in arrays: strings, with the reasons as a dictionary of them."""
+        import pyarrow as pa
+        import pyarrow.compute as pc
+
+        self._pack()
+        for item in pc.value_counts(reasons).to_pylist():
+            self.counts[item["values"]] += item["counts"]
+        columns = [sample_keys, reasons.dictionary_decode(), details]
+        self._batches.append(pa.RecordBatch.from_arrays(columns, list(_COLUMNS)))
+        self._num_pending += len(reasons)
+        if self._num_pending >= _BATCH_ROWS:
             self._flush()
 
     def __enter__(self) -> Self:
@@ -52,21 +74,30 @@ class DropWriter:
                 self._stream.close()
                 self._temporary.unlink(missing_ok=True)
 
+    def _pack(self) -> None:
+        """Make a batch of the rows that came as Python strings, so that the order of rows stays theirs."""
+        import pyarrow as pa
+
+        if self._buffer[0]:
+            arrays = [pa.array(column, pa.string()) for column in self._buffer]
+            self._batches.append(pa.RecordBatch.from_arrays(arrays, list(_COLUMNS)))
+            for column in self._buffer:
+                column.clear()
+
     def _flush(self) -> None:
         import pyarrow as pa
-        import pyarrow.parquet as pq
 
-        schema = pa.schema([(name, pa.string()) for name in _COLUMNS])
+        self._pack()
+        table = pa.Table.from_batches(self._batches)
+        self._batches.clear()
+        self._num_pending = 0
         if self._writer is None:
             self._stream = self._temporary.open("wb")
-            self._writer = pq.ParquetWriter(self._stream, schema, compression="zstd")
-        head = [column[:_BATCH_ROWS] for column in self._buffer]
-        for column in self._buffer:
-            del column[:_BATCH_ROWS]
-        self._writer.write_table(pa.table(dict(zip(_COLUMNS, head, strict=True)), schema))
+            self._writer = _open_writer(self._stream)
+        self._writer.write_table(_with_unit(table, self._unit), row_group_size=_BATCH_ROWS)
 
     def _finish(self) -> None:
-        if self._buffer[0]:
+        if self._num_pending:
             self._flush()
         assert self._writer is not None and self._stream is not None
         self._writer.close()
@@ -81,18 +112,40 @@ def gather_drops(units: Sequence[tuple[str, Path]], target: Path) -> FileEntry:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    schema = pa.schema([(name, pa.string()) for name in (*_COLUMNS, "unit")])
     num_rows = 0
-    with atomic_writer(target) as stream, pq.ParquetWriter(stream, schema, compression="zstd") as writer:
-        pending: list[pa.RecordBatch] = []
-        for name, path in units:
-            with pq.ParquetFile(path) as rows:
-                for batch in rows.iter_batches(_BATCH_ROWS):
-                    pending.append(batch.append_column("unit", pa.repeat(name, batch.num_rows)))
-                    if sum(item.num_rows for item in pending) >= _BATCH_ROWS:
-                        num_rows += _write(writer, pending)
-        num_rows += _write(writer, pending)
+    with atomic_writer(target) as stream:
+        if len(units) == 1:
+            # The one file is the table: millions of rows are not worth writing anew.
+            with units[0][1].open("rb") as source:
+                num_rows = pq.read_metadata(source).num_rows
+                source.seek(0)
+                shutil.copyfileobj(source, stream, _COPY_BYTES)
+        else:
+            with _open_writer(stream) as writer:
+                pending: list[pa.RecordBatch] = []
+                for _, path in units:
+                    with pq.ParquetFile(path) as rows:
+                        for batch in rows.iter_batches(_BATCH_ROWS):
+                            pending.append(batch)
+                            if sum(item.num_rows for item in pending) >= _BATCH_ROWS:
+                                num_rows += _write(writer, pending)
+                num_rows += _write(writer, pending)
     return FileEntry(path=target.name, sha256=stream.sha256, num_bytes=stream.num_bytes, num_rows=num_rows)
+
+
+def _open_writer(stream: "IO[bytes] | HashingWriter") -> "pq.ParquetWriter":
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    schema = pa.schema([(name, pa.string()) for name in (*_COLUMNS, "unit")])
+    # No two keys and few details are alike: a dictionary of them would be built to be thrown away.
+    return pq.ParquetWriter(stream, schema, compression="zstd", use_dictionary=["reason", "unit"])
+
+
+def _with_unit(table: "pa.Table", unit: str) -> "pa.Table":
+    import pyarrow as pa
+
+    return table.append_column("unit", pa.repeat(pa.scalar(unit, pa.string()), table.num_rows))
 
 
 def _write(writer: "pq.ParquetWriter", pending: "list[pa.RecordBatch]") -> int:

@@ -85,7 +85,7 @@ def _describe(number: str, content: SourceContent, path: Path) -> Part:
     return Part(part=number, **content.model_dump(), num_rows=num_rows, columns=columns)
 
 
-STAGE = Stage(name="laion_index", code_version="1", config_type=LaionIndexConfig, produce=produce)
+STAGE = Stage(name="laion_index", code_version="2", config_type=LaionIndexConfig, produce=produce)
 
 if __name__ == "__main__":
     from pipelines.laion_index import STAGE as stage

@@ -1,5 +1,6 @@
 """The columns of LAION metadata: their names in the published tables, their types, and the table a subset is."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipelines.errors import ThroughlineError
+from pipelines.row_expression import Kind
 
 
 @dataclass(frozen=True)
@@ -19,16 +21,29 @@ class Column:
     needed: bool = False
 
 
-# LAION-400M writes URL, TEXT, WIDTH; LAION-2B and Re-LAION lower case or caption; DataComp original_width.
+# LAION-400M and LAION-5B's tables write URL, TEXT, WIDTH, LANGUAGE; Re-LAION url and caption; DataComp original_width
+# and clip_l14_similarity_score; the aesthetic tables aesthetic (v1), AESTHETIC_SCORE (v2) or prediction (tags).
 COLUMNS = (
     Column("url", ("url",), ("string",), needed=True),
-    Column("text", ("text", "caption"), ("string",), needed=True),
+    Column("text", ("text", "caption", "alt_text"), ("string",), needed=True),
     Column("width", ("width", "original_width"), ("integer", "floating")),
     Column("height", ("height", "original_height"), ("integer", "floating")),
-    Column("similarity", ("similarity", "clip_b32_similarity_score"), ("floating",)),
+    Column("similarity", ("similarity", "clip_b32_similarity_score", "clip_similarity_vitb32"), ("floating",)),
+    Column("similarity_l14", ("clip_l14_similarity_score", "clip_similarity_vitl14"), ("floating",)),
+    Column(
+        "aesthetic", ("aesthetic", "aesthetic_score", "prediction", "aesthetic_score_laion_v2"), ("floating", "integer")
+    ),
+    Column("pwatermark", ("pwatermark",), ("floating", "integer")),
+    Column("punsafe", ("punsafe",), ("floating", "integer")),
     Column("nsfw", ("nsfw",), ("string",)),
+    Column("language", ("language", "lang", "detected_language"), ("string",)),
     Column("license", ("license",), ("string",)),
+    Column("sha256", ("sha256",), ("string",)),
 )
+KINDS: Mapping[str, Kind] = {column.role: "string" if "string" in column.kinds else "number" for column in COLUMNS}
+"""Role -> what its values are."""
+LABELS = ("nsfw", "language", "license")
+"""Roles whose values are few: they are read as dictionaries, and asked once per word."""
 
 SUBSET_SCHEMA = pa.schema(
     [
@@ -38,8 +53,14 @@ SUBSET_SCHEMA = pa.schema(
         pa.field("width", pa.int32()),
         pa.field("height", pa.int32()),
         pa.field("similarity", pa.float64()),
+        pa.field("aesthetic", pa.float64()),
+        pa.field("pwatermark", pa.float64()),
+        pa.field("punsafe", pa.float64()),
         pa.field("nsfw", pa.string()),
+        pa.field("language", pa.string()),
         pa.field("license", pa.string()),
+        # What the source table says the picture's bytes hash to (DataComp); null elsewhere.
+        pa.field("expected_sha256", pa.string()),
         pa.field("source_row", pa.int64(), nullable=False),
     ]
 )
@@ -59,10 +80,25 @@ def _kind(data_type: pa.DataType) -> str:
     return str(data_type)
 
 
-def open_metadata(path: Path) -> pq.ParquetFile:
-    """Open a metadata file; raises ThroughlineError where it is not a whole parquet file."""
+def column_kinds(schema: pa.Schema) -> tuple[dict[str, Kind], dict[str, str]]:
+    """Return lower-case name -> kind and -> column, for the columns of a file that a condition can read."""
+    kinds: dict[str, Kind] = {}
+    columns = {}
+    for field in schema:
+        found = _kind(field.type)
+        if found in ("string", "integer", "floating", "bool"):
+            kinds[field.name.lower()] = "string" if found == "string" else "boolean" if found == "bool" else "number"
+            columns[field.name.lower()] = field.name
+    return kinds, columns
+
+
+def open_metadata(path: Path, dictionaries: Sequence[str] = ()) -> pq.ParquetFile:
+    """Open a metadata file, to read some columns as dictionaries.
+
+    Raises ThroughlineError where it is not a whole parquet file.
+    """
     try:
-        return pq.ParquetFile(path)
+        return pq.ParquetFile(path, read_dictionary=list(dictionaries), pre_buffer=True)
     except (pa.ArrowInvalid, pa.ArrowException, OSError) as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise ThroughlineError(f"{path}: cannot be read ({error.strerror})") from error

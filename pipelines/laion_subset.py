@@ -6,21 +6,21 @@ Duplicates are looked for within the part; `pipelines.dataset` settles equal sam
 # pyarrow.compute makes its functions when it is imported, where no type checker sees them.
 # pyright: reportAttributeAccessIssue=false
 
-import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipelines.errors import ThroughlineError
 from pipelines.laion_index import Part, find_part
-from pipelines.sample_key import sample_key
 from pipelines.source_files import locate_source
 from pipelines.stage import Stage, StageOutput, StageResult, StageRun, Unit
 from pipelines.stage_configs import LaionSubsetConfig
 
 if TYPE_CHECKING:
     import pyarrow as pa
+    import pyarrow.parquet as pq
 
+    from pipelines.laion_duplicates import DuplicateFinder
     from pipelines.laion_rules import Rule
 
 ROWS_FILE = "rows.parquet"
@@ -33,7 +33,6 @@ def produce(run: StageRun[LaionSubsetConfig]) -> StageResult:
     part = find_part(index, run.partition)
     if not run.is_finished("rows"):
         path = _locate(run.config, index, part)
-        _check_columns(run.config, part, path)
         with run.unit("rows") as unit:
             _write_subset(run, unit, part, path)
     (finished,) = run.finished_units()
@@ -47,131 +46,181 @@ def _locate(config: LaionSubsetConfig, index: StageOutput, part: Part) -> Path:
     return locate_source(part.content, config.source or where["source"], Path(cache) if cache else None)
 
 
-def _check_columns(config: LaionSubsetConfig, part: Part, path: Path) -> None:
+def _open_checked(config: LaionSubsetConfig, part: Part, path: Path) -> "tuple[list[Rule], dict[str, str]]":
+    """Return the rules, and name -> column of the file for the names in `where` that are no roles.
+
+    Raises ThroughlineError that names the file and the column where a rule finds nothing to read.
+    """
     from pipelines.laion_rules import rules_of
 
-    for rule in rules_of(config):
-        for role in rule.column:
+    rules = rules_of(config)
+    for rule in rules:
+        for role in rule.columns:
             if role not in part.columns:
                 raise ThroughlineError(
                     f"{path}: no column {role}, which the rule {rule.reason} needs; switch that rule off "
                     "or leave the file out"
                 )
+    return rules, _named_columns(config.where, part.columns, path) if config.where else {}
+
+
+def _named_columns(where: str, roles: dict[str, str], path: Path) -> dict[str, str]:
+    """Return lower-case name -> column or role for what `where` reads; a role's name means the role."""
+    from pipelines.laion_schema import KINDS, column_kinds, open_metadata
+    from pipelines.row_expression import Expression
+
+    with open_metadata(path) as metadata:
+        kinds, columns = column_kinds(metadata.schema_arrow)
+    by_column = {column.lower(): role for role, column in roles.items()}
+    for name, role in [*by_column.items(), *((role, role) for role in roles)]:
+        kinds[name], columns[name] = KINDS[role], role
+    expression = Expression(where)
+    try:
+        expression.check(kinds)
+    except ThroughlineError as error:
+        raise ThroughlineError(f"{path}: {error}") from error
+    return {name: columns[name] for name in expression.names}
 
 
 def _write_subset(run: StageRun[LaionSubsetConfig], unit: Unit, part: Part, path: Path) -> None:
     import pyarrow.parquet as pq
 
-    from pipelines.laion_rules import rules_of
-    from pipelines.laion_schema import SUBSET_SCHEMA
+    from pipelines.laion_duplicates import DuplicateFinder
+    from pipelines.laion_schema import LABELS, SUBSET_SCHEMA
 
-    rules = rules_of(run.config)
-    duplicates = _Duplicates(run.config.drop_duplicate_urls)
+    rules, named = _open_checked(run.config, part, path)
+    duplicates = DuplicateFinder(run.config.drop_duplicate_urls, part.num_rows)
     rows_in = rows_out = 0
     with (
         run.progress(part.num_rows, "rows") as progress,
         unit.open(ROWS_FILE) as stream,
-        pq.ParquetWriter(stream, SUBSET_SCHEMA, compression="zstd") as writer,
+        # A dictionary of addresses, texts or keys would be built only to be thrown away.
+        pq.ParquetWriter(
+            stream, SUBSET_SCHEMA, compression="zstd", use_dictionary=["width", "height", *LABELS]
+        ) as writer,
     ):
-        for batch in read_batches(path, part.columns, _BATCH_ROWS):
-            kept = _keep(batch, rows_in, rules, duplicates, unit)
-            if kept.num_rows:
-                writer.write_batch(kept, row_group_size=_BATCH_ROWS)
+        pending: list[pa.RecordBatch] = []
+        for batch in read_batches(path, part.columns, _BATCH_ROWS, named):
+            pending.append(_keep(batch, rows_in, rules, duplicates, unit))
             rows_in += batch.num_rows
-            rows_out += kept.num_rows
+            rows_out += pending[-1].num_rows
+            _write_groups(writer, pending, _BATCH_ROWS)
             progress.advance(batch.num_rows, kept=rows_out)
+        _write_groups(writer, pending, 1)
     if rows_in != part.num_rows:
         raise ThroughlineError(f"{path}: {rows_in} rows, the index says {part.num_rows}; run laion_index again")
     unit.count_rows(ROWS_FILE, rows_out)
     unit.account(rows_in=rows_in, rows_out=rows_out)
 
 
-def read_batches(path: Path, columns: dict[str, str], batch_rows: int) -> "Iterator[pa.RecordBatch]":
+def _write_groups(writer: "pq.ParquetWriter", pending: "list[pa.RecordBatch]", least: int) -> None:
+    """Write whole row groups while at least `least` rows are pending, however the rows came."""
+    import pyarrow as pa
+
+    while (num_rows := sum(batch.num_rows for batch in pending)) >= least:
+        rows = pa.concat_batches(pending)
+        writer.write_batch(rows[:_BATCH_ROWS], row_group_size=_BATCH_ROWS)
+        pending[:] = [rows[_BATCH_ROWS:]] if num_rows > _BATCH_ROWS else []
+
+
+def read_batches(
+    path: Path, columns: dict[str, str], batch_rows: int, named: dict[str, str] | None = None
+) -> "Iterator[pa.RecordBatch]":
     """Yield record batches with one column per role, cast to the types that the rules read.
 
-    text is never null (null becomes the empty string); a role that the file lacks is a column of nulls. Raises
-    ThroughlineError that names the file where its data cannot be read.
+    text is never null (null becomes the empty string); labels may be dictionaries of strings; a role that the file
+    lacks is a column of nulls. `named` adds columns under further names: name -> role, or column of the file as it is.
+    Raises ThroughlineError that names the file where its data cannot be read.
     """
     import pyarrow as pa
     import pyarrow.compute as pc
 
-    from pipelines.laion_schema import COLUMNS, open_metadata
+    from pipelines.laion_schema import COLUMNS, KINDS, LABELS, open_metadata
 
-    kinds = {column.role: pa.string() if "string" in column.kinds else pa.float64() for column in COLUMNS}
-    with open_metadata(path) as metadata:
+    named = named or {}
+    types = {column.role: pa.string() if KINDS[column.role] == "string" else pa.float64() for column in COLUMNS}
+    own = [column for column in named.values() if column not in types]
+    labels = [columns[role] for role in LABELS if role in columns]
+    with open_metadata(path, labels) as metadata:
         try:
-            for batch in metadata.iter_batches(batch_rows, columns=list(columns.values())):
+            for batch in metadata.iter_batches(batch_rows, columns=[*columns.values(), *own], use_threads=False):
                 arrays = {
-                    role: _cast(batch[columns[role]], kind) if role in columns else pa.nulls(batch.num_rows, kind)
-                    for role, kind in kinds.items()
+                    role: _cast(batch[columns[role]], kind, role in LABELS)
+                    if role in columns
+                    else pa.nulls(batch.num_rows, kind)
+                    for role, kind in types.items()
                 }
                 arrays["text"] = pc.fill_null(arrays["text"], "")
+                for name, column in named.items():
+                    arrays[name] = arrays[column] if column in types else _plain(batch[column])
                 yield pa.RecordBatch.from_pydict(arrays)
         except (pa.ArrowException, OSError) as error:
             reason = str(error).splitlines()[0]
             raise ThroughlineError(f"{path}: damaged metadata ({reason}); fetch the file again") from error
 
 
-def _cast(array: "pa.Array", kind: "pa.DataType") -> "pa.Array":
+def _cast(array: "pa.Array", kind: "pa.DataType", keep_dictionary: bool) -> "pa.Array":
     import pyarrow as pa
 
     if isinstance(array, pa.DictionaryArray):
+        if keep_dictionary and array.dictionary.type == kind:
+            return array
         array = array.dictionary_decode()
     return array if array.type == kind else array.cast(kind)
 
 
-class _Duplicates:
-    """Remembers the pairs and URLs that were kept by 128-bit hash, so that memory doesn't grow with their length."""
+def _plain(array: "pa.Array") -> "pa.Array":
+    """Return a column that no role fills as strings, integers, floats or booleans of one width."""
+    import pyarrow as pa
 
-    def __init__(self, by_url: bool) -> None:
-        self._keys: set[bytes] = set()
-        self._urls: set[bytes] | None = set() if by_url else None
-
-    def reason(self, key: str, url: str) -> str | None:
-        """Return why a row is a duplicate of one before it, or None for the first of its kind, which is remembered."""
-        key_bytes = bytes.fromhex(key)
-        if key_bytes in self._keys:
-            return "duplicate_pair"
-        if self._urls is not None:
-            url_bytes = hashlib.blake2b(url.encode(), digest_size=16).digest()
-            if url_bytes in self._urls:
-                return "duplicate_url"
-            self._urls.add(url_bytes)
-        self._keys.add(key_bytes)
-        return None
+    if isinstance(array, pa.DictionaryArray):
+        array = array.dictionary_decode()
+    if pa.types.is_large_string(array.type) or pa.types.is_string_view(array.type):
+        return array.cast(pa.string())
+    if pa.types.is_integer(array.type):
+        return array.cast(pa.int64(), safe=False)
+    return array.cast(pa.float64()) if pa.types.is_floating(array.type) else array
 
 
 def _keep(
-    batch: "pa.RecordBatch", first_row: int, rules: "list[Rule]", duplicates: _Duplicates, unit: Unit
+    batch: "pa.RecordBatch", first_row: int, rules: "list[Rule]", duplicates: "DuplicateFinder", unit: Unit
 ) -> "pa.RecordBatch":
     """Return the rows that stay, in the subset's schema; each of the others is dropped with its reason."""
+    import numpy as np
     import pyarrow as pa
     import pyarrow.compute as pc
 
-    from pipelines.laion_rules import first_reasons
-    from pipelines.laion_schema import SUBSET_SCHEMA
+    from pipelines.laion_rules import Rows, first_reasons
+    from pipelines.laion_schema import LABELS, SUBSET_SCHEMA
+    from pipelines.row_hashes import hex_keys, sample_keys
 
-    reasons = first_reasons(rules, batch)
-    urls, texts = batch["url"].to_pylist(), batch["text"].to_pylist()
-    keys = [sample_key(url or "", text) for url, text in zip(urls, texts, strict=True)]
-    words: list[str | None] = [rules[reason].reason if reason >= 0 else None for reason in reasons.tolist()]
-    for row in (reasons < 0).nonzero()[0].tolist():
-        words[row] = duplicates.reason(keys[row], urls[row])
-    kept = [row for row, word in enumerate(words) if word is None]
-    lost = [(keys[row], word, f"row {first_row + row}") for row, word in enumerate(words) if word is not None]
-    if lost:
-        unit.drop_many(*zip(*lost, strict=True))
-    rows = batch.take(pa.array(kept, pa.int64()))
+    keys = sample_keys(batch["url"], batch["text"])
+    reasons = first_reasons(rules, Rows(batch, keys))
+    words = [*(rule.reason for rule in rules), "duplicate_pair", "duplicate_url"]
+    passed = np.flatnonzero(reasons < 0)
+    rows = batch.take(pa.array(passed)) if len(passed) < batch.num_rows else batch
+    for offset, mask in enumerate(duplicates.find(keys[passed], rows["url"])):
+        reasons[passed[mask]] = len(rules) + offset
+    kept, lost = np.flatnonzero(reasons < 0), np.flatnonzero(reasons >= 0)
+    if len(lost):
+        numbers = pc.cast(pa.array(lost + first_row), pa.string())
+        unit.drop_arrays(
+            hex_keys(keys[lost]),
+            pa.DictionaryArray.from_arrays(pa.array(reasons[lost]), pa.array(words)),
+            pc.binary_join_element_wise("row", numbers, " "),
+        )
+    if len(kept) < len(passed):
+        rows = rows.filter(pa.array(reasons[passed] < 0))
     columns = {
-        "sample_key": pa.array([keys[row] for row in kept], pa.string()),
+        "sample_key": hex_keys(keys[kept]),
         "url": rows["url"],
         "alt_text": rows["text"],
         "width": _pixels(rows["width"]),
         "height": _pixels(rows["height"]),
-        "similarity": rows["similarity"],
-        "nsfw": rows["nsfw"],
-        "license": rows["license"],
-        "source_row": pc.add(pa.array(kept, pa.int64()), first_row),
+        "expected_sha256": rows["sha256"],
+        "source_row": pa.array(kept + first_row),
+        **{role: rows[role] for role in ("similarity", "aesthetic", "pwatermark", "punsafe")},
+        **{role: rows[role].cast(pa.string()) for role in LABELS},
     }
     return pa.RecordBatch.from_pydict(columns, schema=SUBSET_SCHEMA)
 
@@ -185,7 +234,7 @@ def _pixels(sides: "pa.Array") -> "pa.Array":
     return pc.cast(pc.if_else(pc.fill_null(valid, False), sides, None), pa.int32(), safe=False)
 
 
-STAGE = Stage(name="laion_subset", code_version="1", config_type=LaionSubsetConfig, produce=produce)
+STAGE = Stage(name="laion_subset", code_version="2", config_type=LaionSubsetConfig, produce=produce)
 
 if __name__ == "__main__":
     from pipelines.laion_subset import STAGE as stage

@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Generic, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
 
 from pydantic import Field, ValidationError
 
@@ -45,6 +45,9 @@ from pipelines.manifest import (
     read_manifest,
 )
 from pipelines.progress import Progress
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 ConfigT = TypeVar("ConfigT", bound=FrozenConfig)
 Verify = Literal["size", "digest"]
@@ -151,6 +154,10 @@ class Unit:
         """Record that many rows end here, without holding them in memory."""
         self._drops.extend(sample_keys, reasons, details)
 
+    def drop_arrays(self, sample_keys: "pa.Array", reasons: "pa.DictionaryArray", details: "pa.Array") -> None:
+        """Record that many rows end here, without a Python object for each."""
+        self._drops.extend_arrays(sample_keys, reasons, details)
+
     def account(self, *, rows_in: int, rows_out: int) -> None:
         """State the rows that entered and left; with the drops they must balance.
 
@@ -234,7 +241,7 @@ class StageRun(Generic[ConfigT]):
     @contextmanager
     def unit(self, name: str) -> Iterator[Unit]:
         """Yield a unit to fill; when the block ends without error it is journalled as finished."""
-        with DropWriter(self._drops_path(name)) as drops:
+        with DropWriter(self._drops_path(name), name) as drops:
             unit = Unit(name, self._out, drops)
             yield unit
         write_bytes(self._units / f"{name}.json", json.dumps(unit.journal(), allow_nan=False).encode())

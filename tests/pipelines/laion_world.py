@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 from pipelines import images, laion_index, laion_subset
 from pipelines.config import FrozenConfig, ModelRef
 from pipelines.image_rows import image_units
+from pipelines.manifest import DROPPED_NAME
 from pipelines.stage import Stage, StageOutput, StageResult, StageRun
 from pipelines.stage_configs import FetchConfig, ImagesConfig, LaionIndexConfig, LaionSubsetConfig
 from tests.pipelines.hostile_server import HostileServer
@@ -111,3 +112,16 @@ CAPTIONS = Stage(name="captions", code_version="1", config_type=CaptionerConfig,
 def run_captions(images_output: StageOutput, root: Path, **config: Any) -> StageOutput:
     part = images_output.manifest.partition
     return CAPTIONS.run(CaptionerConfig(**config), {"images": [images_output]}, root, part)
+
+
+def kept_rows(output: StageOutput) -> list[dict[str, Any]]:
+    """Return the rows that a subset kept."""
+    return pq.read_table(output.path(laion_subset.ROWS_FILE)).to_pylist()
+
+
+def drop_reasons(output: StageOutput) -> dict[int, str]:
+    """Return source row -> why it was dropped."""
+    if DROPPED_NAME not in {entry.path for entry in output.manifest.files}:
+        return {}
+    rows = pq.read_table(output.path(DROPPED_NAME)).to_pylist()
+    return {int(row["detail"].removeprefix("row ")): row["reason"] for row in rows}

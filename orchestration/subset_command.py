@@ -1,0 +1,272 @@
+"""The command `throughline subset`: a filtered, duplicate-free subset of metadata files, without a profile or Dagster.
+
+It runs the same stages as the graph into an output root of its own, so that whatever is unchanged is reused, and a run
+that was killed goes on where it stopped.
+"""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipelines.errors import ThroughlineError
+
+if TYPE_CHECKING:
+    from pipelines.laion_index import Part
+    from pipelines.stage import StageOutput
+    from pipelines.stage_configs import LaionSubsetConfig
+
+_LISTS = ("opt_outs", "urls_denied", "urls_allowed", "domains_denied", "domains_allowed")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments; imports nothing heavy."""
+    parser.add_argument(
+        "--input", dest="sources", nargs="+", required=True, metavar="PATH", help="folders, globs or parquet files"
+    )
+    parser.add_argument(
+        "--out", type=Path, required=True, metavar="FOLDER", help="output root; finished parts are reused"
+    )
+    parser.add_argument(
+        "--preset", metavar="NAME", help="published rules: laion400m, aesthetic-v2-5, sd-2, ...; `?` lists all"
+    )
+    parser.add_argument(
+        "--where", metavar="EXPR", help="a condition, such as \"width >= 512 AND text NOT LIKE '%%logo%%'\""
+    )
+    parser.add_argument(
+        "--set", dest="changes", action="append", default=[], metavar="RULE=VALUE",
+        help="change a rule: a JSON value, a comma-separated list, or a file for the lists; may be given several times",
+    )  # fmt: skip
+    parser.add_argument("--limit", type=int, metavar="N", help="keep N rows, chosen by hash")
+    parser.add_argument("--workers", type=int, help="processes; default: one per core")
+    parser.add_argument("--json", action="store_true", help="print the outcome as JSON")
+
+
+def run_subset(arguments: argparse.Namespace) -> int:
+    """Carry the command out; raises ThroughlineError for what the user can mend."""
+    from pipelines.laion_presets import PRESETS, TOP_SHARES, preset_rules
+
+    if arguments.preset == "?":
+        for name, preset in PRESETS.items():
+            print(f"{name:<24}{(preset.__doc__ or '').split(chr(10) + chr(10))[0].replace(chr(10) + '    ', ' ')}")
+        return 0
+    if arguments.limit is not None and arguments.limit < 1:
+        raise ThroughlineError(f"--limit {arguments.limit}: expected at least 1")
+    changes = _changes(arguments.changes)
+    if arguments.where:
+        changes["where"] = arguments.where
+    rules = preset_rules(arguments.preset, changes)
+    by_url = rules.drop_duplicate_urls
+    # The row of a URL that stays is chosen over all parts at once, whatever their order.
+    rules = rules.model_copy(update={"drop_duplicate_urls": False})
+    index = _index(arguments.sources, arguments.out)
+    if arguments.preset in TOP_SHARES:
+        role, share = TOP_SHARES[arguments.preset]
+        field = f"min_{role}"
+        if getattr(rules, field) is None:
+            rules = rules.model_copy(update={field: _threshold(index, role, share)})
+    subsets = _subsets(index, rules, arguments.out, arguments.workers or os.cpu_count() or 1)
+    selection = _selection(subsets, by_url, arguments.limit, arguments.out)
+    _report(arguments, rules, index, subsets, selection)
+    return 0
+
+
+def _changes(settings: Sequence[str]) -> dict[str, Any]:
+    """Return field -> value of ``rule=value`` words."""
+    from pipelines.stage_configs import EntryList
+
+    changes: dict[str, Any] = {}
+    for setting in settings:
+        name, equals, text = setting.partition("=")
+        if not equals:
+            raise ThroughlineError(f"--set {setting}: expected RULE=VALUE, such as min_side_px=512")
+        if name in _LISTS and text != "null":
+            changes[name] = EntryList.scan(text).model_dump()
+            continue
+        try:
+            changes[name] = json.loads(text)
+        except ValueError:
+            changes[name] = text
+        if name.endswith("_allowed") and isinstance(changes[name], str):
+            changes[name] = text.split(",")
+    return changes
+
+
+def _index(sources: Sequence[str], out: Path) -> "StageOutput":
+    from pipelines import laion_index
+    from pipelines.stage_configs import LaionIndexConfig
+
+    out.mkdir(parents=True, exist_ok=True)
+    return laion_index.STAGE.run(LaionIndexConfig.scan(list(sources), out / "digests.json"), {}, out)
+
+
+def _threshold(index: "StageOutput", role: str, share: float) -> float:
+    from pipelines.laion_index import read_parts
+    from pipelines.laion_scores import top_share_threshold
+    from pipelines.source_files import find_sources
+
+    found = find_sources(index.manifest.execution["source"])
+    return top_share_threshold([(found[part.name], part.columns) for part in read_parts(index)], role, share)
+
+
+def _subsets(index: "StageOutput", rules: "LaionSubsetConfig", out: Path, workers: int) -> "list[StageOutput]":
+    """Run the stage for every part, several at a time."""
+    from pipelines import laion_subset
+    from pipelines.laion_index import read_parts
+
+    parts = read_parts(index)
+    finished = {
+        part.part: output
+        for part in parts
+        if (output := laion_subset.STAGE.find_finished(rules, {"index": [index]}, out, part.part)) is not None
+    }
+    waiting = sorted((part for part in parts if part.part not in finished), key=lambda part: -part.num_rows)
+    if min(workers, len(waiting)) == 1:
+        for part in waiting:
+            finished[part.part] = laion_subset.STAGE.run(rules, {"index": [index]}, out, part.part)
+    elif waiting:
+        done = sum(part.num_rows for part in parts if part.part in finished)
+        finished |= _subsets_in_processes(index, rules, out, waiting, min(workers, len(waiting)), done)
+    return [finished[part.part] for part in parts]
+
+
+def _subsets_in_processes(
+    index: "StageOutput", rules: "LaionSubsetConfig", out: Path, parts: "Sequence[Part]", workers: int, rows_done: int
+) -> "Mapping[str, StageOutput]":
+    import threading
+    from concurrent.futures import ProcessPoolExecutor, as_completed
+    from concurrent.futures.process import BrokenProcessPool
+    from multiprocessing import get_context
+
+    from pipelines.progress import Progress
+    from pipelines.stage import StageOutput
+
+    context = get_context("spawn")
+    rows = context.SimpleQueue()
+    finished = {}
+    with Progress("subset", rows_done + sum(part.num_rows for part in parts), "rows", initial=rows_done) as progress:
+        watcher = threading.Thread(target=_watch, args=(rows, progress), daemon=True)
+        watcher.start()
+        pool = ProcessPoolExecutor(workers, context, _start_worker, (rows,))
+        try:
+            request = (rules.model_dump(), str(index.manifest_path), str(out))
+            futures = {pool.submit(_run_part, *request, part.part): part.part for part in parts}
+            for future in as_completed(futures):
+                finished[futures[future]] = StageOutput.load(Path(future.result()))
+        except BrokenProcessPool as error:
+            raise ThroughlineError(
+                "a worker process was killed, most often for want of memory; run the same command again, with fewer "
+                "--workers: finished parts are kept"
+            ) from error
+        finally:
+            pool.shutdown(cancel_futures=True)
+            rows.put(None)
+            watcher.join()
+    return finished
+
+
+class _RowCounter:
+    """Stands for a worker's standard error: turns the stage's progress lines into counts of rows for the parent."""
+
+    def __init__(self, rows: Any) -> None:
+        self._rows, self._done = rows, 0
+
+    def isatty(self) -> bool:
+        return False
+
+    def write(self, line: str) -> None:
+        try:
+            done = json.loads(line)["progress"]["done"]
+        except (ValueError, KeyError, TypeError):
+            os.write(2, line.encode())
+            return
+        self._rows.put(done if done < self._done else done - self._done)
+        self._done = done
+
+    def flush(self) -> None:
+        pass
+
+
+def _start_worker(rows: Any) -> None:
+    import pyarrow as pa
+
+    from pipelines.environment import PROGRESS_JSON
+
+    os.environ[PROGRESS_JSON] = "1"
+    pa.set_cpu_count(1)
+    pa.set_io_thread_count(1)
+    sys.stderr = _RowCounter(rows)
+
+
+def _run_part(rules: dict[str, Any], index_path: str, out: str, part: str) -> str:
+    from pipelines import laion_subset
+    from pipelines.stage import StageOutput
+    from pipelines.stage_configs import LaionSubsetConfig
+
+    index = StageOutput.load(Path(index_path))
+    return str(
+        laion_subset.STAGE.run(
+            LaionSubsetConfig.model_validate(rules), {"index": [index]}, Path(out), part
+        ).manifest_path
+    )
+
+
+def _watch(rows: Any, progress: Any) -> None:
+    while (count := rows.get()) is not None:
+        progress.advance(count)
+
+
+def _selection(subsets: "list[StageOutput]", by_url: bool, limit: int | None, out: Path) -> "StageOutput":
+    from pipelines import laion_selection
+    from pipelines.stage_configs import LaionSelectionConfig
+
+    config = LaionSelectionConfig(drop_duplicate_urls=by_url, limit=limit)
+    return laion_selection.STAGE.run(config, {"subset": subsets}, out)
+
+
+def _report(
+    arguments: argparse.Namespace,
+    rules: "LaionSubsetConfig",
+    index: "StageOutput",
+    subsets: "list[StageOutput]",
+    selection: "StageOutput",
+) -> None:
+    from collections import Counter
+
+    from orchestration.funnel import funnel_lines, funnel_svg, steps_of
+    from pipelines import laion_rules, laion_selection
+    from pipelines.atomic import write_bytes
+    from pipelines.config import identity_of
+
+    dropped: Counter[str] = Counter()
+    for output in [*subsets, selection]:
+        assert output.manifest.conservation is not None
+        dropped.update(output.manifest.conservation.dropped)
+    rows_in = index.manifest.summary["num_rows"]
+    order = [reason for reason in laion_rules.REASONS if not reason.startswith("duplicate")]
+    steps = steps_of(rows_in, dropped, [*order, *laion_selection.REASONS])
+    title = f"{arguments.preset or 'subset'}: {selection.manifest.summary['num_kept']:,} of {rows_in:,} rows"
+    picture = arguments.out / "funnel.svg"
+    write_bytes(picture, funnel_svg(title, rows_in, steps).encode())
+    if arguments.json:
+        outcome = {
+            "rows_in": rows_in,
+            "rows_out": selection.manifest.summary["num_kept"],
+            "dropped": {step.reason: step.lost for step in steps},
+            "preset": arguments.preset,
+            "rules": identity_of(rules),
+            "index": str(index.manifest_path),
+            "subsets": [str(output.manifest_path) for output in subsets],
+            "selection": str(selection.manifest_path),
+            "files": [str(path) for path in selection.files(".parquet") if path.name.startswith("rows-")],
+            "funnel": str(picture),
+        }
+        print(json.dumps(outcome, indent=1, ensure_ascii=False))
+        return
+    for line in funnel_lines(rows_in, steps):
+        print(line)
+    print(f"rows:   {selection.folder}/rows-*.parquet")
+    print(f"funnel: {picture}")
