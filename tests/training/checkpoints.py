@@ -10,10 +10,10 @@ from training.config import CheckpointConfig, ModelConfig, Strategy
 from training.saved_model import (
     CONDITIONING_NAME,
     MODEL_CONFIG_NAME,
-    WEIGHTS_NAME,
     ConditioningRecord,
     write_conditioning,
 )
+from training.weight_files import WEIGHTS_NAME
 
 
 def write_checkpoint(
