@@ -7,6 +7,7 @@ import ctypes
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from pipelines.config import FrozenConfig
 from pipelines.environment import PROGRESS_JSON
@@ -63,33 +64,81 @@ class AccelerateLaunch(FrozenConfig):
     machine_rank: int = Field(0, ge=0)
     main_process_ip: str | None = None
     main_process_port: int | None = Field(None, ge=0, le=65535)
-    """None lets accelerate choose; on several machines it must be given."""
+    """None lets accelerate choose; on several machines it must be given, as must the address."""
     threads_per_process: int = Field(1, ge=1)
     config_file: str | None = None
-    """An accelerate configuration (FSDP, DeepSpeed); the fields above override it."""
+    """An accelerate configuration of your own in the place of the one written from these fields, which override it."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "AccelerateLaunch":
+        if self.num_processes % self.num_machines:
+            raise ValueError(
+                f"num_processes {self.num_processes} is not a multiple of num_machines {self.num_machines}"
+            )
+        if self.machine_rank >= self.num_machines:
+            raise ValueError(
+                f"machine_rank {self.machine_rank}: with num_machines {self.num_machines} the last is "
+                f"{self.num_machines - 1}"
+            )
+        if self.num_machines > 1 and (self.main_process_ip is None or self.main_process_port is None):
+            raise ValueError("several machines need main_process_ip and main_process_port, those of machine 0")
+        return self
 
     @property
     def variables(self) -> dict[str, str]:
         """Environment of the processes."""
         return {**self.environment, "ACCELERATE_USE_CPU": "true"} if self.cpu else self.environment
 
-    def command(self, module: str, requests: Sequence[Path]) -> list[str]:
-        arguments = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]
+    def files(self, requests: Sequence[Path]) -> dict[Path, str]:
+        """Return what has to be written before the command runs: accelerate's configuration."""
         if self.config_file:
-            arguments += ["--config_file", self.config_file]
-        arguments += ["--num_processes", str(self.num_processes), "--num_machines", str(self.num_machines)]
-        arguments += ["--machine_rank", str(self.machine_rank), "--mixed_precision", self.mixed_precision]
-        arguments += ["--num_cpu_threads_per_process", str(self.threads_per_process), "--dynamo_backend", "no"]
-        if self.num_processes > 1 and not self.config_file:
-            # Also on a CPU: `--cpu` with several processes asks for MPI and, without it, quietly starts one.
-            arguments.append("--multi_gpu")
-        elif self.cpu:
+            return {}
+        config = {
+            "compute_environment": "LOCAL_MACHINE",
+            # Also on a CPU: accelerate's MULTI_CPU asks for MPI and, without it, quietly starts one process.
+            "distributed_type": "MULTI_GPU" if self.num_processes > 1 else "NO",
+            "num_machines": self.num_machines,
+            "num_processes": self.num_processes,
+            "machine_rank": self.machine_rank,
+            "main_process_ip": self.main_process_ip,
+            "main_process_port": self.main_process_port,
+            "rdzv_backend": "static",
+            "same_network": True,
+            "mixed_precision": self.mixed_precision,
+            "use_cpu": self.cpu and self.num_processes == 1,
+            "dynamo_config": {"dynamo_backend": "NO"},
+        }
+        return {_accelerate_config(requests): _yaml(config)}
+
+    def command(self, module: str, requests: Sequence[Path]) -> list[str]:
+        """Return the command of this machine."""
+        return self.command_on(self.machine_rank, module, requests)
+
+    def command_on(self, machine_rank: int, module: str, requests: Sequence[Path]) -> list[str]:
+        """Return the command of one of the machines; requests and configuration must lie there under the same paths."""
+        arguments = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]
+        arguments += ["--config_file", self.config_file or str(_accelerate_config(requests))]
+        if self.config_file:
+            arguments += ["--num_processes", str(self.num_processes), "--num_machines", str(self.num_machines)]
+            arguments += ["--mixed_precision", self.mixed_precision, "--dynamo_backend", "no"]
+            if self.main_process_ip:
+                arguments += ["--main_process_ip", self.main_process_ip]
+            if self.main_process_port is not None:
+                arguments += ["--main_process_port", str(self.main_process_port)]
+        arguments += ["--machine_rank", str(machine_rank)]
+        arguments += ["--num_cpu_threads_per_process", str(self.threads_per_process)]
+        if self.cpu and self.num_processes == 1:
             arguments.append("--cpu")
-        if self.main_process_ip:
-            arguments += ["--main_process_ip", self.main_process_ip]
-        if self.main_process_port is not None:
-            arguments += ["--main_process_port", str(self.main_process_port)]
         return [*arguments, "--module", module, *_config_arguments(requests)]
+
+
+def _accelerate_config(requests: Sequence[Path]) -> Path:
+    return requests[0].with_suffix(".accelerate.yaml")
+
+
+def _yaml(values: Mapping[str, Any]) -> str:
+    """Return values as YAML, of which JSON is a part; what is None is left out."""
+    return "".join(f"{name}: {json.dumps(value)}\n" for name, value in values.items() if value is not None)
 
 
 class RayJobLaunch(FrozenConfig):
@@ -162,8 +211,17 @@ class Launcher:
         log_path = folder / f"{stamp}.log"
         tail: deque[str] = deque(maxlen=_TAIL_LINES)
         command = form.command(module, paths)
+        others = []
+        if isinstance(form, AccelerateLaunch):
+            for path, content in form.files(paths).items():
+                path.write_text(content)
+            ranks = (rank for rank in range(form.num_machines) if rank != form.machine_rank)
+            others = [f"machine {rank}: {shlex.join(form.command_on(rank, module, paths))}" for rank in ranks]
         with log_path.open("w", buffering=1) as log:
-            log.write(f"$ {' '.join(command)}\n")
+            log.write(f"$ {shlex.join(command)}\n")
+            for line in others:
+                log.write(line + "\n")
+                self._on_line(line)
             status = self._watch(command, form.variables, log.write, tail)
         if status != 0:
             raise StageFailed(_sentence(_names(requests), status, list(tail), log_path))

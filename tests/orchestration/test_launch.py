@@ -115,6 +115,39 @@ def _is_running(pid: int) -> bool:
         return False
 
 
+def test_accelerate_reads_the_configuration_written_for_it(tmp_path: Path) -> None:
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    form = AccelerateLaunch(
+        num_processes=16, num_machines=2, mixed_precision="bf16", main_process_ip="10.0.0.1", main_process_port=29500
+    )
+    ((path, content),) = form.files([tmp_path / "1.json"]).items()
+    path.write_text(content)
+    read = load_config_from_file(str(path))
+    assert (read.num_processes, read.num_machines, read.machine_rank) == (16, 2, 0)
+    assert (read.main_process_ip, read.main_process_port, read.mixed_precision) == ("10.0.0.1", 29500, "bf16")
+    assert read.distributed_type == "MULTI_GPU"
+    first, second = (form.command_on(rank, "training.checkpoint", [tmp_path / "1.json"]) for rank in (0, 1))
+    assert first == form.command("training.checkpoint", [tmp_path / "1.json"])
+    assert first[first.index("--config_file") + 1] == str(path)
+    differing = [(one, two) for one, two in zip(first, second, strict=True) if one != two]
+    assert differing == [("0", "1")]
+    assert first[first.index("0") - 1] == "--machine_rank"
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"num_processes": 4, "num_machines": 2}, "several machines need main_process_ip"),
+        ({"num_processes": 3, "num_machines": 2}, "not a multiple of num_machines"),
+        ({"num_processes": 2, "machine_rank": 1}, "machine_rank 1"),
+    ],
+)
+def test_machines_that_do_not_fit_are_refused(fields: dict[str, int], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        AccelerateLaunch.model_validate(fields)
+
+
 def test_launch_forms_give_every_request_to_the_module() -> None:
     requests = [Path("/r/1.json"), Path("/r/2.json")]
     ends = ["--config", "/r/1.json", "--config", "/r/2.json"]
