@@ -131,7 +131,7 @@ def _training(config: ModelConfig, strategy: Strategy, batch_size: int, mode: st
     return {
         "ms": round(seconds * 1e3, 2),
         "images per second": round(batch_size / seconds, 1),
-        "TFLOP": round(flops / 1e12, 3),
+        "TFLOP": float(f"{flops / 1e12:.4g}"),
         "utilisation": None if peak is None else round(flops / seconds / peak, 3),
         "peak memory, GiB": round(torch.cuda.max_memory_allocated() / 2**30, 2) if device == "cuda" else None,
     }
