@@ -8,7 +8,8 @@ core (``taskset -c 0``). All ways get the same pictures (256 px, JPEG quality 95
 - writing from encoded pictures: our writer with its digests and index, and without the digests; webdataset's TarWriter;
   img2dataset's WebDataset writer with its table, where `--img2dataset` names a Python that has it;
 - writing from decoded pictures: the same, each after its own JPEG encoder (Pillow for us and webdataset, OpenCV for
-  img2dataset), with the encoder alone as the limit;
+  img2dataset) from pictures as its decoder leaves them (Pillow images, OpenCV arrays), with Pillow's encoder alone as
+  the limit;
 - reading with decoding: our shards in sequence and in the shuffled global order, webdataset in sequence, each with one
   decoder (Pillow, to RGB pixels), and that decoder alone on pictures in memory as the limit.
 """
@@ -81,9 +82,9 @@ def _pictures(count: int) -> np.ndarray:
     return pictures
 
 
-def _jpeg(pixels: np.ndarray) -> bytes:
+def _jpeg(picture: Image.Image) -> bytes:
     buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "JPEG", quality=_QUALITY)
+    picture.save(buffer, "JPEG", quality=_QUALITY)
     return buffer.getvalue()
 
 
@@ -109,8 +110,9 @@ class _World:
 
     def __init__(self, folder: Path, count: int) -> None:
         self.folder = folder
-        self.pixels = _pictures(count)
-        self.images = [_jpeg(picture) for picture in self.pixels]
+        pixels = _pictures(count)
+        self.pictures = [Image.fromarray(picture) for picture in pixels]
+        self.images = [_jpeg(picture) for picture in self.pictures]
         captions = [
             f"A dense caption of picture {index}, {'with its colours and objects, ' * 8}." for index in range(count)
         ]
@@ -120,7 +122,7 @@ class _World:
             self.shards.append(folder / f"input-{start // _SHARD_SAMPLES:05d}.tar")
             part = slice(start, start + _SHARD_SAMPLES)
             self._write_ours(self.shards[-1], self.images[part], self.records[part], digests=True)
-        np.save(folder / "pixels.npy", self.pixels)
+        np.save(folder / "pixels.npy", pixels)
 
     def _write_ours(self, path: Path, images: Iterable[bytes], records: list[dict[str, Any]], *, digests: bool) -> None:
         with path.open("wb") as stream:
@@ -141,7 +143,7 @@ class _World:
         self._write_ours(self.folder / "ours.tar", self.images, self.records, digests=False)
 
     def ours_decoded(self) -> None:
-        self._write_ours(self.folder / "ours.tar", map(_jpeg, self.pixels), self.records, digests=True)
+        self._write_ours(self.folder / "ours.tar", map(_jpeg, self.pictures), self.records, digests=True)
 
     def _write_webdataset(self, images: Iterable[bytes]) -> None:
         with TarWriter(str(self.folder / "webdataset.tar")) as writer:
@@ -152,10 +154,10 @@ class _World:
         self._write_webdataset(self.images)
 
     def webdataset_decoded(self) -> None:
-        self._write_webdataset(map(_jpeg, self.pixels))
+        self._write_webdataset(map(_jpeg, self.pictures))
 
     def encoder(self) -> None:
-        for picture in self.pixels:
+        for picture in self.pictures:
             _jpeg(picture)
 
     def read_in_sequence(self) -> None:
