@@ -1,6 +1,6 @@
 """What a training step costs: floating-point operations of the model, and what the device could do in the time.
 
-Letters: N image tokens, S text tokens.
+S is the number of text tokens.
 """
 
 import resource
@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from training.config import ModelConfig, Strategy
+from training.flops import count_flops
 
 _BACKWARD_FACTOR = 3
 """A training step computes each product once forwards and twice backwards."""
@@ -29,7 +30,7 @@ _PEAK_BFLOAT16 = {
 
 
 @dataclass(frozen=True)
-class ImageFlops:
+class StepFlops:
     """Operations of one image in a training step, recomputation left out: `fixed` + `per_text_token` * S."""
 
     fixed: int
@@ -40,34 +41,23 @@ class ImageFlops:
         return self.fixed * num_images + self.per_text_token * num_text_tokens
 
 
-def training_flops(config: ModelConfig, strategy: Strategy) -> ImageFlops:
+def training_flops(config: ModelConfig, strategy: Strategy) -> StepFlops:
     """Count one image in a training step: two operations per multiplication and addition, attention products included.
 
     Norms, rotary positions and the like are left out, as is usual; the frozen text encoder has no part in a step. The
     count is that of the equations, products in the order they stand in: where the model finds a cheaper order
     (`DiT.text_keys_values`), the saving shows as a higher utilisation.
     """
-    hidden, blocks, width = config.hidden_size, config.num_blocks, config.text_width
-    query, key_value = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    num_tokens = (config.latent_size // config.patch_size) ** 2
-    has_cross_attention = strategy is not Strategy.FUSE_DIT
-    per_block = hidden * (2 * query + 2 * key_value + 3 * config.mlp_width)
-    if has_cross_attention:
-        per_block += 2 * hidden * query
-    per_image_token = blocks * per_block + 2 * hidden * config.latent_channels * config.patch_size**2
-    # Image tokens look at each other and at the text, in one attention (fuse_dit) or in two.
-    fixed = num_tokens * (per_image_token + blocks * 2 * num_tokens * query)
-    per_text_token = blocks * 2 * num_tokens * query
-    if config.timestep_conditioning == "adaln":
-        fixed += 256 * hidden + 9 * hidden**2
-    if has_cross_attention:
-        variants = blocks if strategy in (Strategy.DEPTH_WISE, Strategy.JOINT) else 1
-        is_fixed = strategy in (Strategy.PENULTIMATE, Strategy.UNIFORM)
-        fusion = 0 if is_fixed else config.num_text_layers * width
-        per_text_token += variants * (width**2 + fusion) + blocks * 2 * width * key_value
-        if strategy.has_time_gate:
-            fixed += variants * config.gate_width * (config.gate_embedding_size + config.num_text_layers)
-    return ImageFlops(2 * _BACKWARD_FACTOR * fixed, 2 * _BACKWARD_FACTOR * per_text_token)
+
+    def forward(num_text_tokens: int) -> int:
+        flops = count_flops(
+            config, strategy, None, latent_size=config.latent_size, cached=False, num_steps=1,
+            num_text_tokens=num_text_tokens, num_branches=1,
+        )  # fmt: skip
+        return _BACKWARD_FACTOR * (flops.total + flops.attention)
+
+    fixed = forward(0)
+    return StepFlops(fixed, forward(1) - fixed)
 
 
 def peak_flops_of(device: torch.device, precision: str) -> float | None:
