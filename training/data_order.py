@@ -7,6 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pipelines.sample_order import SampleOrder
+
 
 class DataOrder:
     """Training order as a pure function of (data version of the dataset, seed, batch size, step).
@@ -18,25 +20,12 @@ class DataOrder:
     def __init__(self, data_version: str, seed: int, batch_size: int, num_samples: int) -> None:
         if num_samples < 1:
             raise ValueError("the dataset has no training samples")
-        self._data_version, self._seed = data_version, seed
+        self._order = SampleOrder(data_version, seed, num_samples)
         self.batch_size, self.num_samples = batch_size, num_samples
-        self._passes: dict[int, np.ndarray] = {}
 
     def indices(self, step: int) -> np.ndarray:
         """Return the sample indices (B,) int64 of a step, in the order of their positions in the global batch."""
-        places = np.arange(step * self.batch_size, (step + 1) * self.batch_size, dtype=np.int64)
-        passes, offsets = np.divmod(places, self.num_samples)
-        needed = range(int(passes[0]), int(passes[-1]) + 1)
-        self._passes = {index: self._permutation(index) for index in needed}
-        return np.concatenate([self._passes[index][offsets[passes == index]] for index in needed])
-
-    def _permutation(self, pass_index: int) -> np.ndarray:
-        if pass_index in self._passes:
-            return self._passes[pass_index]
-        words = f"order:{self._data_version}:{self._seed}:{pass_index}".encode()
-        key = int.from_bytes(hashlib.blake2b(words, digest_size=16).digest(), "little")
-        # Raw Philox words are the same in every numpy version; Generator.permutation promises no such thing.
-        return np.argsort(np.random.Philox(key=key).random_raw(self.num_samples), kind="stable").astype(np.int64)
+        return self._order.take(step * self.batch_size, (step + 1) * self.batch_size)
 
 
 class Ledger:
