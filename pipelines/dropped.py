@@ -15,8 +15,6 @@ if TYPE_CHECKING:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    from pipelines.digest import HashingWriter
-
 _BATCH_ROWS = 65_536
 _COPY_BYTES = 1 << 20
 _COLUMNS = ("sample_key", "reason", "detail")
@@ -33,6 +31,7 @@ class DropWriter:
         self._temporary = path.with_name(path.name + ".tmp")
         self._buffer: tuple[list[str], list[str], list[str]] = ([], [], [])
         self._batches: list[pa.RecordBatch] = []
+        self._as_arrays = False
         self._num_pending = 0
         self._stream: IO[bytes] | None = None
         self._writer: pq.ParquetWriter | None = None
@@ -51,7 +50,8 @@ class DropWriter:
         import pyarrow as pa
         import pyarrow.compute as pc
 
-        self._pack()
+        assert self._as_arrays or not self.counts, "a unit drops rows one by one or in arrays"
+        self._as_arrays = True
         for item in pc.value_counts(reasons).to_pylist():
             self.counts[item["values"]] += item["counts"]
         columns = [sample_keys, reasons.dictionary_decode(), details]
@@ -86,15 +86,20 @@ class DropWriter:
 
     def _flush(self) -> None:
         import pyarrow as pa
+        import pyarrow.parquet as pq
 
         self._pack()
         table = pa.Table.from_batches(self._batches)
         self._batches.clear()
         self._num_pending = 0
+        if self._as_arrays:
+            table = table.append_column("unit", pa.repeat(self._unit, table.num_rows))
         if self._writer is None:
             self._stream = self._temporary.open("wb")
-            self._writer = _open_writer(self._stream)
-        self._writer.write_table(_with_unit(table, self._unit), row_group_size=_BATCH_ROWS)
+            # No two of millions of keys are alike: a dictionary of them would be built to be thrown away.
+            dictionaries: bool | list[str] = ["reason", "unit"] if self._as_arrays else True
+            self._writer = pq.ParquetWriter(self._stream, table.schema, compression="zstd", use_dictionary=dictionaries)
+        self._writer.write_table(table, row_group_size=_BATCH_ROWS)
 
     def _finish(self) -> None:
         if self._num_pending:
@@ -112,40 +117,26 @@ def gather_drops(units: Sequence[tuple[str, Path]], target: Path) -> FileEntry:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    schema = pa.schema([(name, pa.string()) for name in (*_COLUMNS, "unit")])
     num_rows = 0
     with atomic_writer(target) as stream:
-        if len(units) == 1:
+        if len(units) == 1 and pq.read_schema(units[0][1]).names == schema.names:
             # The one file is the table: millions of rows are not worth writing anew.
             with units[0][1].open("rb") as source:
                 num_rows = pq.read_metadata(source).num_rows
                 source.seek(0)
                 shutil.copyfileobj(source, stream, _COPY_BYTES)
         else:
-            with _open_writer(stream) as writer:
+            with pq.ParquetWriter(stream, schema, compression="zstd") as writer:
                 pending: list[pa.RecordBatch] = []
-                for _, path in units:
+                for name, path in units:
                     with pq.ParquetFile(path) as rows:
-                        for batch in rows.iter_batches(_BATCH_ROWS):
-                            pending.append(batch)
+                        for batch in rows.iter_batches(_BATCH_ROWS, columns=list(_COLUMNS)):
+                            pending.append(batch.append_column("unit", pa.repeat(name, batch.num_rows)))
                             if sum(item.num_rows for item in pending) >= _BATCH_ROWS:
                                 num_rows += _write(writer, pending)
                 num_rows += _write(writer, pending)
     return FileEntry(path=target.name, sha256=stream.sha256, num_bytes=stream.num_bytes, num_rows=num_rows)
-
-
-def _open_writer(stream: "IO[bytes] | HashingWriter") -> "pq.ParquetWriter":
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    schema = pa.schema([(name, pa.string()) for name in (*_COLUMNS, "unit")])
-    # No two keys and few details are alike: a dictionary of them would be built to be thrown away.
-    return pq.ParquetWriter(stream, schema, compression="zstd", use_dictionary=["reason", "unit"])
-
-
-def _with_unit(table: "pa.Table", unit: str) -> "pa.Table":
-    import pyarrow as pa
-
-    return table.append_column("unit", pa.repeat(pa.scalar(unit, pa.string()), table.num_rows))
 
 
 def _write(writer: "pq.ParquetWriter", pending: "list[pa.RecordBatch]") -> int:

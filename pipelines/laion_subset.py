@@ -143,7 +143,7 @@ def read_batches(
     labels = [columns[role] for role in LABELS if role in columns]
     with open_metadata(path, labels) as metadata:
         try:
-            for batch in metadata.iter_batches(batch_rows, columns=[*columns.values(), *own], use_threads=False):
+            for batch in _raw_batches(metadata, batch_rows, [*columns.values(), *own]):
                 arrays = {
                     role: _cast(batch[columns[role]], kind, role in LABELS)
                     if role in columns
@@ -157,6 +157,18 @@ def read_batches(
         except (pa.ArrowException, OSError) as error:
             reason = str(error).splitlines()[0]
             raise ThroughlineError(f"{path}: damaged metadata ({reason}); fetch the file again") from error
+
+
+def _raw_batches(metadata: "pq.ParquetFile", batch_rows: int, columns: list[str]) -> "Iterator[pa.RecordBatch]":
+    """Yield the rows, a few row groups read ahead at a time: asked for all at once, the whole file would be."""
+    groups: list[int] = []
+    num_rows = 0
+    for group in range(metadata.num_row_groups):
+        groups.append(group)
+        num_rows += metadata.metadata.row_group(group).num_rows
+        if num_rows >= batch_rows or group + 1 == metadata.num_row_groups:
+            yield from metadata.iter_batches(batch_rows, row_groups=groups, columns=columns, use_threads=False)
+            groups, num_rows = [], 0
 
 
 def _cast(array: "pa.Array", kind: "pa.DataType", keep_dictionary: bool) -> "pa.Array":
