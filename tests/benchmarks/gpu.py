@@ -23,7 +23,8 @@ from tests.benchmarks.model_shape import built, random_texts
 from tests.benchmarks.record import write_results
 from training.config import ModelConfig, SamplerConfig, Strategy, TrainingConfig
 from training.feature_source import Batch, pad_texts, prepare_text
-from training.loop import batch_losses, build_optimizer
+from training.loop import batch_losses
+from training.run_state import build_optimizer
 from training.sampling import TextBatch, sample_latents
 
 SHAPES = {

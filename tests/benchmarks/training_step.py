@@ -26,7 +26,8 @@ from tests.benchmarks.model_shape import (
 from tests.benchmarks.record import write_results
 from training.config import ModelConfig, Strategy, TrainingConfig
 from training.feature_source import Batch, pad_texts, prepare_text
-from training.loop import batch_losses, build_optimizer
+from training.loop import batch_losses
+from training.run_state import build_optimizer
 
 
 def training_step(config: ModelConfig, strategy: Strategy, args: argparse.Namespace) -> Callable[[], object]:
