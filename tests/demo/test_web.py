@@ -77,6 +77,7 @@ def crawl(world: World) -> dict[str, FetchStatus]:
     return asyncio.run(fetch_all())
 
 
+@pytest.mark.slow
 def test_a_crawler_meets_every_behaviour_as_written_and_again_when_it_comes_back(world: World, base_url: str) -> None:
     expected = {row["url"]: row["outcome"] for row in world.truth() if row["flaw"] is None}
     assert {row["behaviour"] for row in world.truth()} == set(BEHAVIOURS)

@@ -100,6 +100,7 @@ def _statuses(execution: Execution, instance: dg.DagsterInstance) -> dict[str, S
     }
 
 
+@pytest.mark.slow
 def test_everything_is_fresh_after_it_was_materialized(materialize_all: Carry, instance: dg.DagsterInstance) -> None:
     execution = _record_all(materialize_all(), instance)
     statuses = _statuses(execution, instance)
@@ -107,6 +108,7 @@ def test_everything_is_fresh_after_it_was_materialized(materialize_all: Carry, i
     assert len(statuses) == 14
 
 
+@pytest.mark.slow
 def test_a_new_checkpoint_makes_its_own_arms_stale_and_no_others(
     materialize_all: Carry, instance: dg.DagsterInstance
 ) -> None:

@@ -63,6 +63,7 @@ def test_outputs_that_dagster_does_not_know_are_recorded_without_a_process(
     assert not starts.exists()
 
 
+@pytest.mark.slow
 def test_a_failure_stops_the_run_with_one_sentence_and_keeps_what_was_finished(
     profile: SmallProfile, instance: dg.DagsterInstance
 ) -> None:
@@ -76,6 +77,7 @@ def test_a_failure_stops_the_run_with_one_sentence_and_keeps_what_was_finished(
     assert run.tallies["kept"].computed == 1
 
 
+@pytest.mark.slow
 def test_the_evaluation_job_leaves_data_and_training_alone(profile: SmallProfile, instance: dg.DagsterInstance) -> None:
     execution = execution_of(profile)
     definitions = build_definitions(execution)

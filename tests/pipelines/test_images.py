@@ -99,6 +99,7 @@ def test_failures_below_the_share_and_opt_outs_do_not_stop(server: HostileServer
         run_images(server, subset, tmp_path / "strict", rows_per_shard=40, failure_window=20, max_failure_share=0.8)
 
 
+@pytest.mark.slow
 def test_a_killed_download_resumes_to_the_same_bytes_and_leaves_no_process(
     server: HostileServer, tmp_path: Path
 ) -> None:

@@ -32,6 +32,7 @@ def start(*arguments: str) -> "subprocess.Popen[str]":
     )
 
 
+@pytest.mark.slow
 def test_a_run_killed_at_any_line_resumes_to_the_same_data_version(tmp_path: Path) -> None:
     expected = STAGE.run(ToyConfig(), {}, tmp_path / "here").data_version
     driver = start("-m", toy_stage.__name__, "kill", str(tmp_path / "there"), "17")

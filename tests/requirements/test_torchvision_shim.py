@@ -6,6 +6,8 @@ import sys
 import textwrap
 from pathlib import Path
 
+import pytest
+
 SHIM = Path(__file__).resolve().parents[2] / "requirements" / "torchvision_shim.py"
 
 FAKE_TORCHVISION = textwrap.dedent(
@@ -42,6 +44,7 @@ def _write_fake_torchvision(folder: Path, library: bytes | None) -> None:
         (package / "_C.so").write_bytes(library)
 
 
+@pytest.mark.slow
 def test_unloadable_library_gets_its_schemas_defined(tmp_path: Path) -> None:
     _write_fake_torchvision(tmp_path, b"not a library")
     _install(tmp_path)
@@ -71,6 +74,7 @@ def test_shim_costs_no_torch_import_until_torchvision_is_imported(tmp_path: Path
     assert done.stdout.strip() == "False", done.stderr
 
 
+@pytest.mark.slow
 def test_environment_imports_torchvision() -> None:
     done = subprocess.run([sys.executable, "-c", "import torchvision"], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
