@@ -56,9 +56,13 @@ class TrainConfig:
     tower_steps: int = 800
     tower_batch: int = 64
     steps: int = 3000
+    finish_steps: int = 300
+    """Steps of each round at the end, at a lower rate, in which wear counts for more: it is learned last."""
     batch: int = 32
     rated_share: float = 0.2
     """Share of each batch's pictures that are worn or scrambled, and rated instead of described."""
+    finish_rated_shares: tuple[float, ...] = (0.5, 0.8)
+    """The same in the rounds of the finish."""
     questions_per_scene: int = 7
     muon_rate: float = 0.02
     adam_rate: float = 2e-3
@@ -69,6 +73,18 @@ class TrainConfig:
     """Weight of what the cells hold beside the words' loss."""
     severity_weight: float = 5.0
     """Weight of the squared error of a picture's wear, read off the tower, beside what the cells hold."""
+    finish_severity_weight: float = 60.0
+
+    @property
+    def finish_from(self) -> int:
+        """The first step of the finish."""
+        return self.tower_steps + self.steps
+
+    def rated_share_at(self, step: int) -> float:
+        """Share of rated pictures in the batch of a step."""
+        if step < self.finish_from:
+            return self.rated_share
+        return self.finish_rated_shares[(step - self.finish_from) // self.finish_steps]
 
 
 def degrade(picture: Image.Image, severity: float, rng: np.random.Generator) -> Image.Image:
@@ -191,7 +207,7 @@ class Batches(Dataset[dict[str, Any]]):
         rng = np.random.default_rng((config.seed, step))
         tower_only = step < config.tower_steps
         size = config.tower_batch if tower_only else config.batch
-        num_rated = round(config.rated_share * size)
+        num_rated = round(config.rated_share_at(step) * size)
         scenes = [sample_scene(rng) for _ in range(size)]
         wear = np.zeros((size, 2), np.float32)
         wear[:num_rated, 0] = rng.random(num_rated) * (rng.random(num_rated) < 0.9)
@@ -329,14 +345,21 @@ class Trainer:
         temporary.replace(self._checkpoint)
 
     def _rate(self) -> float:
-        """Linear warm-up and a cosine to zero, once for the tower and once for the whole."""
+        """Linear warm-up and a cosine, once for the tower, once for the whole, once a round of the finish."""
         config = self.config
         if self.step < config.tower_steps:
-            at, length, low = self.step, config.tower_steps, 0.3
+            at, length, high, low = self.step, config.tower_steps, 1.0, 0.3
+        elif self.step < config.finish_from:
+            at, length, high, low = self.step - config.tower_steps, config.steps, 1.0, 0.0
         else:
-            at, length, low = self.step - config.tower_steps, config.steps, 0.0
+            at, length, high, low = (
+                (self.step - config.finish_from) % config.finish_steps,
+                config.finish_steps,
+                0.4,
+                0.0,
+            )
         warm = min(1.0, (at + 1) / config.warmup_steps)
-        return float(warm * (low + (1 - low) * 0.5 * (1 + np.cos(np.pi * at / length))))
+        return float(warm * (low + (high - low) * 0.5 * (1 + np.cos(np.pi * at / length))))
 
     def train_step(self, batch: dict[str, Any]) -> dict[str, float]:
         """One update; returns what to log."""
@@ -350,7 +373,9 @@ class Trainer:
         seen = inner.visual(torch.from_numpy(batch["pixels"]), grid_thw=grid)
         tokens = seen.pooler_output.view(size, GRID * GRID, -1)
         cells, background, wear = (torch.from_numpy(batch[name]) for name in ("cells", "background", "wear"))
-        loss, figures = self.head.loss(tokens, cells, background, wear, self.config.severity_weight)
+        finishing = self.step >= self.config.finish_from
+        weight = self.config.finish_severity_weight if finishing else self.config.severity_weight
+        loss, figures = self.head.loss(tokens, cells, background, wear, weight)
         log |= figures
         if "ids" in batch:
             logits, labels, is_rating = self._logits(batch, seen)
@@ -403,7 +428,7 @@ def train(config: TrainConfig, work_dir: Path, out: Path, *, stop_after: int | N
     work_dir.mkdir(parents=True, exist_ok=True)
     trainer = Trainer(config, work_dir)
     trainer.resume()
-    last = config.tower_steps + config.steps
+    last = config.finish_from + config.finish_steps * len(config.finish_rated_shares)
     stop = last if stop_after is None else min(last, trainer.step + stop_after)
     loader: DataLoader[dict[str, Any]] = DataLoader(
         Batches(config, trainer.tokenizer, trainer.step, stop), batch_size=None, num_workers=1, prefetch_factor=4,
@@ -435,15 +460,15 @@ def main() -> None:
     parser.add_argument("--stop-after", type=int, default=None, help="stop after so many steps of this run")
     parser.add_argument("--save-every", type=int, default=200, help="steps between checkpoints")
     parser.add_argument("--threads", type=int, default=1)
-    for name in ("steps", "tower_steps", "batch"):
+    for name in ("steps", "tower_steps", "finish_steps", "batch"):
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=getattr(TrainConfig, name))
     for name in ("muon_rate", "adam_rate"):
         parser.add_argument(f"--{name.replace('_', '-')}", type=float, default=getattr(TrainConfig, name))
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     config = TrainConfig(
-        steps=args.steps, tower_steps=args.tower_steps, batch=args.batch, muon_rate=args.muon_rate,
-        adam_rate=args.adam_rate,
+        steps=args.steps, tower_steps=args.tower_steps, finish_steps=args.finish_steps, batch=args.batch,
+        muon_rate=args.muon_rate, adam_rate=args.adam_rate,
     )  # fmt: skip
     train(config, args.work_dir, args.out, stop_after=args.stop_after, save_every=args.save_every)
 
