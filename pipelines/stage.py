@@ -4,7 +4,7 @@ An output root looks like this::
 
     <root>/<stage>/<data_version>/            finished and immutable: files, dropped.parquet, manifest.json
     <root>/<stage>/fingerprints/<fingerprint> names the data version that this fingerprint gave
-    <root>/<stage>/work/<fingerprint>/        a run under way or killed: out/ (files), units/ (journal), scratch/
+    <root>/<stage>/unfinished/<fingerprint>/  a run under way or killed: out/ (files), units/ (journal), scratch/
     <root>/<stage>/logs/                      curves for people, by run; no part of any output, deleted at will
 
 A stage's work is split into units (one shard, one file, one table). A unit's journal entry is written when all its
@@ -49,6 +49,7 @@ from pipelines.progress import Progress
 if TYPE_CHECKING:
     import pyarrow as pa
 
+_UNFINISHED = "unfinished"
 ConfigT = TypeVar("ConfigT", bound=FrozenConfig)
 Verify = Literal["size", "digest"]
 
@@ -324,9 +325,9 @@ class Stage(Generic[ConfigT]):
         """
         fingerprint = self.fingerprint(config, inputs, partition)
         stage_root = output_root / self.name
-        work_folder = stage_root / "work" / fingerprint
-        (stage_root / "work").mkdir(parents=True, exist_ok=True)
-        with _exclusive(stage_root / "work" / f"{fingerprint}.lock"):
+        work_folder = stage_root / _UNFINISHED / fingerprint
+        (stage_root / _UNFINISHED).mkdir(parents=True, exist_ok=True)
+        with _exclusive(stage_root / _UNFINISHED / f"{fingerprint}.lock"):
             finished = self.find_finished(config, inputs, output_root, partition, verify)
             if finished is not None:
                 shutil.rmtree(work_folder, ignore_errors=True)  # left where a kill fell between rename and clean-up

@@ -5,6 +5,7 @@ K rows of prepared text. The backbone is that of arXiv 2602.03510: a block is x 
 x += MLP(norm x), with no timestep conditioning unless the configuration adds it.
 """
 
+from abc import ABC, abstractmethod
 from typing import cast
 
 import torch
@@ -112,7 +113,7 @@ class Block(nn.Module):
         return self.attention(x, *rotary)
 
 
-class Backbone(nn.Module):
+class Backbone(nn.Module, ABC):
     """What DiT and FuseDiT have in common: patches in, blocks, patches out."""
 
     def __init__(self, config: ModelConfig, *, cross_attention: bool) -> None:
@@ -129,13 +130,13 @@ class Backbone(nn.Module):
         has_time = config.timestep_conditioning == "adaln"
         self.time = TimestepModulation(config.hidden_size) if has_time else None
 
+    @abstractmethod
     def prepare_text(self, hidden_states: Tensor) -> Tensor:
         """The frozen part of the text path, done once per text: (L, S, C) -> (K, S, C')."""
-        raise NotImplementedError
 
+    @abstractmethod
     def text_keys_values(self, prepared: Tensor, t: Tensor) -> list[KeysValues]:
         """The trained part of the text path: prepared (K, B, S, C'), t (B,) -> keys and values of each block."""
-        raise NotImplementedError
 
     @property
     def text_depends_on_time(self) -> bool:
@@ -151,13 +152,13 @@ class Backbone(nn.Module):
         """The time (B,) that gates see at latents (B, C, h, w) and flow times t (B,)."""
         return t
 
+    @abstractmethod
     def rotary(self, height: int, width: int, lengths: Tensor) -> tuple[Tensor, Tensor]:
         """Tables of `rotate` for h / patch x w / patch image tokens behind texts of the given lengths (B,)."""
-        raise NotImplementedError
 
+    @abstractmethod
     def attention_mask(self, text_mask: Tensor | None, num_image_tokens: int) -> Tensor | None:
         """Turn a text mask (B, S), True for real tokens, into the mask of the attention that sees text."""
-        raise NotImplementedError
 
     def forward(
         self, latents: Tensor, t: Tensor, prepared: Tensor, lengths: Tensor, text_mask: Tensor | None = None

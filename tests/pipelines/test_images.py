@@ -119,7 +119,7 @@ def test_a_killed_download_resumes_to_the_same_bytes_and_leaves_no_process(
     command = [sys.executable, "-m", "pipelines.images", "--config", str(tmp_path / "request.json")]
     process = subprocess.Popen(command, cwd=REPOSITORY, stderr=subprocess.PIPE, start_new_session=True)
     try:
-        journal = tmp_path / "killed" / "images" / "work"
+        journal = tmp_path / "killed" / "images" / "unfinished"
         deadline = time.monotonic() + 60
         while len(list(journal.glob("*/units/*.json"))) < 2:
             assert time.monotonic() < deadline

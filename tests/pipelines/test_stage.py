@@ -112,7 +112,7 @@ def test_a_unit_whose_files_vanished_is_done_again(tmp_path: Path) -> None:
 
     with pytest.raises(ThroughlineError, match="stopped before the end"):
         Stage(name="toy", code_version="1", config_type=ToyConfig, produce=fails).run(ToyConfig(), {}, tmp_path)
-    (lost,) = tmp_path.glob("toy/work/*/out/deep/b-00001.bin")
+    (lost,) = tmp_path.glob("toy/unfinished/*/out/deep/b-00001.bin")
     lost.unlink()
     config = ToyConfig(count_file=str(tmp_path / "count"))
     output = STAGE.run(config, {}, tmp_path)

@@ -92,7 +92,7 @@ def kill_everywhere(root: Path, stride: int) -> None:
         again = killed_run(folder, line)  # a second kill, in a run that resumes
         output = STAGE.run(ToyConfig(), {}, folder)
         problems = manifest.damaged_files(output.folder, output.manifest, read_bytes=True)
-        left = sorted(path.name for path in (folder / "toy" / "work").iterdir() if path.is_dir())
+        left = sorted(path.name for path in (folder / "toy" / "unfinished").iterdir() if path.is_dir())
         record = {"line": line, "killed": was_killed, "again": again, "version": output.data_version}
         print(json.dumps(record | {"problems": problems, "left": left}), flush=True)
 

@@ -101,7 +101,7 @@ def test_a_step_left_out_moves_nothing_and_is_on_record(
     with caplog.at_level(logging.WARNING):
         _stopped(tiny_data, tmp_path, 5, monkeypatch, **settings)
     assert "step 3 is left out: loss of" in caplog.text
-    folders = sorted(tmp_path.glob("checkpoint/work/*/scratch/snapshots/step-*"))
+    folders = sorted(tmp_path.glob("checkpoint/unfinished/*/scratch/snapshots/step-*"))
     before, after, later = (load_file(next(folders[place].glob("*.safetensors"))) for place in (2, 3, 4))
     moving = [name for name in before if not name.startswith("ledger.")]
     assert all(torch.equal(before[name], after[name]) for name in moving)

@@ -185,7 +185,7 @@ def test_a_loss_that_is_not_finite_names_step_and_samples(
     monkeypatch.setattr(loop, "batch_losses", spoiled)
     with pytest.raises(ThroughlineError, match=f"step {step}: loss of {split.key(target)} is not finite"):
         run(tiny_data, tmp_path)
-    snapshots = list(tmp_path.glob("checkpoint/work/*/scratch/snapshots/step-*"))
+    snapshots = list(tmp_path.glob("checkpoint/unfinished/*/scratch/snapshots/step-*"))
     kept = list(range(2, step + 1, 2))[-2:]
     assert sorted(path.name for path in snapshots) == [f"step-{number:09d}" for number in kept]
 
@@ -241,7 +241,7 @@ def test_a_run_stopped_anywhere_goes_on_to_the_same_result(
     with pytest.raises(KeyboardInterrupt):
         run(tiny_data, tmp_path, Strategy.JOINT)
     monkeypatch.undo()
-    (rows,) = tmp_path.glob("checkpoint/work/*/scratch/metrics.jsonl")
+    (rows,) = tmp_path.glob("checkpoint/unfinished/*/scratch/metrics.jsonl")
     with rows.open("ab") as stream:
         stream.write(b'{"step": 4, "lo')  # a kill in the middle of writing the next rows
     resumed = run(tiny_data, tmp_path, Strategy.JOINT)

@@ -103,7 +103,7 @@ def whole(tiny_data: TinyData, tmp_path_factory: pytest.TempPathFactory) -> Stag
 
 def test_killed_twice_and_resumed_equals_undisturbed(tiny_data: TinyData, whole: StageOutput, tmp_path: Path) -> None:
     request = _request(tiny_data, _config(tiny_data, Strategy.JOINT), tmp_path, "joint", "joint")
-    work = tmp_path / "out" / "checkpoint" / "work"
+    work = tmp_path / "out" / "checkpoint" / "unfinished"
     first = _kill_when([request], work, 6)
     second = _kill_when([request], work, first + 6)
     assert 6 <= first < second < 40
@@ -121,8 +121,8 @@ def test_a_corrupt_newest_snapshot_falls_back_and_ends_the_same(
 ) -> None:
     config = _config(tiny_data, Strategy.JOINT)
     request = _request(tiny_data, config, tmp_path, "joint", "joint")
-    _kill_when([request], tmp_path / "out" / "checkpoint" / "work", 9)
-    newest = sorted(tmp_path.glob("out/checkpoint/work/*/scratch/snapshots/step-*[0-9]"))[-1]
+    _kill_when([request], tmp_path / "out" / "checkpoint" / "unfinished", 9)
+    newest = sorted(tmp_path.glob("out/checkpoint/unfinished/*/scratch/snapshots/step-*[0-9]"))[-1]
     tensors = newest / "tensors.safetensors"
     tensors.write_bytes(tensors.read_bytes()[:-1] + b"\xff")
     resumed = STAGE.run(config, tiny_data.inputs, tmp_path / "out", "joint")
