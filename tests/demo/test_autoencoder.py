@@ -55,6 +55,7 @@ def test_the_diffusers_form_and_standardised_latents_leave_reconstructions_alone
     torch.testing.assert_close(scaled.std(dim=(0, 2, 3)), torch.ones(16), atol=1e-3, rtol=0.0)
 
 
+@pytest.mark.slow
 def test_a_killed_training_ends_with_the_weights_of_an_undisturbed_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -160,6 +160,7 @@ def test_a_running_web_of_the_same_world_is_used_and_left_running(world: World, 
     assert get(f"{base_url}/healthz")[0] == 200
 
 
+@pytest.mark.slow
 def test_a_port_taken_by_something_else_is_one_clear_sentence(tmp_path: Path) -> None:
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), http.server.BaseHTTPRequestHandler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -179,6 +180,7 @@ def test_a_port_taken_by_something_else_is_one_clear_sentence(tmp_path: Path) ->
     assert "taken by another program" in direct.stderr
 
 
+@pytest.mark.slow
 def test_the_web_ends_with_the_process_that_started_it(tmp_path: Path) -> None:
     small = build_world(tmp_path / "w", num_parts=1, rows_per_part=10, port=free_port())
     script = f"""

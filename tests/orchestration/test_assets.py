@@ -55,6 +55,7 @@ def _record_all(execution: Execution, instance: dg.DagsterInstance) -> Execution
     return execution
 
 
+@pytest.mark.slow
 def test_the_index_registers_parts_in_order_and_takes_away_those_that_are_gone(
     profile: SmallProfile, instance: dg.DagsterInstance
 ) -> None:
@@ -65,6 +66,7 @@ def test_the_index_registers_parts_in_order_and_takes_away_those_that_are_gone(
     assert instance.get_dynamic_partitions("part") == ["00000", "00002", "00003"]
 
 
+@pytest.mark.slow
 def test_one_run_of_several_partitions_records_each_with_its_own_data_version(
     profile: SmallProfile, instance: dg.DagsterInstance
 ) -> None:
@@ -79,6 +81,7 @@ def test_one_run_of_several_partitions_records_each_with_its_own_data_version(
         assert output is not None and output.data_version == version
 
 
+@pytest.mark.slow
 def test_provenance_is_the_same_for_one_partition_and_for_several(
     materialize_all: Carry, instance: dg.DagsterInstance
 ) -> None:

@@ -105,6 +105,7 @@ def test_outputs_are_found_by_the_first_digits_of_a_data_version(profile: SmallP
         find_output(root, "f")
 
 
+@pytest.mark.slow
 def test_a_run_is_audited_by_its_id(
     profile: SmallProfile, materialize_all: Carry, instance: dg.DagsterInstance
 ) -> None:

@@ -45,6 +45,7 @@ def test_profile_show_prints_what_set_takes(capsys: pytest.CaptureFixture[str]) 
     assert json.loads(capsys.readouterr().out)["training"]["steps"] == 5
 
 
+@pytest.mark.slow
 def test_params_of_the_paper(capsys: pytest.CaptureFixture[str]) -> None:
     assert _main("params", "--profile", "paper", "--json") == 0
     figures = json.loads(capsys.readouterr().out)
@@ -59,6 +60,7 @@ def test_params_of_the_paper(capsys: pytest.CaptureFixture[str]) -> None:
     assert "of them adaLN" in text and "2,246,694,816" not in text
 
 
+@pytest.mark.slow
 def test_a_missing_source_is_one_sentence_and_status_one(tmp_path: Path) -> None:
     said = _main("run", "--profile", "single_gpu", "--set", f'source=["{tmp_path}/no"]', "--select", "laion_index")
     assert said == (
@@ -67,6 +69,7 @@ def test_a_missing_source_is_one_sentence_and_status_one(tmp_path: Path) -> None
     )
 
 
+@pytest.mark.slow
 def test_an_empty_source_is_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     said = _main("run", "--profile", "single_gpu", "--set", f'source=["{tmp_path}/empty"]')

@@ -35,6 +35,7 @@ def _events(instance: dg.DagsterInstance, asset: str) -> int:
     return len(instance.fetch_materializations(dg.AssetKey(asset), limit=1000).records)
 
 
+@pytest.mark.slow
 def test_one_run_brings_every_partition_up_to_date_and_a_second_does_nothing(
     profile: SmallProfile, instance: dg.DagsterInstance, tmp_path: Path
 ) -> None:
@@ -51,6 +52,7 @@ def test_one_run_brings_every_partition_up_to_date_and_a_second_does_nothing(
     assert len(starts.read_text().splitlines()) == len(NUMBERS)
 
 
+@pytest.mark.slow
 def test_outputs_that_dagster_does_not_know_are_recorded_without_a_process(
     profile: SmallProfile, materialize_all: Carry, instance: dg.DagsterInstance, tmp_path: Path
 ) -> None:

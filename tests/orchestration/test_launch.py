@@ -21,6 +21,7 @@ def _with_index(profile: SmallProfile) -> Execution:
     return execution
 
 
+@pytest.mark.slow
 def test_several_partitions_run_in_one_process(profile: SmallProfile, tmp_path: Path) -> None:
     starts = tmp_path / "starts"
     profile.keep = KeepConfig(starts=str(starts))
@@ -35,6 +36,7 @@ def test_several_partitions_run_in_one_process(profile: SmallProfile, tmp_path: 
     ]
 
 
+@pytest.mark.slow
 def test_a_finished_output_starts_no_process(profile: SmallProfile, tmp_path: Path) -> None:
     starts = tmp_path / "starts"
     profile.keep = KeepConfig(starts=str(starts))
@@ -45,6 +47,7 @@ def test_a_finished_output_starts_no_process(profile: SmallProfile, tmp_path: Pa
     assert [line.split()[1] for line in starts.read_text().splitlines()] == ["00000", "00001"]
 
 
+@pytest.mark.slow
 def test_the_stages_own_sentence_is_the_error(profile: SmallProfile) -> None:
     profile.keep = KeepConfig(fail_at="00001")
     execution = _with_index(profile)
@@ -54,6 +57,7 @@ def test_the_stages_own_sentence_is_the_error(profile: SmallProfile) -> None:
     assert execution.plan.task("kept", "00002").output is None
 
 
+@pytest.mark.slow
 def test_a_crash_gives_its_last_words_and_the_log(profile: SmallProfile) -> None:
     profile.keep = KeepConfig(crash_at="00000")
     with pytest.raises(StageFailed) as caught:

@@ -40,6 +40,7 @@ def subset(capsys: pytest.CaptureFixture[str], *words: str) -> dict[str, Any]:
     return json.loads(captured.out)
 
 
+@pytest.mark.slow
 def test_a_subset_of_several_parts_accounts_for_every_row(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for number in range(3):
         write_part(tmp_path / "in" / f"{number}.parquet", number * 40)

@@ -139,6 +139,7 @@ def test_every_hostile_answer_gets_its_status_and_none_disturbs_another(server: 
     assert found == EXPECTED
 
 
+@pytest.mark.slow
 def test_details_are_the_same_on_every_run(server: HostileServer) -> None:
     urls = [server.url(path) for path in ("/500", "/stall", "/nothing", "/loop-a", "/not-http", "/noai")]
     first, second = (fetch_all(config_for(server), urls) for _ in range(2))
@@ -239,6 +240,7 @@ def test_an_allowed_host_is_allowed_on_its_port_alone(server: HostileServer) -> 
     assert outcome.body == JPEG
 
 
+@pytest.mark.slow
 def test_what_can_heal_is_asked_again_and_what_cannot_is_not(server: HostileServer) -> None:
     server.requests.clear()
     fetch_all(config_for(server), [server.url(path) for path in ("/500", "/404", "/503-long", "/stall", "/429")])
@@ -253,6 +255,7 @@ def test_a_host_gets_no_more_connections_than_its_limit() -> None:
         assert 1 < server.most_concurrent <= 3
 
 
+@pytest.mark.slow
 def test_a_dead_or_hung_decoder_takes_no_other_picture_along() -> None:
     async def run() -> list[str]:
         bodies = [JPEG, b"die", JPEG, b"hang", JPEG]

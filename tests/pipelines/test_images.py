@@ -154,6 +154,7 @@ def _processes_of_session(session: int) -> list[int]:
     return found
 
 
+@pytest.mark.slow
 def test_another_order_of_completion_changes_nothing(server: HostileServer, tmp_path: Path) -> None:
     paths = [f"/slow-scene/{index}" if index % 3 == 0 else f"/scene/{index}" for index in range(20)]
     subset = subset_of([server.url(path) for path in paths], tmp_path)
@@ -179,6 +180,7 @@ def _stated_subset(run: StageRun[_SubsetLike]) -> None:
         pq.write_table(pa.Table.from_pylist(rows), stream)
 
 
+@pytest.mark.slow
 def test_bytes_that_are_not_the_source_tables_are_recorded_and_kept_or_dropped(
     server: HostileServer, tmp_path: Path
 ) -> None:

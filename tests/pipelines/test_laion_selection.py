@@ -46,6 +46,7 @@ def key_of(pair: Pair) -> str:
 _pairs = st.lists(st.tuples(st.integers(0, 8), st.integers(0, 2)), min_size=1, max_size=40)
 
 
+@pytest.mark.slow
 @settings(max_examples=6, deadline=None)
 @given(_pairs, st.integers(1, 3), st.integers(1, 3), st.booleans(), st.sampled_from([None, 1, 3, 1000]), st.randoms())
 def test_what_stays_depends_on_the_rows_and_not_on_their_order_or_parts(

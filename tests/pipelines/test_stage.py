@@ -46,6 +46,7 @@ def test_a_run_killed_at_any_line_resumes_to_the_same_data_version(tmp_path: Pat
     assert [record for record in records if record["problems"] or record["left"]] == []
 
 
+@pytest.mark.slow
 def test_two_processes_that_want_one_output_compute_it_once(tmp_path: Path) -> None:
     racers = [start("-m", toy_stage.__name__, "run", str(tmp_path)) for _ in range(2)]
     versions = {racer.communicate(timeout=60)[0] for racer in racers}
@@ -251,6 +252,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", str(folder)], check=True)
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_one_sentence_and_loses_nothing(tmp_path: Path, small_disk: Path) -> None:
     request = request_for_subset(tmp_path, small_disk / "out", 5000)
     status, output, sentence = run_module(request)
@@ -262,6 +264,7 @@ def test_a_full_disk_is_one_sentence_and_loses_nothing(tmp_path: Path, small_dis
     assert not damaged_files(Path(output).parent, StageOutput.load(Path(output)).manifest, read_bytes=True)
 
 
+@pytest.mark.slow
 def test_as_a_program_a_stage_prints_its_manifest_or_one_sentence(tmp_path: Path) -> None:
     request = request_for_subset(tmp_path, tmp_path / "out", 10)
     status, output, _ = run_module(request)

@@ -92,6 +92,7 @@ def _stopped(data: TinyData, root: Path, at: int, monkeypatch: pytest.MonkeyPatc
         run(data, root, **training)
 
 
+@pytest.mark.slow
 def test_a_step_left_out_moves_nothing_and_is_on_record(
     tiny_data: TinyData, tmp_path: Path, spoil: Callable[..., None], monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
@@ -122,6 +123,7 @@ def test_a_step_left_out_moves_nothing_and_is_on_record(
     assert undisturbed.data_version == resumed.data_version
 
 
+@pytest.mark.slow
 def test_a_jump_stays_judged_alike_after_a_resume(
     tiny_data: TinyData, tmp_path: Path, spoil: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -105,6 +105,7 @@ def test_saved_model_loads_with_its_configuration(outputs: dict[Strategy, StageO
         assert sum(p.numel() for p in saved.model.parameters()) == output.manifest.summary["num_parameters"]
 
 
+@pytest.mark.slow
 def test_training_lowers_the_loss(tiny_data: TinyData, tmp_path: Path) -> None:
     rows = metrics(run(tiny_data, tmp_path, Strategy.DEPTH_WISE, steps=60, validate_every=60))
     assert sum(row["loss"] for row in rows[-10:]) < 0.9 * sum(row["loss"] for row in rows[:10])

@@ -88,6 +88,7 @@ def test_latents_of_the_exported_folder_are_those_of_the_sampler(
     torch.testing.assert_close(drawn, expected, atol=1e-3, rtol=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", [Strategy.DEPTH_WISE, Strategy.FUSE_DIT])
 def test_the_language_model_of_a_vision_language_model_is_exported_alone(
     strategy: Strategy, tmp_path: Path, autoencoder: ModelRef
