@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from multiprocessing.process import BaseProcess
 from types import TracebackType
 from typing import Self
 
@@ -141,4 +142,16 @@ def _end(pool: ProcessPoolExecutor) -> list[int | None]:
     for process in processes:
         process.join()
     pool.shutdown(wait=False)
-    return [process.exitcode for process in processes]
+    return [_exit_code(process) for process in processes]
+
+
+def _exit_code(process: BaseProcess) -> int | None:
+    """Return the exit code of a process that has ended.
+
+    The executor's own thread waits for the same process. Whoever comes second is told that there is no such process,
+    and sees no code until the first has written it down.
+    """
+    deadline = time.monotonic() + 1.0
+    while process.exitcode is None and time.monotonic() < deadline:
+        time.sleep(0.001)
+    return process.exitcode

@@ -262,6 +262,4 @@ def test_a_dead_or_hung_decoder_takes_no_other_picture_along() -> None:
         async with DecodePool(2, 1.0, TRANSFORM, decode_or_misbehave) as pool:
             return [outcome.status.value for outcome in await asyncio.gather(*map(pool.decode, bodies))]
 
-    *others, hung, last = asyncio.run(run())
-    assert (*others, last) == ("ok", "decoder_crashed", "ok", "ok")
-    assert hung in ("decode_timeout", "decoder_crashed")  # it may have hung in the pool that the dead one took along
+    assert asyncio.run(run()) == ["ok", "decoder_crashed", "ok", "decode_timeout", "ok"]
