@@ -27,7 +27,10 @@ $(STAMP): $(LOCKS) pyproject.toml requirements/torchvision_shim.py Makefile
 	  $(PIP) install -q $(TORCH); }
 	@$(BIN)/python requirements/torchvision_shim.py
 	@$(PIP) install -q --no-deps --no-compile --no-build-isolation -e .
-	@$(BIN)/python -c 'import torch, torchvision, vllm' >/dev/null
+	@# Python compiles a library when it is first imported: done here, so that no first command waits for it.
+	@$(BIN)/python -c 'import dagster, ray.data, torch, torchvision, vllm, webdataset; \
+	  from accelerate import Accelerator; from diffusers import AutoencoderKL, DiffusionPipeline; \
+	  from transformers import AutoModelForCausalLM, Qwen3VLForConditionalGeneration' >/dev/null
 	@touch $(STAMP)
 	@echo "Ready: $(BIN)/throughline --help"
 
