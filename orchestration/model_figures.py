@@ -36,7 +36,7 @@ def model_figures(profile: "Profile") -> dict[str, Any]:
                     num_text_tokens=NUM_TEXT_TOKENS, num_branches=num_branches,
                 )  # fmt: skip
                 variants[name] = found.total
-                variants["attention"] = found.attention
+                variants.setdefault("attention", found.attention)
             flops[str(size * AUTOENCODER_FACTOR)] = variants
         strategies[strategy.value] = {"parameters": count.total, "adaln_parameters": count.adaln, "flops": flops}
     return {

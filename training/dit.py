@@ -6,6 +6,7 @@ x += MLP(norm x), with no timestep conditioning unless the configuration adds it
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import cast
 
 import torch
@@ -13,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from training.config import ModelConfig, Strategy, check_gate_signal
-from training.fusion import Fusion
+from training.fusion import Fusion, Prepared
 from training.layers import (
     CrossAttention,
     KeysValues,
@@ -30,6 +31,9 @@ from training.layers import (
 from training.time_head import TimeHead
 
 _TIME_EMBEDDING_SIZE = 256
+TextProjection = tuple[Tensor, Tensor]
+"""Weight (out, in) and bias (out,) of a map of text."""
+
 _NUM_MODULATIONS = 6
 """Scale, shift and gate for attention and for the MLP."""
 
@@ -90,15 +94,19 @@ class Block(nn.Module):
         mask: Tensor | None,
         modulations: Tensor | None,
     ) -> Tensor:
+        if self.cross_attention is None:
+            x = _for_each_text(x, text)
         if self.modulation is None or modulations is None:
             x = x + self._attend(self.attention_norm(x), rotary, text, mask)
             if self.cross_attention is not None:
+                x = _for_each_text(x, text)
                 x = x + self.cross_attention(x, text, mask)
             return x + self.mlp(self.mlp_norm(x))
         scale_sa, shift_sa, gate_sa, scale_mlp, shift_mlp, gate_mlp = self.modulation(modulations)
         modulated = self.attention_norm(x) * (1 + scale_sa) + shift_sa
         x = x + self._attend(modulated, rotary, text, mask) * (1 + gate_sa)
         if self.cross_attention is not None:
+            x = _for_each_text(x, text)
             x = x + self.cross_attention(x, text, mask)
         return x + self.mlp(self.mlp_norm(x) * (1 + scale_mlp) + shift_mlp) * (1 + gate_mlp)
 
@@ -111,6 +119,12 @@ class Block(nn.Module):
         if self.cross_attention is None:
             return self.attention(x, *rotary, text=text, mask=mask)
         return self.attention(x, *rotary)
+
+
+def _for_each_text(x: Tensor, text: KeysValues) -> Tensor:
+    """Repeat images (B, N, C) for n texts each (n * B, G, S, E); they are the same until a block has seen its text."""
+    times = text[0].shape[0] // x.shape[0]
+    return x if times == 1 else x.repeat(times, 1, 1)
 
 
 class Backbone(nn.Module, ABC):
@@ -135,8 +149,17 @@ class Backbone(nn.Module, ABC):
         """The frozen part of the text path, done once per text: (L, S, C) -> (K, S, C')."""
 
     @abstractmethod
-    def text_keys_values(self, prepared: Tensor, t: Tensor) -> list[KeysValues]:
-        """The trained part of the text path: prepared (K, B, S, C'), t (B,) -> keys and values of each block."""
+    def text_keys_values(
+        self, prepared: Prepared, t: Tensor, projections: Sequence[TextProjection] | None = None
+    ) -> list[KeysValues]:
+        """The trained part of the text path: prepared (K, B, S, C'), t (B,) -> keys and values of each block.
+
+        `projections` are those of `text_projections`, where they were made before.
+        """
+
+    def text_projections(self) -> list[TextProjection] | None:
+        """What `text_keys_values` makes of weights alone, worth keeping while it is asked for many times; or None."""
+        return None
 
     @property
     def text_depends_on_time(self) -> bool:
@@ -161,9 +184,9 @@ class Backbone(nn.Module, ABC):
         """Turn a text mask (B, S), True for real tokens, into the mask of the attention that sees text."""
 
     def forward(
-        self, latents: Tensor, t: Tensor, prepared: Tensor, lengths: Tensor, text_mask: Tensor | None = None
+        self, latents: Tensor, t: Tensor, prepared: Prepared, lengths: Tensor, text_mask: Tensor | None = None
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """Velocity at latents (B, C, h, w) and flow times t (B,), given prepared text (K, B, S, C').
+        """Velocity at latents (B, C, h, w) and flow times t (B,), given prepared text of the same samples.
 
         `lengths` (B,) are the texts' real lengths; `text_mask` (B, S) is None where no text is padded. Where gates
         follow an estimated time, its logits (B,) come beside the velocity.
@@ -173,7 +196,10 @@ class Backbone(nn.Module, ABC):
     def velocity(
         self, latents: Tensor, t: Tensor, text: list[KeysValues], lengths: Tensor, text_mask: Tensor | None = None
     ) -> Tensor:
-        """Velocity (B, C, h, w), given keys and values of the text for each block."""
+        """Velocity (n * B, C, h, w), given keys and values of n * B texts for each block, n of them for each image.
+
+        Images come n times over, in the order of the texts. `t` is (B,), or (1,) where it is one for all.
+        """
         height, width = latents.shape[-2:]
         patch = self.config.patch_size
         if height % patch or width % patch:
@@ -239,7 +265,7 @@ class DiT(Backbone):
         return t if self.time_head is None else self.time_head(latents).sigmoid().detach()
 
     def forward(
-        self, latents: Tensor, t: Tensor, prepared: Tensor, lengths: Tensor, text_mask: Tensor | None = None
+        self, latents: Tensor, t: Tensor, prepared: Prepared, lengths: Tensor, text_mask: Tensor | None = None
     ) -> Tensor | tuple[Tensor, Tensor]:
         if self.time_head is None:
             return super().forward(latents, t, prepared, lengths, text_mask)
@@ -247,30 +273,43 @@ class DiT(Backbone):
         text = self.text_keys_values(prepared, logits.sigmoid().detach())
         return self.velocity(latents, t, text, lengths, text_mask), logits
 
-    def text_keys_values(self, prepared: Tensor, t: Tensor) -> list[KeysValues]:
+    def text_keys_values(
+        self, prepared: Prepared, t: Tensor, projections: Sequence[TextProjection] | None = None
+    ) -> list[KeysValues]:
         """Keys and values of text_projection(text_norm(H_cond)) for each block, the products in the cheaper order.
 
         The norm's weights are taken into the matrix, so that backward needs no product with it where nothing before it
-        learns. Blocks that see different conditioning take the matrix into their own key and value weights where those
-        have fewer rows than the batch has tokens: W_d (P u_d + b) = (W_d P) u_d + W_d b.
+        learns. Blocks that see different conditioning take the matrix into their own key and value weights
+        (`text_projections`) where those have fewer rows than the batch has tokens.
         """
         fused = self.fusion.fuse(prepared, t)
         normed = rms_norm(fused, torch.ones_like(self.text_norm.weight), self.text_norm.eps)
-        matrix, bias = self.text_projection.weight * self.text_norm.weight, self.text_projection.bias
-        blocks = [cast(Block, block) for block in self.blocks]
-        attentions = [cast(CrossAttention, block.cross_attention) for block in blocks]
-        rows = sum(attention.text_kv.out_features for attention in attentions)
-        folds = self.folds_text_projection and rows < normed.shape[:-1].numel()
-        inputs = normed if folds else F.linear(normed, matrix, bias)
-        variants = list(inputs) * (1 if inputs.shape[0] > 1 else len(blocks))
-        if not folds:
+        attentions = self._cross_attentions()
+        if projections is None and self.folds_text_projection:
+            rows = sum(attention.text_kv.out_features for attention in attentions)
+            projections = self.text_projections() if rows < normed.shape[:-1].numel() else None
+        inputs = normed if projections is not None else F.linear(normed, *self._projection())
+        variants = list(inputs) * (1 if inputs.shape[0] > 1 else len(attentions))
+        if projections is None:
+            blocks = [cast(Block, block) for block in self.blocks]
             return [block.text_keys_values(variant) for block, variant in zip(blocks, variants, strict=True)]
-        weight = torch.cat([attention.text_kv.weight for attention in attentions])
-        weights, biases = (weight @ matrix).chunk(len(blocks)), (weight @ bias).chunk(len(blocks))
         return [
-            attention.keys_values(F.linear(variant, folded, shift))
-            for attention, variant, folded, shift in zip(attentions, variants, weights, biases, strict=True)
+            attention.keys_values(F.linear(variant, *projection))
+            for attention, variant, projection in zip(attentions, variants, projections, strict=True)
         ]
+
+    def text_projections(self) -> list[TextProjection]:
+        """Maps of normed H_cond to each block's keys and values: W_d (P u_d + b) = (W_d P) u_d + W_d b."""
+        matrix, bias = self._projection()
+        attentions = self._cross_attentions()
+        weight = torch.cat([attention.text_kv.weight for attention in attentions])
+        return list(zip((weight @ matrix).chunk(len(attentions)), (weight @ bias).chunk(len(attentions)), strict=True))
+
+    def _projection(self) -> TextProjection:
+        return self.text_projection.weight * self.text_norm.weight, cast(Tensor, self.text_projection.bias)
+
+    def _cross_attentions(self) -> list[CrossAttention]:
+        return [cast(CrossAttention, cast(Block, block).cross_attention) for block in self.blocks]
 
     def rotary(self, height: int, width: int, lengths: Tensor) -> tuple[Tensor, Tensor]:
         angles = grid_angles(height, width, self.config.head_dim, self.config.rope_theta, lengths.device)

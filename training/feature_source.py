@@ -20,6 +20,7 @@ from pipelines.config import ModelRef
 from pipelines.errors import ThroughlineError
 from pipelines.stage import Inputs, StageOutput
 from training.config import CheckpointConfig
+from training.fusion import Prepared, stack_texts
 from training.mapped_tensors import MappedTensors, to_tensor
 
 if TYPE_CHECKING:
@@ -208,19 +209,20 @@ def prepare_text(prepare: PrepareText, hidden_states: Tensor, dtype: torch.dtype
     return prepared
 
 
-def pad_texts(texts: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Stack prepared texts (K, S_i, C') to (K, B, S, C') fp32, with lengths (B,) and a mask (B, S) where padded.
+def text_lengths(texts: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
+    """Lengths (B,) of prepared texts (K, S_i, C'), and a mask (B, S), True for real tokens.
 
-    The mask is True for real tokens, and None where all texts are equally long.
+    The mask is None where all texts are equally long.
     """
     lengths = torch.tensor([text.shape[1] for text in texts])
     longest = int(lengths.max())
-    rows, _, channels = texts[0].shape
-    stacked = torch.zeros(rows, len(texts), longest, channels)
-    for place, text in enumerate(texts):
-        stacked[:, place, : text.shape[1]] = text
     padded = bool((lengths < longest).any())
-    return stacked, lengths, torch.arange(longest) < lengths[:, None] if padded else None
+    return lengths, torch.arange(longest) < lengths[:, None] if padded else None
+
+
+def pad_texts(texts: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Stack prepared texts (K, S_i, C') to (K, B, S, C') fp32, with their `text_lengths`."""
+    return stack_texts(tuple(texts)), *text_lengths(texts)
 
 
 @dataclass
@@ -234,18 +236,18 @@ class Batch:
     noise: Tensor
     t: Tensor
     """(B,) fp32"""
-    prepared: Tensor
-    """(K, B, S, C')"""
+    prepared: Prepared
     lengths: Tensor
     text_mask: Tensor | None
 
     def to(self, device: torch.device) -> "Batch":
+        """Move to a device; texts are stacked on the way to an accelerator."""
         return Batch(
             sample_indices=self.sample_indices.to(device),
             latents=self.latents.to(device),
             noise=self.noise.to(device),
             t=self.t.to(device),
-            prepared=self.prepared.to(device),
+            prepared=self.prepared if device.type == "cpu" else stack_texts(self.prepared).to(device),
             lengths=self.lengths.to(device),
             text_mask=None if self.text_mask is None else self.text_mask.to(device),
         )

@@ -74,10 +74,10 @@ def count_flops(
     """Count one image of one prompt; `num_branches` is 2 with guidance.
 
     Not `cached` is how the released code samples: fusion, projection, keys and values anew at every step. `cached` is
-    how `training.sampling` does: once per text, or once per text and time where a gate follows time. The text encoder
-    (None: left out) runs once either way; for fuse_dit the released code stops it at the last shared layer, and
-    `cached` runs all of it and makes the shared layers' keys and values of its hidden states. Raises ValueError where
-    latents are not divisible by the patch size.
+    how `training.sampling` does: once per text, or once per text and time where a gate follows time, and once for both
+    branches what comes before an image first sees its text. The text encoder (None: left out) runs once either way; for
+    fuse_dit the released code stops it at the last shared layer, and `cached` runs all of it and makes the shared
+    layers' keys and values of its hidden states. Raises ValueError where latents are not divisible by the patch size.
     """
     if latent_size % config.patch_size:
         raise ValueError(f"latents of {latent_size} are not divisible by the patch size {config.patch_size}")
@@ -89,13 +89,17 @@ def count_flops(
         times = 1 if cached else 0
     encoder_layers = config.shared_layers[-1] + 1 if is_fuse_dit and not cached else None
     image_tokens = (latent_size // config.patch_size) ** 2
+    spared, spared_attention = _before_text(config, image_tokens, is_fuse_dit)
+    num_spared = num_steps * (num_branches - 1) if cached else 0
     return ImageFlops(
         text_encoder=0 if text_encoder is None else text_encoder.flops(text_tokens, encoder_layers),
         text_projection=times * projection,
         text_keys_values=times * keys_values,
         fusion=times * fusion,
-        backbone=num_steps * num_branches * _backbone(config, image_tokens, cross_attention=not is_fuse_dit),
-        attention=num_steps * num_branches * _attention(config, image_tokens, num_text_tokens),
+        backbone=num_steps * num_branches * _backbone(config, image_tokens, cross_attention=not is_fuse_dit)
+        - num_spared * spared,
+        attention=num_steps * num_branches * _attention(config, image_tokens, num_text_tokens)
+        - num_spared * spared_attention,
     )
 
 
@@ -120,10 +124,24 @@ def _backbone(config: ModelConfig, image_tokens: int, *, cross_attention: bool) 
     if cross_attention:
         per_block += 2 * hidden * query
     patches = 2 * hidden * config.latent_channels * config.patch_size**2
-    per_image = 0
-    if config.timestep_conditioning == "adaln":
-        per_image = hidden * (_TIME_EMBEDDING_SIZE + hidden + _NUM_MODULATIONS * hidden)
-    return 2 * (image_tokens * (config.num_blocks * per_block + patches) + per_image)
+    return 2 * image_tokens * (config.num_blocks * per_block + patches) + _time(config)
+
+
+def _time(config: ModelConfig) -> int:
+    """The timestep conditioning of one image."""
+    if config.timestep_conditioning == "none":
+        return 0
+    return 2 * config.hidden_size * (_TIME_EMBEDDING_SIZE + (1 + _NUM_MODULATIONS) * config.hidden_size)
+
+
+def _before_text(config: ModelConfig, image_tokens: int, is_fuse_dit: bool) -> tuple[int, int]:
+    """What precedes the first text: time, patches, and the first block's self-attention where it doesn't see text."""
+    hidden, query = config.hidden_size, config.num_heads * config.head_dim
+    patches = hidden * config.latent_channels * config.patch_size**2
+    attention = hidden * (2 * query + 2 * _key_value_width(config))
+    products = 2 * 2 * query * image_tokens**2
+    projections = 2 * image_tokens * (patches + (0 if is_fuse_dit else attention))
+    return projections + _time(config), 0 if is_fuse_dit else products
 
 
 def _attention(config: ModelConfig, image_tokens: int, text_tokens: int) -> int:

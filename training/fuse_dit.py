@@ -8,12 +8,15 @@ Shapes: B batch, N image tokens, S text tokens, L LLM layers, D blocks, C channe
 of a head.
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from training.config import ModelConfig, Strategy, check_gate_signal
-from training.dit import Backbone
+from training.dit import Backbone, TextProjection
+from training.fusion import Prepared, stack_texts
 from training.layers import KeysValues, axis_frequencies, grid_angles, rotary_tables
 from training.shared_attention import SharedAttention
 
@@ -57,8 +60,10 @@ class FuseDiT(Backbone):
             rows += [part.transpose(0, 1).flatten(1) for part in pair]
         return torch.stack(rows)
 
-    def text_keys_values(self, prepared: Tensor, t: Tensor) -> list[KeysValues]:
-        heads = prepared.unflatten(-1, (self.config.num_kv_heads, self.config.head_dim)).transpose(2, 3)
+    def text_keys_values(
+        self, prepared: Prepared, t: Tensor, projections: Sequence[TextProjection] | None = None
+    ) -> list[KeysValues]:
+        heads = stack_texts(prepared).unflatten(-1, (self.config.num_kv_heads, self.config.head_dim)).transpose(2, 3)
         return [(heads[2 * index], heads[2 * index + 1]) for index in range(self.config.num_blocks)]
 
     def rotary(self, height: int, width: int, lengths: Tensor) -> tuple[Tensor, Tensor]:

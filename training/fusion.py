@@ -20,7 +20,7 @@ Time runs as in the paper: t = 0 is noise, t = 1 is data.
 """
 
 import math
-from typing import Any, cast
+from typing import Any, TypeAlias, cast
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +30,22 @@ from training.config import Strategy
 from training.layers import sinusoids
 
 LAYER_NORM_EPS = 1e-5
+
+Prepared: TypeAlias = "Tensor | tuple[Tensor, ...]"
+"""Prepared texts of a batch: stacked to (K, B, S, C'), or one (K, S_i, C') for each sample as they are kept, so that a
+CPU need not copy all layers of all texts to make a few sums of them."""
+
+
+def stack_texts(prepared: Prepared) -> Tensor:
+    """Stack texts (K, S_i, C') to (K, B, S, C') fp32, zeros behind the shorter ones; a stack is returned as it is."""
+    if isinstance(prepared, Tensor):
+        return prepared
+    rows, _, channels = prepared[0].shape
+    longest = max(text.shape[1] for text in prepared)
+    stacked = torch.zeros(rows, len(prepared), longest, channels, device=prepared[0].device)
+    for place, text in enumerate(prepared):
+        stacked[:, place, : text.shape[1]] = text
+    return stacked
 
 
 def normalise(hidden_states: Tensor) -> Tensor:
@@ -167,37 +183,50 @@ class Fusion(nn.Module):
             case _:
                 return normalise(hidden_states)
 
-    def fuse(self, prepared: Tensor, t: Tensor) -> Tensor:
-        """The rest of Eq. 2 for all blocks in one product: prepared (K, B, N, C), t (B,) -> (V, B, N, C)."""
+    def fuse(self, prepared: Prepared, t: Tensor) -> Tensor:
+        """The rest of Eq. 2 for all blocks: prepared text of B samples, t (B,) -> (V, B, N, C).
+
+        Fp32 where texts come one by one, else of the stack's type.
+        """
         if self.is_fixed:
-            return prepared
+            return stack_texts(prepared)
+        alpha = self.all_weights(t) if self.logits is None else self.logits.float().softmax(-1)[:, None]
+        if t.device.type == "cpu":
+            texts = prepared.unbind(1) if isinstance(prepared, Tensor) else prepared
+            dtype = prepared.dtype if isinstance(prepared, Tensor) else torch.float32
+            return cast(Tensor, _SumOnCpu.apply(alpha.to(dtype), *texts))
+        prepared = stack_texts(prepared)
         num_layers, batch, tokens, channels = prepared.shape
+        alpha = alpha.to(prepared.dtype)
         if self.logits is not None:
-            alpha = self.logits.float().softmax(-1).to(prepared.dtype)
-            return (alpha @ prepared.reshape(num_layers, -1)).view(-1, batch, tokens, channels)
-        alpha = self.all_weights(t).to(prepared.dtype)
-        if prepared.device.type == "cpu":
-            return cast(Tensor, _SumOnCpu.apply(alpha, prepared))
+            return (alpha[:, 0] @ prepared.reshape(num_layers, -1)).view(-1, batch, tokens, channels)
         fused = alpha.transpose(0, 1) @ prepared.flatten(2).transpose(0, 1)
         return fused.view(batch, -1, tokens, channels).transpose(0, 1)
 
 
 class _SumOnCpu(torch.autograd.Function):
-    """sum_l alpha (V, B, L) * prepared (L, B, N, C), written where it belongs: a batched product would be laid out by
-    sample, and every pass behind it would copy. Prepared text learns nothing, so it gets no gradient."""
+    """sum_l alpha (V, B or 1, L) * text (L, N_i, C) of each sample, written where it belongs in (V, B, N, C): a batched
+    product would be laid out by sample, and every pass behind it would copy. Prepared text learns nothing, so it gets
+    no gradient."""
 
     @staticmethod
-    def forward(ctx: Any, alpha: Tensor, prepared: Tensor) -> Tensor:
-        ctx.save_for_backward(prepared)
-        fused = prepared.new_empty(alpha.shape[0], *prepared.shape[1:])
-        layers, rows = prepared.flatten(2), fused.flatten(2)
-        for sample in range(alpha.shape[1]):
-            torch.mm(alpha[:, sample], layers[:, sample], out=rows[:, sample])
+    def forward(ctx: Any, alpha: Tensor, *texts: Tensor) -> Tensor:
+        ctx.save_for_backward(*texts)
+        ctx.is_shared = alpha.shape[1] == 1
+        longest, channels = max(text.shape[1] for text in texts), texts[0].shape[2]
+        fused = alpha.new_empty(alpha.shape[0], len(texts), longest, channels)
+        for sample, text in enumerate(texts):
+            weights, length = alpha[:, 0 if ctx.is_shared else sample], text.shape[1]
+            torch.mm(weights, text.to(alpha.dtype).flatten(1), out=fused[:, sample, :length].flatten(1))
+            fused[:, sample, length:] = 0
         return fused
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        (prepared,) = ctx.saved_tensors
-        layers, rows = prepared.flatten(2), grads[0].flatten(2)
-        products = [rows[:, sample] @ layers[:, sample].T for sample in range(rows.shape[1])]
-        return torch.stack(products, dim=1), None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        texts, grad = ctx.saved_tensors, grads[0]
+        products = [
+            grad[:, sample, : text.shape[1]].flatten(1) @ text.to(grad.dtype).flatten(1).T
+            for sample, text in enumerate(texts)
+        ]
+        of_alpha = torch.stack(products, dim=1)
+        return of_alpha.sum(1, keepdim=True) if ctx.is_shared else of_alpha, *(None for _ in texts)

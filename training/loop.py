@@ -26,7 +26,7 @@ from training.bad_steps import BadStep, BadSteps
 from training.config import CheckpointConfig, TrainingConfig
 from training.data_order import Ledger
 from training.dit import Backbone
-from training.feature_source import TRAIN, VALIDATION, Batch, FeatureSource, pad_texts
+from training.feature_source import TRAIN, VALIDATION, Batch, FeatureSource, text_lengths
 from training.flow import (
     interpolate,
     logit_normal_time,
@@ -36,6 +36,7 @@ from training.flow import (
     velocity_target,
 )
 from training.metrics_file import MetricsFile, Row, t_bucket_sums
+from training.process_memory import keep_freed_memory
 from training.run_log import RunLog
 from training.run_state import Run
 from training.sharding import defer_gradients
@@ -84,14 +85,14 @@ def read_batch(
         noise.append(draw.noise)
         normals.append(draw.time_normal)
         texts.append(source.unconditional if draw.drops_prompt else source.text(TRAIN, index))
-    prepared, lengths, text_mask = pad_texts(texts)
+    lengths, text_mask = text_lengths(texts)
     normal = torch.tensor(normals, dtype=torch.float32)
     return Batch(
         sample_indices=torch.from_numpy(indices[positions.start : positions.stop]),
         latents=torch.from_numpy(np.stack(latents)),
         noise=torch.from_numpy(np.stack(noise)),
         t=logit_normal_time(normal, training.time_mean, training.time_std, training.time_shift),
-        prepared=prepared,
+        prepared=tuple(texts),
         lengths=lengths,
         text_mask=text_mask,
     )
@@ -128,13 +129,14 @@ def validation_losses(
     times = (torch.arange(count, dtype=torch.float32) + 0.5) / count
     for start in range(0, count, _VALIDATION_BATCH):
         indices = range(start, min(start + _VALIDATION_BATCH, count))
-        prepared, lengths, text_mask = pad_texts([source.text(VALIDATION, index) for index in indices])
+        texts = tuple(source.text(VALIDATION, index) for index in indices)
+        lengths, text_mask = text_lengths(texts)
         batch = Batch(
             sample_indices=torch.tensor(list(indices)),
             latents=torch.from_numpy(np.stack([reader.read(index, None) for index in indices])),
             noise=torch.from_numpy(np.stack([validation_noise(split.key(index), reader.shape) for index in indices])),
             t=times[start : indices.stop],
-            prepared=prepared,
+            prepared=texts,
             lengths=lengths,
             text_mask=text_mask,
         )
@@ -171,6 +173,8 @@ def train(
     steps out: the snapshots before it stay.
     """
     training = config.training
+    if training.device == "cpu":
+        keep_freed_memory()
     accelerator = Accelerator(
         cpu=training.device == "cpu",
         mixed_precision="bf16" if training.precision == "bfloat16" else "no",

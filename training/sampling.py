@@ -22,11 +22,12 @@ from pipelines.config import ModelRef
 from pipelines.errors import ThroughlineError
 from pipelines.stage import StageOutput
 from training.config import SamplerConfig
-from training.dit import Backbone
+from training.dit import Backbone, TextProjection
 from training.feature_source import load_text_encoder, pad_texts, prepare_text, unconditional_hidden_states
 from training.flow import sampling_noise
 from training.fusion import shift_gate_time
 from training.layers import KeysValues
+from training.process_memory import keep_freed_memory
 from training.saved_model import SavedModel, check_models, load_model
 from training.schedule import build_scheduler, euler_step, flow_time
 
@@ -51,12 +52,14 @@ class TextBatch:
     mask: Tensor | None
     _cache: dict[float, list[KeysValues]] = field(default_factory=dict)
 
-    def keys_values(self, model: Backbone, t: Tensor, *, keep_times: bool) -> list[KeysValues]:
+    def keys_values(
+        self, model: Backbone, t: Tensor, projections: list[TextProjection] | None, *, keep_times: bool
+    ) -> list[KeysValues]:
         """Keys and values of each block, (P, G, S, E), at gate time t (a scalar)."""
         time = float(t) if model.text_depends_on_time else 0.0
         found = self._cache.get(time)
         if found is None:
-            found = model.text_keys_values(self.prepared, t.expand(self.prepared.shape[1]))
+            found = model.text_keys_values(self.prepared, t.expand(self.prepared.shape[1]), projections)
             if model.text_depends_on_time and not keep_times:
                 self._cache.clear()
             self._cache[time] = found
@@ -78,17 +81,22 @@ def _lengthen(keys_or_values: Tensor, longest: int) -> Tensor:
 
 
 def _keys_values_by_image(
-    model: Backbone, text: TextBatch, unconditional: TextBatch | None, prompt_of: Tensor, gate_t: Tensor
+    model: Backbone,
+    text: TextBatch,
+    unconditional: TextBatch | None,
+    prompt_of: Tensor,
+    gate_t: Tensor,
+    projections: list[TextProjection] | None,
 ) -> list[KeysValues]:
     """Keys and values at gate times (B,) of the images' own: unconditional rows first, then each image's prompt.
 
     Both branches of an image share its time. Nothing is kept, since no two images or steps have the same.
     """
-    conditional = model.text_keys_values(text.prepared[:, prompt_of], gate_t)
+    conditional = model.text_keys_values(text.prepared[:, prompt_of], gate_t, projections)
     if unconditional is None:
         return conditional
     batch = len(prompt_of)
-    without = model.text_keys_values(unconditional.prepared.expand(-1, batch, -1, -1), gate_t)
+    without = model.text_keys_values(unconditional.prepared.expand(-1, batch, -1, -1), gate_t, projections)
     return _join(without, conditional, torch.arange(2 * batch, device=prompt_of.device))
 
 
@@ -124,6 +132,7 @@ def sample_latents(
         scheduler = build_scheduler(settings.num_steps, settings.time_shift)
     timesteps = cast(Tensor, scheduler.timesteps)
     joined: list[KeysValues] | None = None
+    projections = model.text_projections() if model.text_depends_on_time else None
     x_t = noise
     for index, timestep in enumerate(timesteps):
         t = flow_time(timestep).to(noise.device)
@@ -131,18 +140,19 @@ def sample_latents(
             gate_t = model.gate_time(x_t, t)
             gate_t = shift_gate_time(gate_t) if settings.gate_shift else gate_t
             if model.text_depends_on_latents:
-                joined = _keys_values_by_image(model, text, unconditional if guided else None, prompt_of, gate_t)
-            elif guided:
-                conditional = text.keys_values(model, gate_t, keep_times=False)
-                joined = _join(conditional, unconditional.keys_values(model, gate_t, keep_times=True), places)
+                without = unconditional if guided else None
+                joined = _keys_values_by_image(model, text, without, prompt_of, gate_t, projections)
             else:
-                conditional = text.keys_values(model, gate_t, keep_times=False)
-                joined = [(k[places], v[places]) for k, v in conditional]
-        doubled = torch.cat([x_t, x_t]) if guided else x_t
-        velocity = model.velocity(doubled, t.expand(len(places)), joined, lengths, mask).float()
+                conditional = text.keys_values(model, gate_t, projections, keep_times=False)
+                if guided:
+                    of_none = unconditional.keys_values(model, gate_t, projections, keep_times=True)
+                    joined = _join(conditional, of_none, places)
+                else:
+                    joined = [(k[places], v[places]) for k, v in conditional]
+        velocity = model.velocity(x_t, t[None], joined, lengths, mask).float()
         if guided:
-            without, with_text = velocity.split(batch)
-            velocity = without + settings.guidance_scale * (with_text - without)
+            unguided, towards_text = velocity.split(batch)
+            velocity = unguided + settings.guidance_scale * (towards_text - unguided)
         x_t = euler_step(scheduler, x_t, velocity, timestep)
         if on_step is not None:
             replaced = on_step(index, len(timesteps), x_t)
@@ -261,6 +271,8 @@ def load_sampler(
     with.
     """
     check_models(checkpoint, text_encoder, autoencoder)
+    if device == "cpu":
+        keep_freed_memory()
     saved = load_model(checkpoint, text_encoder, device)
     conditioning = saved.conditioning
     loaded = encoder if encoder is not None else load_text_encoder(text_encoder, conditioning.template_version, device)

@@ -25,6 +25,7 @@ from tests.benchmarks.model_shape import (
 from tests.benchmarks.record import write_results
 from training.config import ModelConfig, SamplerConfig, Strategy
 from training.feature_source import pad_texts, prepare_text
+from training.process_memory import keep_freed_memory
 from training.sampling import TextBatch, sample_latents
 
 
@@ -54,6 +55,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    keep_freed_memory()
     config = model_config(args)
     runs = {strategy: sampling_run(config, strategy, args) for strategy in with_baseline(args.strategies)}
     figures = summary(cpu_seconds(runs, args.rounds), unit=1.0, digits=3)

@@ -2,10 +2,10 @@
 
 python -m tests.benchmarks training_step [--strategies uniform depth_wise joint] [--batch 8] [--rounds 20]
 
-Timed: what training/loop.py does with a batch from the stacking of its prepared texts to the optimizer's step: fusion,
-projection, keys and values, the network forward and backward, gradient clipping, AdamW. Text features are cached and
-normalised once per caption, as training does it; that cost stands on a line of its own, and `--raw-text` puts it into
-every step. Not timed: reading latents, drawing noise, the moving average of the weights.
+Timed: what training/loop.py does with a batch from its prepared texts to the optimizer's step: fusion, projection,
+keys and values, the network forward and backward, gradient clipping, AdamW. Text features are cached and normalised
+once per caption, as training does it; that cost stands on a line of its own, and `--raw-text` puts it into every step.
+Not timed: reading latents, drawing noise, the moving average of the weights.
 """
 
 import argparse
@@ -25,8 +25,9 @@ from tests.benchmarks.model_shape import (
 )
 from tests.benchmarks.record import write_results
 from training.config import ModelConfig, Strategy, TrainingConfig
-from training.feature_source import Batch, pad_texts, prepare_text
+from training.feature_source import Batch, prepare_text, text_lengths
 from training.loop import batch_losses
+from training.process_memory import keep_freed_memory
 from training.run_state import build_optimizer
 
 
@@ -47,8 +48,8 @@ def training_step(config: ModelConfig, strategy: Strategy, args: argparse.Namesp
     t = torch.rand(args.batch, generator=generator)
 
     def step() -> None:
-        texts, lengths, mask = pad_texts(prepared() if args.raw_text else kept)
-        batch = Batch(torch.arange(args.batch), data, noise, t, texts, lengths, mask)
+        texts = prepared() if args.raw_text else kept
+        batch = Batch(torch.arange(args.batch), data, noise, t, tuple(texts), *text_lengths(texts))
         batch_losses(model, batch)[0].mean().backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), training.gradient_clip)
         optimizer.step()
@@ -65,6 +66,7 @@ def main() -> None:
     parser.add_argument("--raw-text", action="store_true", help="normalise raw hidden states in every step")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    keep_freed_memory()
     config = model_config(args)
     steps = {strategy: training_step(config, strategy, args) for strategy in with_baseline(args.strategies)}
     figures = summary(cpu_seconds(steps, args.rounds), unit=1e-3, digits=1)

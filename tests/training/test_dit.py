@@ -67,6 +67,32 @@ def test_padding_does_not_show(strategy: Strategy) -> None:
 
 
 @pytest.mark.parametrize("strategy", Strategy)
+def test_texts_one_by_one_give_what_a_stack_gives(strategy: Strategy) -> None:
+    model = built(strategy).requires_grad_(True)
+    prepared = texts(model, 3, 7, 5)
+    stacked, lengths, mask = pad_texts(prepared)
+    x, t = latents(3), torch.tensor([0.2, 0.5, 0.9])
+    outputs = [model(x, t, texts_of_batch, lengths, mask) for texts_of_batch in (tuple(prepared), stacked)]
+    torch.testing.assert_close(outputs[0], outputs[1])
+    learned = list(model.parameters())
+    grads = [torch.autograd.grad(output.square().sum(), learned, allow_unused=True) for output in outputs]
+    torch.testing.assert_close(grads[0], grads[1], atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("timestep_conditioning", ["none", "adaln"])
+@pytest.mark.parametrize("strategy", Strategy)
+def test_several_texts_for_an_image_give_what_each_gives_alone(strategy: Strategy, timestep_conditioning: str) -> None:
+    config = TINY_MODEL.model_copy(update={"timestep_conditioning": timestep_conditioning})
+    model = built(strategy, config)
+    stacked, lengths, mask = pad_texts(texts(model, 4, 6, 3, 6))
+    x, t = latents(2), torch.tensor([0.4])
+    keys_values = model.text_keys_values(stacked, t.expand(4))
+    together = model.velocity(x, t, keys_values, lengths, mask)
+    apart = model.velocity(x.repeat(2, 1, 1, 1), t.expand(4), keys_values, lengths, mask)
+    torch.testing.assert_close(together, apart, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("strategy", Strategy)
 def test_velocity_from_cached_text_equals_forward(strategy: Strategy) -> None:
     model = built(strategy)
     stacked, lengths, mask = pad_texts(texts(model, 5, 5))

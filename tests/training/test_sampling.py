@@ -17,6 +17,7 @@ from training.dit import Backbone
 from training.feature_source import pad_texts
 from training.flow import sampling_noise
 from training.fusion import shift_gate_time
+from training.layers import KeysValues
 from training.sampling import Sampler, TextBatch, load_sampler, sample_latents
 from training.saved_model import ConditioningRecord, SavedModel
 from training.schedule import build_scheduler, euler_step, flow_time
@@ -83,9 +84,9 @@ def test_text_is_computed_once_per_prompt_or_once_per_time(strategy: Strategy) -
     model = sampler.saved.model
     original = model.text_keys_values
 
-    def counted(prepared: Tensor, t: Tensor) -> object:
+    def counted(prepared: Tensor, t: Tensor, projections: object) -> object:
         calls.append(prepared.shape[1])
-        return original(prepared, t)
+        return original(prepared, t, projections)  # type: ignore[arg-type]
 
     model.text_keys_values = counted  # type: ignore[method-assign, assignment]
     settings = SamplerConfig(num_steps=3)
@@ -142,9 +143,10 @@ def test_unguided_sampling_leaves_the_unconditional_branch_out() -> None:
     model, rows = built(Strategy.UNIFORM), []
     original = model.velocity
 
-    def counted(x_t: Tensor, *rest: object) -> Tensor:
-        rows.append(len(x_t))
-        return original(x_t, *rest)  # type: ignore[arg-type]
+    def counted(x_t: Tensor, t: Tensor, text: list[KeysValues], *rest: Tensor | None) -> Tensor:
+        velocity = original(x_t, t, text, *rest)  # type: ignore[arg-type]
+        rows.append((len(x_t), len(text[0][0]), len(velocity)))
+        return velocity
 
     model.velocity = counted  # type: ignore[method-assign, assignment]
     prepared = TextBatch(*pad_texts(texts(model, 3)))
@@ -152,7 +154,7 @@ def test_unguided_sampling_leaves_the_unconditional_branch_out() -> None:
     for guidance_scale in (1.0, 2.0):
         settings = SamplerConfig(num_steps=1, guidance_scale=guidance_scale)
         sample_latents(model, prepared, prepared, torch.zeros(2, dtype=torch.long), noise, settings)
-    assert rows == [2, 4]
+    assert rows == [(2, 2, 2), (2, 4, 4)]
 
 
 def test_a_trained_checkpoint_draws_images(tiny_data: TinyData, tmp_path: Path) -> None:
