@@ -8,14 +8,12 @@ from dagster._core.definitions.data_version import (
     CODE_VERSION_TAG,
     DATA_VERSION_IS_USER_PROVIDED_TAG,
     DATA_VERSION_TAG,
-    NULL_EVENT_POINTER,
-    get_input_data_version_tag,
-    get_input_event_pointer_tag,
 )
 from dagster._core.storage.tags import EXTERNALLY_MANAGED_ASSETS_TAG
 
 from orchestration.console import progress_text
 from orchestration.execution import Execution, Outcome
+from orchestration.file_events import dagster_name, file_materialization, files_asset_name, input_tags, unrecorded_files
 from orchestration.findings import Check, checks_of
 from orchestration.graph import (
     PART_PARTITIONS,
@@ -29,7 +27,6 @@ from orchestration.graph import (
 )
 from orchestration.plan import INDEX, Plan, Task
 from orchestration.previews import describe
-from pipelines.digest import digest_json
 from pipelines.errors import ThroughlineError
 
 _MAX_PICTURED = 64
@@ -88,9 +85,7 @@ def build_asset(node: Node, execution: Execution) -> dg.AssetsDefinition:
     spec = dg.AssetSpec(
         node.name,
         deps=[
-            dg.AssetDep(
-                item.asset, partition_mapping=partition_mapping(plan, plan.graph[item.asset].partition, node.partition)
-            )
+            dg.AssetDep(dagster_name(item), partition_mapping=_mapping(plan, item, node.partition))
             for item in _drawn(node)
         ],
         description=node.description,
@@ -124,6 +119,8 @@ def build_asset(node: Node, execution: Execution) -> dg.AssetsDefinition:
         else:
             _log_materializations(context, plan, outcomes)
             yield dg.MaterializeResult(asset_key=node.name)
+        for event in unrecorded_files(context.instance, plan, node.name):
+            context.log_event(event)
         for check in checks:
             yield check_result(plan, node.name, check, outcomes)
 
@@ -145,16 +142,20 @@ def _result(outcome: Outcome) -> dg.MaterializeResult:
 
 
 def _log_materializations(context: dg.AssetExecutionContext, plan: Plan, outcomes: list[Outcome]) -> None:
-    """Record each partition of a run of several with its own data version.
+    """Record each partition of a run of several with its own data version."""
+    _record_ourselves(context)
+    for outcome in outcomes:
+        context.log_event(materialization(context.instance, plan, outcome, pictures=len(outcomes) <= _MAX_PICTURED))
 
-    Dagster gives all partitions of a run one data version. The tag keeps it from recording any itself, for this
-    process alone: what is stored of the run does not change.
+
+def _record_ourselves(context: dg.AssetExecutionContext) -> None:
+    """Keep Dagster from recording any partition of a run itself: it would give all of them one data version.
+
+    The tag is for this process alone: what is stored of the run does not change.
     """
     tags = context.run.tags
     assert isinstance(tags, dict)
     tags[EXTERNALLY_MANAGED_ASSETS_TAG] = "true"
-    for outcome in outcomes:
-        context.log_event(materialization(context.instance, plan, outcome, pictures=len(outcomes) <= _MAX_PICTURED))
 
 
 def materialization(
@@ -188,16 +189,53 @@ def is_recorded(instance: dg.DagsterInstance, task: Task) -> bool:
 
 def _provenance_tags(instance: dg.DagsterInstance, plan: Plan, node: Node, partition: str | None) -> dict[str, str]:
     """Return the tags by which Dagster tells later whether an input has changed since."""
-    tags = {}
+    tags: dict[str, str] = {}
     for item in _drawn(node):
-        key = dg.AssetKey(item.asset)
         upstream = plan.upstream_partitions(node, partition, item.asset)
-        versions = [task.output.data_version for name in upstream if (task := plan.task(item.asset, name)).output]
-        tags[get_input_data_version_tag(key)] = versions[0] if len(versions) == 1 else digest_json(versions)
-        records = [instance.get_latest_data_version_record(key, partition_key=name) for name in upstream]
-        pointers = [record.storage_id for record in records if record is not None]
-        tags[get_input_event_pointer_tag(key)] = str(max(pointers)) if pointers else NULL_EVENT_POINTER
+        outputs = [task.output for name in upstream if (task := plan.task(item.asset, name)).output]
+        versions = [item.of(output, partition).data_version for output in outputs]
+        recorded_under = (partition,) if item.file else upstream
+        tags |= input_tags(instance, dagster_name(item), versions, recorded_under)
     return tags
+
+
+def _mapping(plan: Plan, item: Input, downstream: PartitionKind) -> "dg.PartitionMapping | None":
+    upstream = plan.graph[item.asset].partition if item.file is None else downstream
+    return partition_mapping(plan, upstream, downstream)
+
+
+def build_files_asset(node: Node, execution: Execution) -> "dg.AssetsDefinition | None":
+    """Return the asset that stands between a node and the partitions that read single files of its output.
+
+    Dagster knows no edge to a file: with an edge to the whole, every part would turn stale with any of them. Its events
+    are recorded with the node's own; materialising it alone only records them. None where nothing reads it so.
+    """
+    plan = execution.plan
+    reader = plan.graph.file_reader(node.name)
+    if reader is None:
+        return None
+    name = files_asset_name(node.name)
+    spec = dg.AssetSpec(
+        name,
+        deps=[node.name],
+        description=f"Each part's own file of {node.name}: what depends on that part alone reads it and nothing else.",
+        group_name=node.group.value,
+        kinds=set(node.kinds),
+        code_version=node.stage.code_version,
+        partitions_def=partitions_definition(plan, reader.partition),
+    )
+
+    @dg.multi_asset(name=name, specs=[spec], backfill_policy=dg.BackfillPolicy.single_run())
+    def carry_out(context: dg.AssetExecutionContext) -> Iterator[Any]:
+        _record_ourselves(context)
+        try:
+            for key in context.partition_keys:
+                context.log_event(file_materialization(context.instance, plan, node.name, key))
+        except ThroughlineError as error:
+            raise dg.Failure(description=str(error), allow_retries=False) from None
+        yield dg.MaterializeResult(asset_key=name)
+
+    return carry_out
 
 
 def check_result(plan: Plan, asset: str, check: Check, outcomes: list[Outcome]) -> dg.AssetCheckResult:

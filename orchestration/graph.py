@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipelines.config import FrozenConfig
 from pipelines.errors import ThroughlineError
-from pipelines.stage import Stage
+from pipelines.stage import Stage, StageOutput
 from training.config import Arm
 
 if TYPE_CHECKING:
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 PART_PARTITIONS = "part"
 """Name of Dagster's dynamic partitions, one per LAION metadata file; the index registers them."""
+STAGE_TAG, FILE_TAG = "throughline/stage", "throughline/file"
+"""Tags of a materialization that stands for one file of a stage's output."""
 
 
 class PartitionKind(StrEnum):
@@ -51,6 +53,16 @@ class Input:
     drawn: bool = True
     """False where another input's data version already covers it (the data set names every shard). Dagster then has no
     edge: past 99 upstream partitions it would record the last one's version only."""
+    file: str | None = None
+    """Name of the one file that a part reads of an undivided asset, with ``{partition}`` in it. The part depends on
+    that file alone: whatever else changes in the asset's output, it stays fresh."""
+
+    def of(self, output: StageOutput, partition: str | None) -> StageOutput:
+        """Return what is read of an upstream output: the whole, or one file.
+
+        Raises ThroughlineError where the output has no such file.
+        """
+        return output if self.file is None else output.only_file(self.file.format(partition=partition))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,6 +101,22 @@ class Graph:
             if late:
                 raise ValueError(f"{node.name} reads {', '.join(late)}, which must stand before it in the graph")
             seen.add(node.name)
+            for item in node.inputs:
+                if item.file is not None and self.nodes[item.asset].partition is not PartitionKind.NONE:
+                    raise ValueError(f"{node.name} reads one file of {item.asset}, which is divided")
+
+    def file_reader(self, asset: str) -> Node | None:
+        """Return the node whose partitions read one file each of an asset; None where all read it whole."""
+        readers = (
+            node for node in self.nodes.values() if any(item.asset == asset and item.file for item in node.inputs)
+        )
+        return next(readers, None)
+
+    def file_input(self, asset: str) -> Input:
+        """Return how single files of an asset are read, where there is a `file_reader`."""
+        reader = self.file_reader(asset)
+        assert reader is not None, f"nothing reads single files of {asset}"
+        return next(item for item in reader.inputs if item.asset == asset and item.file)
 
     def __getitem__(self, name: str) -> Node:
         try:

@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING
 
 from orchestration.graph import Graph, Group, Input, Node, PartitionKind
 from pipelines.config import FrozenConfig
+from pipelines.laion_index import ENTRY_FILE
 from pipelines.stage_configs import LaionIndexConfig
 from training.config import CheckpointConfig, Strategy
 
@@ -35,6 +36,9 @@ def _text_features_config(profile: "Profile", _: str | None) -> FrozenConfig:
     return profile.text_features
 
 
+_INDEX = Input(name="index", asset="laion_index")
+"""Read by every roll-up over parts: Dagster sees a part that is gone by nothing else, and the lineage has one index."""
+
 DATA_NODES = (
     Node(
         name="laion_index",
@@ -51,7 +55,7 @@ DATA_NODES = (
         description="The rows that pass the filters, with a sample key each; every other row with the rule it failed.",
         configure=lambda profile, _: profile.laion_subset,
         partition=PartitionKind.PART,
-        inputs=(Input(name="index", asset="laion_index"),),
+        inputs=(Input(name="index", asset="laion_index", file=ENTRY_FILE),),
         kinds=frozenset({"parquet"}),
     ),
     Node(
@@ -112,6 +116,7 @@ DATA_NODES = (
         description="The roll-up over all parts: which samples there are, and where. Training depends on it alone.",
         configure=lambda profile, _: profile.dataset,
         inputs=(
+            _INDEX,
             Input(name="shards", asset="shards"),
             Input(name="latents", asset="latents"),
             Input(name="text_features", asset="text_features"),
@@ -172,7 +177,7 @@ EVALUATION_NODES = (
         group=Group.EVALUATION,
         description="Whether the judge tells a training picture's own caption from another's.",
         configure=lambda profile, _: profile.judge_calibration,
-        inputs=(Input(name="images", asset="images"), Input(name="captions", asset="captions")),
+        inputs=(_INDEX, Input(name="images", asset="images"), Input(name="captions", asset="captions")),
         kinds=frozenset({"vllm", "ray"}),
     ),
     Node(

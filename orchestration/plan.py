@@ -24,6 +24,7 @@ from orchestration.graph import (
 )
 from pipelines.config import FrozenConfig
 from pipelines.errors import ThroughlineError
+from pipelines.laion_index import part_names
 from pipelines.manifest import MANIFEST_NAME
 from pipelines.stage import StageOutput, StageRequest
 
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
     from orchestration.profiles import Profile
 
 INDEX = "laion_index"
-PARTS_FILE = "parts.json"
 
 
 class State(StrEnum):
@@ -72,7 +72,7 @@ class Task:
             stage=self.node.name,
             partition=self.partition,
             config=self.config.model_dump(mode="json"),
-            inputs={name: [str(item.manifest_path) for item in items] for name, items in self.inputs.items()},
+            inputs={name: [str(item.address) for item in items] for name, items in self.inputs.items()},
             output_root=str(output_root),
             verify="digest" if verify == "digest" else "size",
         )
@@ -109,9 +109,7 @@ class Plan:
     def parts(self) -> tuple[str, ...]:
         """Return the parts that the finished index lists."""
         index = self.task(INDEX, None).output
-        if index is None:
-            return ()
-        return tuple(entry["part"] for entry in json.loads(index.path(PARTS_FILE).read_bytes()))
+        return () if index is None else part_names(index)
 
     def task(self, asset: str, partition: str | None = None) -> Task:
         """Return the task as it stands now; finished ones are remembered, unfinished ones looked up each time."""
@@ -162,7 +160,10 @@ class Plan:
             if not tasks:
                 blocked_by.append(f"the parts of {item.asset} are unknown until {INDEX} is finished")
             blocked_by += [f"{task.label} is not finished" for task in tasks if task.output is None]
-            inputs[item.name] = [task.output for task in tasks if task.output is not None]
+            try:
+                inputs[item.name] = [item.of(task.output, partition) for task in tasks if task.output is not None]
+            except ThroughlineError as error:
+                blocked_by.append(str(error))
         if blocked_by:
             return Task(
                 node=node, partition=partition, config=None, inputs=None, output=None, blocked_by=tuple(blocked_by)

@@ -5,8 +5,12 @@ import pytest
 from dagster._core.definitions.data_version import CachingStaleStatusResolver, StaleStatus
 from dagster._core.loader import LoadingContextForTest
 
+from orchestration.audit import Auditor
+from orchestration.console import Console
 from orchestration.definitions import build_definitions
 from orchestration.execution import Execution
+from orchestration.plan import State
+from orchestration.run import Run
 from tests.orchestration.conftest import NUMBERS, execution_of
 from tests.orchestration.small.stages import IndexConfig, KeepConfig, SmallProfile
 
@@ -96,10 +100,16 @@ def test_provenance_is_the_same_for_one_partition_and_for_several(
 def _statuses(execution: Execution, instance: dg.DagsterInstance) -> dict[str, StaleStatus]:
     graph = _definitions(execution).resolve_asset_graph()
     resolver = CachingStaleStatusResolver(instance, graph, LoadingContextForTest(instance))
+    keys: dict[str, Sequence[str | None]] = {}
+    for key in graph.get_all_asset_keys():
+        partitions = graph.get(key).partitions_def
+        keys[key.to_user_string()] = (
+            [None] if partitions is None else partitions.get_partition_keys(dynamic_partitions_store=instance)
+        )
     return {
         f"{asset} {partition or ''}".strip(): resolver.get_status(dg.AssetKey(asset), partition)
-        for asset in execution.plan.graph.nodes
-        for partition in execution.plan.partitions(asset)
+        for asset, partitions in keys.items()
+        for partition in partitions
     }
 
 
@@ -108,7 +118,49 @@ def test_everything_is_fresh_after_it_was_materialized(materialize_all: Carry, i
     execution = _record_all(materialize_all(), instance)
     statuses = _statuses(execution, instance)
     assert {name for name, status in statuses.items() if status is not StaleStatus.FRESH} == set()
-    assert len(statuses) == 14
+    assert len(statuses) == 14 + len(NUMBERS)
+
+
+def _not_fresh(execution: Execution, instance: dg.DagsterInstance) -> set[str]:
+    return {name for name, status in _statuses(execution, instance).items() if status is not StaleStatus.FRESH}
+
+
+@pytest.mark.slow
+def test_files_that_come_change_or_go_make_their_own_parts_and_the_roll_ups_stale(
+    profile: SmallProfile, materialize_all: Carry, instance: dg.DagsterInstance
+) -> None:
+    """Dagster and the plan say the same before and after, and so does the audit."""
+    materialize_all()
+    numbers = dict(NUMBERS)
+    _record_all(execution_of(profile), instance)
+    changes: list[tuple[dict[str, list[int]], set[str]]] = [
+        ({**numbers, "0": [40]}, {"kept 0"}),
+        ({**numbers, "0": [40], "00001": [50]}, {"kept 00001"}),
+        ({"0": [40], "00001": [50]}, set()),
+    ]
+    for now, parts in changes:
+        profile.index = IndexConfig(numbers=now)
+        execution = execution_of(profile)
+        assert _materialize(execution, instance, "laion_index", [None]).success
+        assert _not_fresh(execution, instance) == parts | {"total"}
+        plan = execution.plan
+        assert {task.label for task in plan.tasks("kept") if plan.state(task) is not State.FINISHED} == parts
+        assert plan.state(plan.task("total")) is State.STALE
+        Run(execution, instance, Console()).carry_out("everything", list(plan.graph.nodes.values()))
+        assert _not_fresh(execution_of(profile), instance) == set()
+        table = plan.task("table").output
+        assert table is not None and Auditor(plan.output_root).audit([table.ref]).passed
+
+
+@pytest.mark.slow
+def test_a_part_can_be_recorded_by_itself(materialize_all: Carry, instance: dg.DagsterInstance) -> None:
+    execution = materialize_all()
+    _materialize(execution, instance, "laion_index", [None])
+    before = _recorded(instance, "laion_index_parts", "00001")
+    assert _materialize(execution, instance, "laion_index_parts", ["00000", "00001"]).success
+    assert _materialize(execution, instance, "laion_index_parts", ["00001"]).success
+    assert _recorded(instance, "laion_index_parts", "00001") == before
+    assert _num_materializations(instance, "laion_index_parts") == len(NUMBERS) + 3
 
 
 @pytest.mark.slow

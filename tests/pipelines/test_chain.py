@@ -50,7 +50,7 @@ def write_parts(server: HostileServer, folder: Path) -> Path:
         ]
         if part == 0:
             rows += [laion_row(server.url(path), f"bad {path}") for path in BAD_PATHS]
-        write_laion(folder / f"part-{part}.parquet", rows)
+        write_laion(folder / f"{part:05d}.parquet", rows)
     return folder
 
 

@@ -7,12 +7,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipelines import laion_selection, laion_subset
+from pipelines import laion_selection
 from pipelines.manifest import DROPPED_NAME
 from pipelines.sample_key import sample_key
 from pipelines.stage import StageOutput
-from pipelines.stage_configs import LaionSelectionConfig, LaionSubsetConfig
-from tests.pipelines.laion_world import laion_row, run_index, write_laion
+from pipelines.stage_configs import LaionSelectionConfig
+from tests.pipelines.laion_world import laion_row, run_index, subset_of, write_laion
 
 Pair = tuple[int, int]
 
@@ -20,13 +20,10 @@ Pair = tuple[int, int]
 def select(folder: Path, parts: list[list[Pair]], **config: Any) -> StageOutput:
     for number, pairs in enumerate(parts):
         rows = [laion_row(f"http://a.example/{url}", f"text {text}") for url, text in pairs]
-        write_laion(folder / "laion" / f"{number:02d}.parquet", rows)
+        write_laion(folder / "laion" / f"{number:05d}.parquet", rows)
     index = run_index(folder / "laion", folder / "out")
     subsets = [
-        laion_subset.STAGE.run(
-            LaionSubsetConfig(drop_duplicate_urls=False), {"index": [index]}, folder / "out", f"{n:05d}"
-        )
-        for n in range(len(parts))
+        subset_of(index, folder / "out", f"{number:05d}", drop_duplicate_urls=False) for number in range(len(parts))
     ]
     return laion_selection.STAGE.run(LaionSelectionConfig(**config), {"subset": subsets}, folder / "out")
 
