@@ -10,8 +10,8 @@ from pipelines.manifest import InputRef
 from pipelines.stage import StageOutput
 
 STAGE_ORDER = (
-    "laion_index", "laion_subset", "images", "captions", "shards", "latents", "text_features", "dataset",
-    "checkpoint", "prompt_sets", "samples", "scores", "judge_calibration", "fusion_analysis", "results",
+    "laion_index", "laion_subset", "laion_selection", "images", "captions", "shards", "latents", "text_features",
+    "dataset", "checkpoint", "prompt_sets", "samples", "scores", "judge_calibration", "fusion_analysis", "results",
 )  # fmt: skip
 
 

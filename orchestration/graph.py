@@ -56,6 +56,8 @@ class Input:
     file: str | None = None
     """Name of the one file that a part reads of an undivided asset, with ``{partition}`` in it. The part depends on
     that file alone: whatever else changes in the asset's output, it stays fresh."""
+    unless: str | None = None
+    """An asset that takes this input's place in the graphs that have it."""
 
     def of(self, output: StageOutput, partition: str | None) -> StageOutput:
         """Return what is read of an upstream output: the whole, or one file.
@@ -165,7 +167,7 @@ class Graph:
 
 
 def _restrict(node: Node, names: set[str]) -> Node:
-    return replace(node, inputs=tuple(item for item in node.inputs if item.asset in names))
+    return replace(node, inputs=tuple(item for item in node.inputs if item.asset in names and item.unless not in names))
 
 
 def arm_benchmark(arm: str, benchmark: str) -> str:

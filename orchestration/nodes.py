@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 from orchestration.graph import Graph, Group, Input, Node, PartitionKind
 from pipelines.config import FrozenConfig
 from pipelines.laion_index import ENTRY_FILE
+from pipelines.laion_selection import PART_ROWS_FILE
 from pipelines.stage_configs import LaionIndexConfig
 from training.config import CheckpointConfig, Strategy
 
@@ -29,6 +30,11 @@ def _checkpoint_config(profile: "Profile", strategy: str | None) -> FrozenConfig
         text_encoder=profile.text_encoder,
         template_version=profile.template_version,
     )
+
+
+def _selection_config(profile: "Profile", _: str | None) -> FrozenConfig:
+    assert profile.laion_selection is not None, "the node is not wanted without"
+    return profile.laion_selection
 
 
 def _text_features_config(profile: "Profile", _: str | None) -> FrozenConfig:
@@ -59,13 +65,26 @@ DATA_NODES = (
         kinds=frozenset({"parquet"}),
     ),
     Node(
+        name="laion_selection",
+        module="pipelines.laion_selection",
+        group=Group.DATA,
+        description="The rows of all parts taken together: one of each URL, cut to a sample; every other row listed.",
+        configure=_selection_config,
+        inputs=(_INDEX, Input(name="subset", asset="laion_subset")),
+        kinds=frozenset({"parquet"}),
+        is_wanted=lambda profile: profile.laion_selection is not None,
+    ),
+    Node(
         name="images",
         module="pipelines.images",
         group=Group.DATA,
         description="The pictures behind the links, as square RGB JPEGs, and a status with a reason for every row.",
         configure=lambda profile, _: profile.images,
         partition=PartitionKind.PART,
-        inputs=(Input(name="subset", asset="laion_subset"),),
+        inputs=(
+            Input(name="selection", asset="laion_selection", file=PART_ROWS_FILE),
+            Input(name="subset", asset="laion_subset", unless="laion_selection"),
+        ),
         kinds=frozenset({"http", "parquet"}),
     ),
     Node(
@@ -117,6 +136,7 @@ DATA_NODES = (
         configure=lambda profile, _: profile.dataset,
         inputs=(
             _INDEX,
+            Input(name="selection", asset="laion_selection"),
             Input(name="shards", asset="shards"),
             Input(name="latents", asset="latents"),
             Input(name="text_features", asset="text_features"),

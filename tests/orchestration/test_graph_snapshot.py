@@ -66,6 +66,21 @@ def test_the_graph_is_as_written_here(definitions: dg.Definitions) -> None:
     assert _describe(definitions) == DEMO_GRAPH
 
 
+def test_a_selection_over_all_parts_stands_before_the_downloads(tmp_path: Path) -> None:
+    changed = [
+        line.replace("laion_index, latents (all), shards", "laion_index, laion_selection, latents (all), shards")
+        .replace("images | part | laion_subset (identity)", "images | part | laion_selection_parts (identity)")
+        for line in DEMO_GRAPH.splitlines()
+    ]  # fmt: skip
+    selection = [
+        "data | laion_selection | - | laion_index, laion_subset (all) | conservation, digest",
+        "data | laion_selection_parts | part | laion_selection | -",
+    ]
+    profile = load_profile("demo", tmp_path, ["laion_selection.limit=100"])
+    described = _describe(build_definitions(build_execution(profile)))
+    assert described.splitlines() == sorted([*changed, *selection])
+
+
 def test_there_is_a_job_for_the_evaluation_and_one_for_everything(definitions: dg.Definitions) -> None:
     dg.Definitions.validate_loadable(definitions)
     assert {"evaluation_only", "everything"} <= {job.name for job in definitions.resolve_all_job_defs()}
