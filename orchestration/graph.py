@@ -5,7 +5,7 @@ is the profile's business; what it does is the stage's own.
 """
 
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any
@@ -80,6 +80,9 @@ class Node:
     partition: PartitionKind = PartitionKind.NONE
     inputs: tuple[Input, ...] = ()
     kinds: frozenset[str] = frozenset()
+    known_files: "Callable[[Any, Iterable[StageOutput]], Mapping[str, StageOutput | None]] | None" = None
+    """For the asset that registers the parts: from a configuration and earlier outputs, part -> the file that the part
+    reads, as far as it is known before the asset is computed."""
     is_wanted: "Callable[[Profile], bool]" = lambda profile: True
     """False takes the asset out of the graph; stages that would read it get an empty list."""
 

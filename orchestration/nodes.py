@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING
 
 from orchestration.graph import Graph, Group, Input, Node, PartitionKind
 from pipelines.config import FrozenConfig
-from pipelines.laion_index import ENTRY_FILE
+from pipelines.laion_index import ENTRY_FILE, known_entries
 from pipelines.laion_selection import PART_ROWS_FILE
 from pipelines.stage_configs import LaionIndexConfig
 from training.config import CheckpointConfig, Strategy
@@ -52,6 +52,7 @@ DATA_NODES = (
         group=Group.DATA,
         description="The LAION metadata files there are, by content digest; each becomes a part.",
         configure=_index_config,
+        known_files=known_entries,
         kinds=frozenset({"parquet"}),
     ),
     Node(

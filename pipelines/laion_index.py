@@ -7,6 +7,7 @@ left alone here; `pipelines.laion_subset` reads them.
 import hashlib
 import re
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 
 from pydantic import ValidationError
@@ -70,6 +71,19 @@ def entry_of(index: StageOutput, part: str) -> StageOutput:
         shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
         raise ThroughlineError(f"part {part}: the index registers {len(names)} parts: {shown}")
     return index.only_file(ENTRY_FILE.format(partition=part))
+
+
+def known_entries(config: LaionIndexConfig, earlier: Iterable[StageOutput]) -> dict[str, StageOutput | None]:
+    """Return part -> its entry in an earlier index that registered the very same file; None where none did.
+
+    So it is known what of a changed folder is as it was before the index is computed anew.
+    """
+    holders = {(item.name, item.sha256): index for index in earlier for item in index.manifest.sources}
+    found: dict[str, StageOutput | None] = {}
+    for content in config.content:
+        index, part = holders.get((content.name, content.sha256)), part_key(content.name)
+        found[part] = entry_of(index, part) if index is not None else None
+    return found
 
 
 def read_part(entry: StageOutput) -> Part:
