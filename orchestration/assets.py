@@ -1,5 +1,6 @@
 """Dagster's assets, made from the graph: each is thin, and carries out its tasks of the plan."""
 
+import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -29,6 +30,7 @@ from orchestration.plan import INDEX, Plan, Task
 from orchestration.previews import describe
 from pipelines.errors import ThroughlineError
 
+_OBSERVE_SECONDS = 60.0
 _MAX_PICTURED = 64
 """Partitions of one run beyond which its records carry no pictures: they lie in Dagster's database."""
 
@@ -66,16 +68,29 @@ def partition_mapping(plan: Plan, upstream: PartitionKind, downstream: Partition
 
 
 class LogObserver:
-    """Tells Dagster's event log about progress, and its captured output about everything else."""
+    """Tells Dagster what a stage does while it runs: progress as lines of the event log and, once a minute, as an
+    observation of the asset, whose numbers its page plots; everything else as captured output."""
 
-    def __init__(self, log: dg.DagsterLogManager) -> None:
-        self._log = log
+    def __init__(self, context: "dg.AssetExecutionContext | dg.OpExecutionContext", asset: str) -> None:
+        self._context, self._asset = context, asset
+        self._observed = time.monotonic()
 
     def progress(self, record: Mapping[str, Any]) -> None:
-        self._log.info(progress_text(record))
+        self._context.log.info(progress_text(record))
+        if time.monotonic() - self._observed >= _OBSERVE_SECONDS:
+            self._observed = time.monotonic()
+            self._context.log_event(observation(self._asset, record))
 
     def line(self, text: str) -> None:
         print(text, flush=True)
+
+
+def observation(asset: str, record: Mapping[str, Any]) -> dg.AssetObservation:
+    """Return the event that shows a progress record of a stage: done, total, rate, and the stage's own counts."""
+    partition = str(record["label"]).removeprefix(asset).strip() or None
+    numbers = {"done": record["done"], "total": record.get("total"), "per_second": record.get("rate")}
+    shown = {name: value for name, value in {**numbers, **(record.get("details") or {})}.items() if value is not None}
+    return dg.AssetObservation(asset, partition=partition, description=progress_text(record), metadata=shown)
 
 
 def build_asset(node: Node, execution: Execution) -> dg.AssetsDefinition:
@@ -109,7 +124,7 @@ def build_asset(node: Node, execution: Execution) -> dg.AssetsDefinition:
     def carry_out(context: dg.AssetExecutionContext) -> Iterator[Any]:
         keys = context.partition_keys if context.has_partition_key or context.has_partition_key_range else [None]
         try:
-            outcomes = execution.materialize(node.name, keys, LogObserver(context.log))
+            outcomes = execution.materialize(node.name, keys, LogObserver(context, node.name))
         except ThroughlineError as error:
             raise dg.Failure(description=str(error), allow_retries=False) from None
         if node.name == INDEX:

@@ -84,7 +84,9 @@ def _carry_out(context: dg.OpExecutionContext, node: Node, execution: Execution,
     wanted = [task for task in tasks if not is_recorded(context.instance, task)]
     for group in _groups(wanted, plan.profile.partitions_per_run(node.name)):
         try:
-            outcomes = execution.materialize(node.name, [task.partition for task in group], LogObserver(context.log))
+            outcomes = execution.materialize(
+                node.name, [task.partition for task in group], LogObserver(context, node.name)
+            )
         except ThroughlineError:
             _record(context, execution, [Outcome(task, False) for task in _finished_since(execution, group)])
             raise

@@ -46,6 +46,8 @@ def _outputs(stage_root: Path) -> Iterator[StageOutput]:
             yield output
 
 
-def _age(output: StageOutput) -> tuple[str, str]:
+def _age(output: StageOutput) -> tuple[str, int, str]:
+    """Sort by when an output was made; its file tells apart those of one second."""
     environment = output.manifest.environment
-    return (environment.ended_at if environment else "", output.data_version)
+    ended_at = environment.ended_at if environment else ""
+    return ended_at, output.manifest_path.stat().st_mtime_ns, output.data_version

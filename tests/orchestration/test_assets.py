@@ -5,6 +5,7 @@ import pytest
 from dagster._core.definitions.data_version import CachingStaleStatusResolver, StaleStatus
 from dagster._core.loader import LoadingContextForTest
 
+from orchestration.assets import observation
 from orchestration.audit import Auditor
 from orchestration.console import Console
 from orchestration.definitions import build_definitions
@@ -189,6 +190,31 @@ def test_checks_pass_on_sound_outputs(materialize_all: Carry, instance: dg.Dagst
     table = execution.plan.task("kept", "00000").output
     assert table is not None and table.manifest.conservation is not None
     assert table.manifest.conservation.dropped == {"too_small": 2}
+
+
+def test_progress_is_observed_with_its_numbers_while_the_stage_runs(
+    profile: SmallProfile, instance: dg.DagsterInstance, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("orchestration.assets._OBSERVE_SECONDS", 0.0)
+    execution = execution_of(profile)
+    _materialize(execution, instance, "laion_index", [None])
+    assert _materialize(execution, instance, "kept", ["00000"]).success
+    records = instance.fetch_observations(dg.AssetKey("kept"), limit=100).records
+    newest = records[0].asset_observation
+    assert newest is not None and newest.partition == "00000"
+    numbers = {name: value.value for name, value in newest.metadata.items()}
+    assert (numbers["done"], numbers["total"]) == (3, 3) and numbers["per_second"] > 0
+    (made,) = instance.fetch_materializations(dg.AssetKey("kept"), limit=100).records
+    assert records[-1].storage_id < records[0].storage_id < made.storage_id, "before the output was there"
+
+
+def test_counts_and_reasons_of_a_stage_are_part_of_an_observation() -> None:
+    details = {"ok": 4, "failed": "2 (timeout 2)"}
+    record = {"label": "images part-00001", "done": 6, "total": None, "noun": "images", "rate": 2.0, "details": details}
+    event = observation("images", record)
+    assert event.partition == "part-00001" and observation("images", {**record, "label": "images"}).partition is None
+    shown = {name: value.value for name, value in event.metadata.items()}
+    assert shown == {"done": 6, "per_second": 2.0, **details}
 
 
 def test_a_failed_stage_fails_the_run_with_its_own_sentence(

@@ -95,7 +95,8 @@ def test_a_selection_over_all_parts_makes_stale_the_pictures_of_parts_that_lost_
     selection = folder.plan().task("laion_selection").output
     assert selection is not None and selection.manifest.conservation is not None
     assert selection.manifest.conservation.dropped == {"duplicate_url": 1}
-    (row,) = [line.split() for line in status_lines(folder.plan(), each_partition=False) if "laion_selection" in line]
+    lines = "\n".join(status_lines(folder.plan(), each_partition=False)).splitlines()
+    (row,) = [line.split() for line in lines if "laion_selection" in line]
     assert row[1:4] == ["laion_selection", "finished", "2"]
 
 
