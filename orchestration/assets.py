@@ -14,7 +14,14 @@ from dagster._core.storage.tags import EXTERNALLY_MANAGED_ASSETS_TAG
 
 from orchestration.console import progress_text
 from orchestration.execution import Execution, Outcome
-from orchestration.file_events import dagster_name, file_materialization, files_asset_name, input_tags, unrecorded_files
+from orchestration.file_events import (
+    dagster_name,
+    file_materialization,
+    file_result,
+    files_asset_name,
+    input_tags,
+    unrecorded_files,
+)
 from orchestration.findings import Check, checks_of
 from orchestration.graph import (
     PART_PARTITIONS,
@@ -132,7 +139,7 @@ def build_asset(node: Node, execution: Execution) -> dg.AssetsDefinition:
         if len(outcomes) == 1:
             yield _result(outcomes[0])
         else:
-            _log_materializations(context, plan, outcomes)
+            _log_materializations(context, outcomes)
             yield dg.MaterializeResult(asset_key=node.name)
         for event in unrecorded_files(context.instance, plan, node.name):
             context.log_event(event)
@@ -156,11 +163,11 @@ def _result(outcome: Outcome) -> dg.MaterializeResult:
     )
 
 
-def _log_materializations(context: dg.AssetExecutionContext, plan: Plan, outcomes: list[Outcome]) -> None:
+def _log_materializations(context: dg.AssetExecutionContext, outcomes: list[Outcome]) -> None:
     """Record each partition of a run of several with its own data version."""
     _record_ourselves(context)
     for outcome in outcomes:
-        context.log_event(materialization(context.instance, plan, outcome, pictures=len(outcomes) <= _MAX_PICTURED))
+        context.log_event(materialization(context.instance, outcome, pictures=len(outcomes) <= _MAX_PICTURED))
 
 
 def _record_ourselves(context: dg.AssetExecutionContext) -> None:
@@ -174,7 +181,7 @@ def _record_ourselves(context: dg.AssetExecutionContext) -> None:
 
 
 def materialization(
-    instance: dg.DagsterInstance, plan: Plan, outcome: Outcome, *, pictures: bool = True
+    instance: dg.DagsterInstance, outcome: Outcome, *, pictures: bool = True
 ) -> dg.AssetMaterialization:
     """Return the event that records an outcome: data version and provenance come from its manifest."""
     task = outcome.task
@@ -187,7 +194,7 @@ def materialization(
             DATA_VERSION_TAG: task.output.data_version,
             DATA_VERSION_IS_USER_PROVIDED_TAG: "true",
             CODE_VERSION_TAG: task.output.manifest.code_version,
-            **_provenance_tags(instance, plan, task.node, task.partition),
+            **_provenance_tags(instance, task),
         },
     )
 
@@ -202,15 +209,13 @@ def is_recorded(instance: dg.DagsterInstance, task: Task) -> bool:
     return (record.asset_materialization.tags or {}).get(DATA_VERSION_TAG) == task.output.data_version
 
 
-def _provenance_tags(instance: dg.DagsterInstance, plan: Plan, node: Node, partition: str | None) -> dict[str, str]:
+def _provenance_tags(instance: dg.DagsterInstance, task: Task) -> dict[str, str]:
     """Return the tags by which Dagster tells later whether an input has changed since."""
     tags: dict[str, str] = {}
-    for item in _drawn(node):
-        upstream = plan.upstream_partitions(node, partition, item.asset)
-        outputs = [task.output for name in upstream if (task := plan.task(item.asset, name)).output]
-        versions = [item.of(output, partition).data_version for output in outputs]
-        recorded_under = (partition,) if item.file else upstream
-        tags |= input_tags(instance, dagster_name(item), versions, recorded_under)
+    for item in _drawn(task.node):
+        inputs = (task.inputs or {})[item.name]
+        versions = {task.partition if item.file else each.manifest.partition: each.data_version for each in inputs}
+        tags |= input_tags(instance, dagster_name(item), versions)
     return tags
 
 
@@ -242,12 +247,17 @@ def build_files_asset(node: Node, execution: Execution) -> "dg.AssetsDefinition 
 
     @dg.multi_asset(name=name, specs=[spec], backfill_policy=dg.BackfillPolicy.single_run())
     def carry_out(context: dg.AssetExecutionContext) -> Iterator[Any]:
-        _record_ourselves(context)
+        keys = context.partition_keys
         try:
-            for key in context.partition_keys:
-                context.log_event(file_materialization(context.instance, plan, node.name, key))
+            events = [file_materialization(context.instance, plan, node.name, key) for key in keys]
         except ThroughlineError as error:
             raise dg.Failure(description=str(error), allow_retries=False) from None
+        if len(events) == 1:
+            yield file_result(events[0])
+            return
+        _record_ourselves(context)
+        for event in events:
+            context.log_event(event)
         yield dg.MaterializeResult(asset_key=name)
 
     return carry_out

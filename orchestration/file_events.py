@@ -4,7 +4,8 @@ Dagster has no edge to a file: between an output and the partitions that read si
 own, with a partition for each file and the file's SHA-256 as data version.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
+from hashlib import sha256
 
 import dagster as dg
 from dagster._core.definitions.data_version import (
@@ -18,7 +19,6 @@ from dagster._core.definitions.data_version import (
 
 from orchestration.graph import FILE_TAG, STAGE_TAG, Input
 from orchestration.plan import Plan
-from pipelines.digest import digest_json
 from pipelines.errors import ThroughlineError
 
 
@@ -32,16 +32,20 @@ def dagster_name(item: Input) -> str:
     return item.asset if item.file is None else files_asset_name(item.asset)
 
 
-def input_tags(
-    instance: dg.DagsterInstance, asset: str, versions: Sequence[str], partitions: Sequence[str | None]
-) -> dict[str, str]:
-    """Return the tags that say which data versions of some partitions of an asset went into something."""
+def input_tags(instance: dg.DagsterInstance, asset: str, versions: Mapping[str | None, str]) -> dict[str, str]:
+    """Return the tags that say from which data versions of an asset, by partition, something was made.
+
+    They are those that Dagster writes for a run of one partition: the digest of the versions in order of partitions,
+    and the last event of any partition.
+    """
     key = dg.AssetKey(asset)
-    records = [instance.get_latest_data_version_record(key, partition_key=name) for name in partitions]
-    pointers = [record.storage_id for record in records if record is not None]
+    (record,) = instance.get_asset_records([key]) or (None,)
+    last = record.asset_entry.last_materialization_record if record is not None else None
+    in_order = [version for _, version in sorted(versions.items(), key=lambda item: item[0] or "")]
+    divided = list(versions) != [None]
     return {
-        get_input_data_version_tag(key): versions[0] if len(versions) == 1 else digest_json(list(versions)),
-        get_input_event_pointer_tag(key): str(max(pointers)) if pointers else NULL_EVENT_POINTER,
+        get_input_data_version_tag(key): sha256("".join(in_order).encode()).hexdigest() if divided else in_order[0],
+        get_input_event_pointer_tag(key): NULL_EVENT_POINTER if last is None else str(last.storage_id),
     }
 
 
@@ -66,8 +70,22 @@ def file_materialization(
             CODE_VERSION_TAG: output.manifest.code_version,
             STAGE_TAG: asset,
             FILE_TAG: file.address.name,
-            **input_tags(instance, asset, [output.data_version], (None,)),
+            **input_tags(instance, asset, {None: output.data_version}),
         },
+    )
+
+
+def file_result(event: dg.AssetMaterialization) -> dg.MaterializeResult:
+    """Return such an event as the result of a run of one partition, which Dagster records itself.
+
+    A run that keeps Dagster from recording does so for all its assets.
+    """
+    tags = event.tags or {}
+    return dg.MaterializeResult(
+        asset_key=event.asset_key,
+        metadata=event.metadata,
+        data_version=dg.DataVersion(tags[DATA_VERSION_TAG]),
+        tags={name: tags[name] for name in (STAGE_TAG, FILE_TAG)},
     )
 
 

@@ -114,7 +114,7 @@ def _record(context: dg.OpExecutionContext, execution: Execution, outcomes: Sequ
         return
     plan, asset = execution.plan, outcomes[0].task.node.name
     for outcome in outcomes:
-        context.log_event(materialization(context.instance, plan, outcome))
+        context.log_event(materialization(context.instance, outcome))
     for check in checks_of(asset):
         result = check_result(plan, asset, check, list(outcomes))
         evaluation: Any = dg.AssetCheckEvaluation(  # taken by log_event, though its signature does not say so
