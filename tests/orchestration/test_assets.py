@@ -196,6 +196,7 @@ def test_checks_pass_on_sound_outputs(materialize_all: Carry, instance: dg.Dagst
     assert table.manifest.conservation.dropped == {"too_small": 2}
 
 
+@pytest.mark.slow
 def test_progress_is_observed_with_its_numbers_while_the_stage_runs(
     profile: SmallProfile, instance: dg.DagsterInstance, monkeypatch: pytest.MonkeyPatch
 ) -> None:

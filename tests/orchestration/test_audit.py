@@ -114,6 +114,7 @@ def test_an_index_that_states_another_entry_than_the_part_was_made_from_is_named
     assert "00001.part.json" in problems["kept 00001"][0]
 
 
+@pytest.mark.slow
 def test_a_part_made_under_an_older_index_leads_to_the_present_one(
     profile: SmallProfile, materialize_all: Carry
 ) -> None:
