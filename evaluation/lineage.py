@@ -5,30 +5,38 @@ from collections.abc import Iterable
 from typing import Any
 
 from pipelines.errors import ThroughlineError
-from pipelines.manifest import MANIFEST_NAME, InputRef
+from pipelines.input_refs import find_input
+from pipelines.manifest import InputRef
 from pipelines.stage import StageOutput
 
 STAGE_ORDER = (
-    "laion_index", "laion_subset", "images", "captions", "shards", "latents", "text_features", "dataset",
-    "checkpoint", "prompt_sets", "samples", "scores", "judge_calibration", "fusion_analysis", "results",
+    "laion_index", "laion_subset", "laion_selection", "images", "captions", "shards", "latents", "text_features",
+    "dataset", "checkpoint", "prompt_sets", "samples", "scores", "judge_calibration", "fusion_analysis", "results",
 )  # fmt: skip
 
 
 def collect(outputs: Iterable[StageOutput]) -> dict[str, list[StageOutput]]:
     """Return the given outputs and all that they were made from: stage -> outputs, in the order of the graph.
 
-    An input lies at ``<output root>/<stage>/<data_version>``. Raises ThroughlineError where one is missing or altered.
+    Where one file of an output was an input, the output that is among the others anyway is taken for it. Raises
+    ThroughlineError where an input is missing or altered.
     """
     found: dict[tuple[str, str], StageOutput] = {}
     waiting = deque(outputs)
-    while waiting:
+    files: deque[tuple[StageOutput, InputRef]] = deque()
+    while waiting or files:
+        if not waiting:
+            reader, ref = files.popleft()
+            waiting.append(_load(reader, ref, found.values()))
         output = waiting.popleft()
         key = (output.manifest.stage, output.data_version)
         if key in found:
             continue
         found[key] = output
         for refs in output.manifest.inputs.values():
-            waiting.extend(_load(output, ref) for ref in refs if (ref.stage, ref.data_version) not in found)
+            files.extend((output, ref) for ref in refs if ref.file is not None)
+            wholes = [ref for ref in refs if ref.file is None and (ref.stage, ref.data_version) not in found]
+            waiting.extend(_load(output, ref) for ref in wholes)
     by_stage: dict[str, list[StageOutput]] = {}
     for output in sorted(found.values(), key=_place):
         by_stage.setdefault(output.manifest.stage, []).append(output)
@@ -41,10 +49,9 @@ def _place(output: StageOutput) -> tuple[Any, ...]:
     return (number, stage, output.manifest.partition or "", output.data_version)
 
 
-def _load(output: StageOutput, ref: InputRef) -> StageOutput:
-    path = output.folder.parent.parent / ref.stage / ref.data_version / MANIFEST_NAME
+def _load(output: StageOutput, ref: InputRef, known: Iterable[StageOutput] = ()) -> StageOutput:
     try:
-        return StageOutput.load(path)
+        return find_input(output.folder.parent.parent, ref, known)
     except ThroughlineError as error:
         label = f"{output.manifest.stage} {output.manifest.partition or ''}".rstrip()
         raise ThroughlineError(

@@ -16,6 +16,7 @@ Lineage = Mapping[str, Sequence[StageOutput]]
 
 FUNNEL_STAGES: Mapping[str, str] = {
     "laion_subset": "Rows that pass the filters",
+    "laion_selection": "Rows kept of all parts together",
     "images": "Pictures downloaded and decoded",
     "captions": "Pictures captioned",
     "shards": "Pairs written to shards",

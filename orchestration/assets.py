@@ -1,5 +1,6 @@
 """Dagster's assets, made from the graph: each is thin, and carries out its tasks of the plan."""
 
+import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -8,14 +9,19 @@ from dagster._core.definitions.data_version import (
     CODE_VERSION_TAG,
     DATA_VERSION_IS_USER_PROVIDED_TAG,
     DATA_VERSION_TAG,
-    NULL_EVENT_POINTER,
-    get_input_data_version_tag,
-    get_input_event_pointer_tag,
 )
 from dagster._core.storage.tags import EXTERNALLY_MANAGED_ASSETS_TAG
 
 from orchestration.console import progress_text
 from orchestration.execution import Execution, Outcome
+from orchestration.file_events import (
+    dagster_name,
+    file_materialization,
+    file_result,
+    files_asset_name,
+    input_tags,
+    unrecorded_files,
+)
 from orchestration.findings import Check, checks_of
 from orchestration.graph import (
     PART_PARTITIONS,
@@ -29,9 +35,9 @@ from orchestration.graph import (
 )
 from orchestration.plan import INDEX, Plan, Task
 from orchestration.previews import describe
-from pipelines.digest import digest_json
 from pipelines.errors import ThroughlineError
 
+_OBSERVE_SECONDS = 60.0
 _MAX_PICTURED = 64
 """Partitions of one run beyond which its records carry no pictures: they lie in Dagster's database."""
 
@@ -69,16 +75,29 @@ def partition_mapping(plan: Plan, upstream: PartitionKind, downstream: Partition
 
 
 class LogObserver:
-    """Tells Dagster's event log about progress, and its captured output about everything else."""
+    """Tells Dagster what a stage does while it runs: progress as lines of the event log and, once a minute, as an
+    observation of the asset, whose numbers its page plots; everything else as captured output."""
 
-    def __init__(self, log: dg.DagsterLogManager) -> None:
-        self._log = log
+    def __init__(self, context: "dg.AssetExecutionContext | dg.OpExecutionContext", asset: str) -> None:
+        self._context, self._asset = context, asset
+        self._observed = time.monotonic()
 
     def progress(self, record: Mapping[str, Any]) -> None:
-        self._log.info(progress_text(record))
+        self._context.log.info(progress_text(record))
+        if time.monotonic() - self._observed >= _OBSERVE_SECONDS:
+            self._observed = time.monotonic()
+            self._context.log_event(observation(self._asset, record))
 
     def line(self, text: str) -> None:
         print(text, flush=True)
+
+
+def observation(asset: str, record: Mapping[str, Any]) -> dg.AssetObservation:
+    """Return the event that shows a progress record of a stage: done, total, rate, and the stage's own counts."""
+    partition = str(record["label"]).removeprefix(asset).strip() or None
+    numbers = {"done": record["done"], "total": record.get("total"), "per_second": record.get("rate")}
+    shown = {name: value for name, value in {**numbers, **(record.get("details") or {})}.items() if value is not None}
+    return dg.AssetObservation(asset, partition=partition, description=progress_text(record), metadata=shown)
 
 
 def build_asset(node: Node, execution: Execution) -> dg.AssetsDefinition:
@@ -88,9 +107,7 @@ def build_asset(node: Node, execution: Execution) -> dg.AssetsDefinition:
     spec = dg.AssetSpec(
         node.name,
         deps=[
-            dg.AssetDep(
-                item.asset, partition_mapping=partition_mapping(plan, plan.graph[item.asset].partition, node.partition)
-            )
+            dg.AssetDep(dagster_name(item), partition_mapping=_mapping(plan, item, node.partition))
             for item in _drawn(node)
         ],
         description=node.description,
@@ -114,7 +131,7 @@ def build_asset(node: Node, execution: Execution) -> dg.AssetsDefinition:
     def carry_out(context: dg.AssetExecutionContext) -> Iterator[Any]:
         keys = context.partition_keys if context.has_partition_key or context.has_partition_key_range else [None]
         try:
-            outcomes = execution.materialize(node.name, keys, LogObserver(context.log))
+            outcomes = execution.materialize(node.name, keys, LogObserver(context, node.name))
         except ThroughlineError as error:
             raise dg.Failure(description=str(error), allow_retries=False) from None
         if node.name == INDEX:
@@ -122,8 +139,10 @@ def build_asset(node: Node, execution: Execution) -> dg.AssetsDefinition:
         if len(outcomes) == 1:
             yield _result(outcomes[0])
         else:
-            _log_materializations(context, plan, outcomes)
+            _log_materializations(context, outcomes)
             yield dg.MaterializeResult(asset_key=node.name)
+        for event in unrecorded_files(context.instance, plan, node.name):
+            context.log_event(event)
         for check in checks:
             yield check_result(plan, node.name, check, outcomes)
 
@@ -144,21 +163,25 @@ def _result(outcome: Outcome) -> dg.MaterializeResult:
     )
 
 
-def _log_materializations(context: dg.AssetExecutionContext, plan: Plan, outcomes: list[Outcome]) -> None:
-    """Record each partition of a run of several with its own data version.
+def _log_materializations(context: dg.AssetExecutionContext, outcomes: list[Outcome]) -> None:
+    """Record each partition of a run of several with its own data version."""
+    _record_ourselves(context)
+    for outcome in outcomes:
+        context.log_event(materialization(context.instance, outcome, pictures=len(outcomes) <= _MAX_PICTURED))
 
-    Dagster gives all partitions of a run one data version. The tag keeps it from recording any itself, for this
-    process alone: what is stored of the run does not change.
+
+def _record_ourselves(context: dg.AssetExecutionContext) -> None:
+    """Keep Dagster from recording any partition of a run itself: it would give all of them one data version.
+
+    The tag is for this process alone: what is stored of the run does not change.
     """
     tags = context.run.tags
     assert isinstance(tags, dict)
     tags[EXTERNALLY_MANAGED_ASSETS_TAG] = "true"
-    for outcome in outcomes:
-        context.log_event(materialization(context.instance, plan, outcome, pictures=len(outcomes) <= _MAX_PICTURED))
 
 
 def materialization(
-    instance: dg.DagsterInstance, plan: Plan, outcome: Outcome, *, pictures: bool = True
+    instance: dg.DagsterInstance, outcome: Outcome, *, pictures: bool = True
 ) -> dg.AssetMaterialization:
     """Return the event that records an outcome: data version and provenance come from its manifest."""
     task = outcome.task
@@ -171,7 +194,7 @@ def materialization(
             DATA_VERSION_TAG: task.output.data_version,
             DATA_VERSION_IS_USER_PROVIDED_TAG: "true",
             CODE_VERSION_TAG: task.output.manifest.code_version,
-            **_provenance_tags(instance, plan, task.node, task.partition),
+            **_provenance_tags(instance, task),
         },
     )
 
@@ -186,18 +209,58 @@ def is_recorded(instance: dg.DagsterInstance, task: Task) -> bool:
     return (record.asset_materialization.tags or {}).get(DATA_VERSION_TAG) == task.output.data_version
 
 
-def _provenance_tags(instance: dg.DagsterInstance, plan: Plan, node: Node, partition: str | None) -> dict[str, str]:
+def _provenance_tags(instance: dg.DagsterInstance, task: Task) -> dict[str, str]:
     """Return the tags by which Dagster tells later whether an input has changed since."""
-    tags = {}
-    for item in _drawn(node):
-        key = dg.AssetKey(item.asset)
-        upstream = plan.upstream_partitions(node, partition, item.asset)
-        versions = [task.output.data_version for name in upstream if (task := plan.task(item.asset, name)).output]
-        tags[get_input_data_version_tag(key)] = versions[0] if len(versions) == 1 else digest_json(versions)
-        records = [instance.get_latest_data_version_record(key, partition_key=name) for name in upstream]
-        pointers = [record.storage_id for record in records if record is not None]
-        tags[get_input_event_pointer_tag(key)] = str(max(pointers)) if pointers else NULL_EVENT_POINTER
+    tags: dict[str, str] = {}
+    for item in _drawn(task.node):
+        inputs = (task.inputs or {})[item.name]
+        versions = {task.partition if item.file else each.manifest.partition: each.data_version for each in inputs}
+        tags |= input_tags(instance, dagster_name(item), versions)
     return tags
+
+
+def _mapping(plan: Plan, item: Input, downstream: PartitionKind) -> "dg.PartitionMapping | None":
+    upstream = plan.graph[item.asset].partition if item.file is None else downstream
+    return partition_mapping(plan, upstream, downstream)
+
+
+def build_files_asset(node: Node, execution: Execution) -> "dg.AssetsDefinition | None":
+    """Return the asset that stands between a node and the partitions that read single files of its output.
+
+    Dagster knows no edge to a file: with an edge to the whole, every part would turn stale with any of them. Its events
+    are recorded with the node's own; materialising it alone only records them. None where nothing reads it so.
+    """
+    plan = execution.plan
+    reader = plan.graph.file_reader(node.name)
+    if reader is None:
+        return None
+    name = files_asset_name(node.name)
+    spec = dg.AssetSpec(
+        name,
+        deps=[node.name],
+        description=f"Each part's own file of {node.name}: what depends on that part alone reads it and nothing else.",
+        group_name=node.group.value,
+        kinds=set(node.kinds),
+        code_version=node.stage.code_version,
+        partitions_def=partitions_definition(plan, reader.partition),
+    )
+
+    @dg.multi_asset(name=name, specs=[spec], backfill_policy=dg.BackfillPolicy.single_run())
+    def carry_out(context: dg.AssetExecutionContext) -> Iterator[Any]:
+        keys = context.partition_keys
+        try:
+            events = [file_materialization(context.instance, plan, node.name, key) for key in keys]
+        except ThroughlineError as error:
+            raise dg.Failure(description=str(error), allow_retries=False) from None
+        if len(events) == 1:
+            yield file_result(events[0])
+            return
+        _record_ourselves(context)
+        for event in events:
+            context.log_event(event)
+        yield dg.MaterializeResult(asset_key=name)
+
+    return carry_out
 
 
 def check_result(plan: Plan, asset: str, check: Check, outcomes: list[Outcome]) -> dg.AssetCheckResult:

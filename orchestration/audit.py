@@ -4,17 +4,23 @@ It trusts nothing but file names: each manifest's own digest, each file's SHA-25
 are computed anew, and every input must be where its data version says.
 """
 
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from orchestration.console import CROSS, TICK
 from orchestration.findings import conservation_problems
+from orchestration.graph import FILE_TAG, STAGE_TAG
 from pipelines.digest import digest_json
 from pipelines.errors import ThroughlineError
+from pipelines.input_refs import find_input
 from pipelines.manifest import MANIFEST_NAME, InputRef, Manifest, damaged_files
 from pipelines.stage import StageOutput
+
+if TYPE_CHECKING:
+    from dagster import AssetMaterialization
 
 _MIN_PREFIX = 4
 
@@ -108,11 +114,28 @@ class Auditor:
     def __init__(self, output_root: Path) -> None:
         self._root = output_root
         self._nodes: dict[tuple[str, str], AuditNode] = {}
+        self._outputs: list[StageOutput] = []
+        self._files: deque[tuple[AuditNode, str, InputRef]] = deque()
+        """Inputs that are one file of an output, with who reads them under which name."""
 
     def audit(self, refs: Sequence[InputRef]) -> Audit:
-        """Return the audit of some outputs and of everything they were made from."""
-        roots = [self._visit(ref) for ref in refs]
+        """Return the audit of some outputs and of everything they were made from.
+
+        Raises ThroughlineError where one of `refs` is a file that no output holds.
+        """
+        roots = [self._visit(ref if ref.file is None else find_input(self._root, ref).ref) for ref in refs]
+        while self._files:
+            self._visit_holder(*self._files.popleft())
         return Audit(roots, self._nodes)
+
+    def _visit_holder(self, reader: AuditNode, name: str, ref: InputRef) -> None:
+        """Visit the output that holds the very file that was read: one that the audit came across, if it can be."""
+        try:
+            holder = find_input(self._root, ref, self._outputs)
+        except ThroughlineError as error:
+            reader.problems.append(str(error))
+            return
+        reader.inputs[name].append(self._visit(holder.ref))
 
     def _visit(self, ref: InputRef) -> AuditNode:
         key = (ref.stage, ref.data_version)
@@ -129,13 +152,16 @@ class Auditor:
         node.num_files = len(manifest.files)
         node.num_bytes = sum(entry.num_bytes for entry in manifest.files)
         node.problems += _identity_problems(manifest, ref)
+        if not node.problems:
+            self._outputs.append(output)
         damaged = damaged_files(folder, manifest, read_bytes=True)
         node.problems += damaged
         if manifest.conservation is not None:
             node.rows = f"{manifest.conservation.rows_in:,} rows in, {manifest.conservation.rows_out:,} out"
             node.problems += _row_problems(output) if not damaged else []
         for name, items in manifest.inputs.items():
-            node.inputs[name] = [self._visit(item) for item in items]
+            node.inputs[name] = [self._visit(item) for item in items if item.file is None]
+            self._files.extend((node, name, item) for item in items if item.file is not None)
         return node
 
 
@@ -195,6 +221,15 @@ def _ref_of(manifest_path: Path) -> InputRef:
     return InputRef(stage=folder.parent.name, partition=partition, data_version=folder.name)
 
 
+def _ref_of_event(event: "AssetMaterialization") -> InputRef:
+    tags = event.tags or {}
+    version, file = tags.get("dagster/data_version", ""), tags.get(FILE_TAG)
+    stage = event.asset_key.to_user_string()
+    if file is not None:
+        return InputRef(stage=tags[STAGE_TAG], partition=None, data_version=version, file=file)
+    return InputRef(stage=stage, partition=event.partition, data_version=version)
+
+
 def refs_of_run(home: Path, run_id: str) -> list[InputRef]:
     """Return the outputs that a Dagster run materialized, by the start of its id."""
     from dagster import DagsterEventType
@@ -209,15 +244,7 @@ def refs_of_run(home: Path, run_id: str) -> list[InputRef]:
             )
         entries = instance.all_logs(runs[0].run_id, of_type=DagsterEventType.ASSET_MATERIALIZATION)
         events = [entry.asset_materialization for entry in entries]
-        refs = [
-            InputRef(
-                stage=event.asset_key.to_user_string(),
-                partition=event.partition,
-                data_version=(event.tags or {}).get("dagster/data_version", ""),
-            )
-            for event in events
-            if event is not None
-        ]
+        refs = [_ref_of_event(event) for event in events if event is not None]
     if not refs:
         raise ThroughlineError(f"run {runs[0].run_id} materialized nothing")
     return refs

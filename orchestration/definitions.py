@@ -2,7 +2,7 @@
 
 import dagster as dg
 
-from orchestration.assets import build_asset
+from orchestration.assets import build_asset, build_files_asset
 from orchestration.execution import Execution
 from orchestration.graph import Graph, Group
 from orchestration.jobs import EVALUATION_JOB, EVERYTHING_JOB, build_job
@@ -31,9 +31,9 @@ def build_definitions(execution: Execution) -> dg.Definitions:
         jobs.append(
             build_job(EVALUATION_JOB, evaluation, execution, "The evaluation alone, from checkpoints that are there.")
         )
-    return dg.Definitions(
-        assets=[build_asset(node, execution) for node in nodes], jobs=jobs, executor=dg.in_process_executor
-    )
+    assets = [build_asset(node, execution) for node in nodes]
+    assets += [asset for node in nodes if (asset := build_files_asset(node, execution)) is not None]
+    return dg.Definitions(assets=assets, jobs=jobs, executor=dg.in_process_executor)
 
 
 @dg.definitions

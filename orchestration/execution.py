@@ -52,7 +52,7 @@ class Execution:
     log_folder: Path
     surroundings: Surroundings = field(default_factory=Surroundings)
     observer: Observer | None = None
-    """Takes precedence over the observer of a single call: the command line shows progress itself."""
+    """Is told of progress too, and alone of everything else: the command line shows what it wants to show."""
     _prepared: bool = False
 
     def materialize(self, asset: str, partitions: Sequence[str | None], observer: Observer) -> list[Outcome]:
@@ -66,7 +66,7 @@ class Execution:
         tasks = [plan.task(asset, partition) for partition in partitions]
         pending = [task for task in tasks if task.output is None]
         if pending:
-            self._start(pending, self.observer or observer)
+            self._start(pending, observer)
         finished = [plan.task(asset, partition) for partition in partitions]
         for task in finished:
             if task.output is None:
@@ -86,7 +86,13 @@ class Execution:
     def _start(self, pending: Sequence[Task], observer: Observer) -> None:
         profile, node = self.plan.profile, pending[0].node
         requests = [task.request(self.plan.output_root, profile.verify) for task in _by_configuration(pending)]
-        launcher = Launcher(self.log_folder, observer.progress, observer.line)
+        observers = [item for item in (self.observer, observer) if item is not None]
+
+        def progress(record: Mapping[str, Any]) -> None:
+            for item in observers:
+                item.progress(record)
+
+        launcher = Launcher(self.log_folder, progress, observers[0].line)
         with self._around(node.name):
             launcher.run(node.module, requests, profile.launch(node.name))
         if node.name == INDEX:

@@ -5,14 +5,14 @@ is the profile's business; what it does is the stage's own.
 """
 
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any
 
 from pipelines.config import FrozenConfig
 from pipelines.errors import ThroughlineError
-from pipelines.stage import Stage
+from pipelines.stage import Stage, StageOutput
 from training.config import Arm
 
 if TYPE_CHECKING:
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 PART_PARTITIONS = "part"
 """Name of Dagster's dynamic partitions, one per LAION metadata file; the index registers them."""
+STAGE_TAG, FILE_TAG = "throughline/stage", "throughline/file"
+"""Tags of a materialization that stands for one file of a stage's output."""
 
 
 class PartitionKind(StrEnum):
@@ -51,6 +53,18 @@ class Input:
     drawn: bool = True
     """False where another input's data version already covers it (the data set names every shard). Dagster then has no
     edge: past 99 upstream partitions it would record the last one's version only."""
+    file: str | None = None
+    """Name of the one file that a part reads of an undivided asset, with ``{partition}`` in it. The part depends on
+    that file alone: whatever else changes in the asset's output, it stays fresh."""
+    unless: str | None = None
+    """An asset that takes this input's place in the graphs that have it."""
+
+    def of(self, output: StageOutput, partition: str | None) -> StageOutput:
+        """Return what is read of an upstream output: the whole, or one file.
+
+        Raises ThroughlineError where the output has no such file.
+        """
+        return output if self.file is None else output.only_file(self.file.format(partition=partition))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +80,9 @@ class Node:
     partition: PartitionKind = PartitionKind.NONE
     inputs: tuple[Input, ...] = ()
     kinds: frozenset[str] = frozenset()
+    known_files: "Callable[[Any, Iterable[StageOutput]], Mapping[str, StageOutput | None]] | None" = None
+    """For the asset that registers the parts: from a configuration and earlier outputs, part -> the file that the part
+    reads, as far as it is known before the asset is computed."""
     is_wanted: "Callable[[Profile], bool]" = lambda profile: True
     """False takes the asset out of the graph; stages that would read it get an empty list."""
 
@@ -89,6 +106,22 @@ class Graph:
             if late:
                 raise ValueError(f"{node.name} reads {', '.join(late)}, which must stand before it in the graph")
             seen.add(node.name)
+            for item in node.inputs:
+                if item.file is not None and self.nodes[item.asset].partition is not PartitionKind.NONE:
+                    raise ValueError(f"{node.name} reads one file of {item.asset}, which is divided")
+
+    def file_reader(self, asset: str) -> Node | None:
+        """Return the node whose partitions read one file each of an asset; None where all read it whole."""
+        readers = (
+            node for node in self.nodes.values() if any(item.asset == asset and item.file for item in node.inputs)
+        )
+        return next(readers, None)
+
+    def file_input(self, asset: str) -> Input:
+        """Return how single files of an asset are read, where there is a `file_reader`."""
+        reader = self.file_reader(asset)
+        assert reader is not None, f"nothing reads single files of {asset}"
+        return next(item for item in reader.inputs if item.asset == asset and item.file)
 
     def __getitem__(self, name: str) -> Node:
         try:
@@ -137,7 +170,7 @@ class Graph:
 
 
 def _restrict(node: Node, names: set[str]) -> Node:
-    return replace(node, inputs=tuple(item for item in node.inputs if item.asset in names))
+    return replace(node, inputs=tuple(item for item in node.inputs if item.asset in names and item.unless not in names))
 
 
 def arm_benchmark(arm: str, benchmark: str) -> str:

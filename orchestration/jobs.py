@@ -11,6 +11,7 @@ import dagster as dg
 
 from orchestration.assets import LogObserver, check_result, is_recorded, materialization, register_parts
 from orchestration.execution import Execution, Outcome
+from orchestration.file_events import unrecorded_files
 from orchestration.findings import checks_of
 from orchestration.graph import Node
 from orchestration.plan import INDEX, Task
@@ -58,8 +59,6 @@ def _op_name(job: str, asset: str) -> str:
 
 
 def _build_op(job: str, node: Node, before: Node | None, execution: Execution, reporter: Reporter) -> dg.OpDefinition:
-    plan = execution.plan
-
     @dg.op(
         name=_op_name(job, node.name),
         ins={} if before is None else {_BEFORE: dg.In(dg.Nothing)},
@@ -71,8 +70,6 @@ def _build_op(job: str, node: Node, before: Node | None, execution: Execution, r
             _carry_out(context, node, execution, reporter)
         except ThroughlineError as error:
             raise dg.Failure(description=str(error), allow_retries=False) from None
-        if node.name == INDEX:
-            register_parts(context.instance, plan)
 
     return carry_out
 
@@ -87,11 +84,17 @@ def _carry_out(context: dg.OpExecutionContext, node: Node, execution: Execution,
     wanted = [task for task in tasks if not is_recorded(context.instance, task)]
     for group in _groups(wanted, plan.profile.partitions_per_run(node.name)):
         try:
-            outcomes = execution.materialize(node.name, [task.partition for task in group], LogObserver(context.log))
+            outcomes = execution.materialize(
+                node.name, [task.partition for task in group], LogObserver(context, node.name)
+            )
         except ThroughlineError:
             _record(context, execution, [Outcome(task, False) for task in _finished_since(execution, group)])
             raise
         _record(context, execution, outcomes)
+    if node.name == INDEX:
+        register_parts(context.instance, plan)
+    for event in unrecorded_files(context.instance, plan, node.name):
+        context.log_event(event)
     reporter.finished(node, plan.tasks(node.name))
 
 
@@ -111,7 +114,7 @@ def _record(context: dg.OpExecutionContext, execution: Execution, outcomes: Sequ
         return
     plan, asset = execution.plan, outcomes[0].task.node.name
     for outcome in outcomes:
-        context.log_event(materialization(context.instance, plan, outcome))
+        context.log_event(materialization(context.instance, outcome))
     for check in checks_of(asset):
         result = check_result(plan, asset, check, list(outcomes))
         evaluation: Any = dg.AssetCheckEvaluation(  # taken by log_event, though its signature does not say so

@@ -4,6 +4,8 @@ from typing import TYPE_CHECKING
 
 from orchestration.graph import Graph, Group, Input, Node, PartitionKind
 from pipelines.config import FrozenConfig
+from pipelines.laion_index import ENTRY_FILE, known_entries
+from pipelines.laion_selection import PART_ROWS_FILE
 from pipelines.stage_configs import LaionIndexConfig
 from training.config import CheckpointConfig, Strategy
 
@@ -30,10 +32,18 @@ def _checkpoint_config(profile: "Profile", strategy: str | None) -> FrozenConfig
     )
 
 
+def _selection_config(profile: "Profile", _: str | None) -> FrozenConfig:
+    assert profile.laion_selection is not None, "the node is not wanted without"
+    return profile.laion_selection
+
+
 def _text_features_config(profile: "Profile", _: str | None) -> FrozenConfig:
     assert profile.text_features is not None, "the node is not wanted without"
     return profile.text_features
 
+
+_INDEX = Input(name="index", asset="laion_index")
+"""Read by every roll-up over parts: Dagster sees a part that is gone by nothing else, and the lineage has one index."""
 
 DATA_NODES = (
     Node(
@@ -42,6 +52,7 @@ DATA_NODES = (
         group=Group.DATA,
         description="The LAION metadata files there are, by content digest; each becomes a part.",
         configure=_index_config,
+        known_files=known_entries,
         kinds=frozenset({"parquet"}),
     ),
     Node(
@@ -51,8 +62,18 @@ DATA_NODES = (
         description="The rows that pass the filters, with a sample key each; every other row with the rule it failed.",
         configure=lambda profile, _: profile.laion_subset,
         partition=PartitionKind.PART,
-        inputs=(Input(name="index", asset="laion_index"),),
+        inputs=(Input(name="index", asset="laion_index", file=ENTRY_FILE),),
         kinds=frozenset({"parquet"}),
+    ),
+    Node(
+        name="laion_selection",
+        module="pipelines.laion_selection",
+        group=Group.DATA,
+        description="The rows of all parts taken together: one of each URL, cut to a sample; every other row listed.",
+        configure=_selection_config,
+        inputs=(_INDEX, Input(name="subset", asset="laion_subset")),
+        kinds=frozenset({"parquet"}),
+        is_wanted=lambda profile: profile.laion_selection is not None,
     ),
     Node(
         name="images",
@@ -61,7 +82,10 @@ DATA_NODES = (
         description="The pictures behind the links, as square RGB JPEGs, and a status with a reason for every row.",
         configure=lambda profile, _: profile.images,
         partition=PartitionKind.PART,
-        inputs=(Input(name="subset", asset="laion_subset"),),
+        inputs=(
+            Input(name="selection", asset="laion_selection", file=PART_ROWS_FILE),
+            Input(name="subset", asset="laion_subset", unless="laion_selection"),
+        ),
         kinds=frozenset({"http", "parquet"}),
     ),
     Node(
@@ -112,6 +136,8 @@ DATA_NODES = (
         description="The roll-up over all parts: which samples there are, and where. Training depends on it alone.",
         configure=lambda profile, _: profile.dataset,
         inputs=(
+            _INDEX,
+            Input(name="selection", asset="laion_selection"),
             Input(name="shards", asset="shards"),
             Input(name="latents", asset="latents"),
             Input(name="text_features", asset="text_features"),
@@ -172,7 +198,7 @@ EVALUATION_NODES = (
         group=Group.EVALUATION,
         description="Whether the judge tells a training picture's own caption from another's.",
         configure=lambda profile, _: profile.judge_calibration,
-        inputs=(Input(name="images", asset="images"), Input(name="captions", asset="captions")),
+        inputs=(_INDEX, Input(name="images", asset="images"), Input(name="captions", asset="captions")),
         kinds=frozenset({"vllm", "ray"}),
     ),
     Node(

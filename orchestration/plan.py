@@ -6,7 +6,7 @@ is read, so deleting Dagster's storage loses nothing, and the graph, the command
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -24,14 +24,14 @@ from orchestration.graph import (
 )
 from pipelines.config import FrozenConfig
 from pipelines.errors import ThroughlineError
-from pipelines.manifest import MANIFEST_NAME
+from pipelines.laion_index import part_names
+from pipelines.manifest import MANIFEST_NAME, damaged_files
 from pipelines.stage import StageOutput, StageRequest
 
 if TYPE_CHECKING:
     from orchestration.profiles import Profile
 
 INDEX = "laion_index"
-PARTS_FILE = "parts.json"
 
 
 class State(StrEnum):
@@ -72,7 +72,7 @@ class Task:
             stage=self.node.name,
             partition=self.partition,
             config=self.config.model_dump(mode="json"),
-            inputs={name: [str(item.manifest_path) for item in items] for name, items in self.inputs.items()},
+            inputs={name: [str(item.address) for item in items] for name, items in self.inputs.items()},
             output_root=str(output_root),
             verify="digest" if verify == "digest" else "size",
         )
@@ -91,6 +91,7 @@ class Plan:
         self.profile = profile
         self.output_root = output_root
         self._finished: dict[tuple[str, str | None], Task] = {}
+        self._known_files: Mapping[str, StageOutput | None] | None = None
 
     def partitions(self, asset: str) -> tuple[str | None, ...]:
         """Return the partition keys of an asset in order: (None,) where it is not divided, and nothing where the index
@@ -107,11 +108,17 @@ class Plan:
         )
 
     def parts(self) -> tuple[str, ...]:
-        """Return the parts that the finished index lists."""
-        index = self.task(INDEX, None).output
-        if index is None:
+        """Return the parts that the index lists, or would list if it were computed now."""
+        if self._known_files is not None:
+            return tuple(sorted(self._known_files))
+        task = self.task(INDEX, None)
+        if task.output is not None:
+            return part_names(task.output)
+        if task.node.known_files is None or task.config is None:
             return ()
-        return tuple(entry["part"] for entry in json.loads(index.path(PARTS_FILE).read_bytes()))
+        # Kept: each look at an unfinished index scans all metadata files.
+        self._known_files = task.node.known_files(task.config, self._earlier_outputs(task.node))
+        return tuple(sorted(self._known_files))
 
     def task(self, asset: str, partition: str | None = None) -> Task:
         """Return the task as it stands now; finished ones are remembered, unfinished ones looked up each time."""
@@ -133,6 +140,8 @@ class Plan:
 
     def forget(self, asset: str, partition: str | None) -> None:
         """Look a task up anew next time, with all that is made from it."""
+        if asset == INDEX:
+            self._known_files = None
         names = self.graph.downstream({asset})
         for key in [key for key in self._finished if key[0] in names and (key[0] != asset or key[1] == partition)]:
             del self._finished[key]
@@ -157,12 +166,18 @@ class Plan:
         blocked_by: list[str] = []
         inputs: dict[str, list[StageOutput]] = {}
         for item in node.inputs:
+            if item.asset == INDEX and item.file is not None and (known := self._known_file(partition)) is not None:
+                inputs[item.name] = [known]
+                continue
             keys = self.upstream_partitions(node, partition, item.asset)
             tasks = [self.task(item.asset, key) for key in keys]
             if not tasks:
                 blocked_by.append(f"the parts of {item.asset} are unknown until {INDEX} is finished")
             blocked_by += [f"{task.label} is not finished" for task in tasks if task.output is None]
-            inputs[item.name] = [task.output for task in tasks if task.output is not None]
+            try:
+                inputs[item.name] = [item.of(task.output, partition) for task in tasks if task.output is not None]
+            except ThroughlineError as error:
+                blocked_by.append(str(error))
         if blocked_by:
             return Task(
                 node=node, partition=partition, config=None, inputs=None, output=None, blocked_by=tuple(blocked_by)
@@ -173,6 +188,23 @@ class Plan:
             return Task(node=node, partition=partition, config=None, inputs=None, output=None, blocked_by=(str(error),))
         output = node.stage.find_finished(config, inputs, self.output_root, partition, self.profile.verify)
         return Task(node=node, partition=partition, config=config, inputs=inputs, output=output)
+
+    def _known_file(self, partition: str | None) -> StageOutput | None:
+        """Return what a part reads of the index while that is not finished, where an earlier one tells it."""
+        if (INDEX, None) in self._finished or not self.parts() or self._known_files is None:
+            return None
+        return self._known_files.get(partition or "")
+
+    def _earlier_outputs(self, node: Node) -> Iterator[StageOutput]:
+        """Yield the sound outputs of an asset that its present code made, of whatever inputs and configuration."""
+        for path in sorted((self.output_root / node.name).glob(f"*/{MANIFEST_NAME}")):
+            try:
+                output = StageOutput.load(path)
+            except ThroughlineError:
+                continue  # an altered manifest is the audit's business
+            same_code = output.manifest.code_version == node.stage.code_version
+            if same_code and not damaged_files(output.folder, output.manifest, read_bytes=False):
+                yield output
 
     def _has_other_output(self, task: Task) -> bool:
         for path in (self.output_root / task.node.name).glob(f"*/{MANIFEST_NAME}"):

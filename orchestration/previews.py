@@ -36,6 +36,9 @@ def describe(task: "Task", *, reused: bool, pictures: bool = True) -> dict[str, 
         metadata["conservation"] = dg.MetadataValue.md(conservation_table(output))
     if manifest.summary:
         metadata["summary"] = dg.MetadataValue.json(dict(manifest.summary))
+    for name, value in manifest.measurements.items():
+        if isinstance(value, int | float):
+            metadata[f"measured/{name}"] = value
     if manifest.models:
         metadata["models"] = dg.MetadataValue.md(
             "\n".join(f"- {model.role}: `{model.id}` @ `{model.revision[:20]}`" for model in manifest.models)

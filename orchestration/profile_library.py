@@ -21,6 +21,7 @@ from pipelines.stage_configs import (
     FetchConfig,
     ImagesConfig,
     ImageTransform,
+    LaionSelectionConfig,
     LaionSubsetConfig,
 )
 from recaption.config import CaptionsConfig, PoolConfig, VllmEngineConfig
@@ -231,7 +232,9 @@ def paper(home: Path) -> Profile:
         name="paper",
         home=str(home),
         source=(str(Path("laion").absolute()),),
-        laion_subset=_laion_filters(),
+        # Which row of a URL stays is one question over all parts, so that the answer depends on no order of files.
+        laion_subset=_laion_filters().model_copy(update={"drop_duplicate_urls": False}),
+        laion_selection=LaionSelectionConfig(),
         images=_published_images(connections=1024),
         captions=CaptionsConfig(
             captioner=captioner,

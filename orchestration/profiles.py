@@ -24,7 +24,7 @@ from orchestration.models import is_pinned, resolve_models
 from pipelines.config import FrozenConfig, ModelRef
 from pipelines.errors import ThroughlineError
 from pipelines.stage import Verify
-from pipelines.stage_configs import DatasetConfig, ImagesConfig, LaionSubsetConfig, ShardsConfig
+from pipelines.stage_configs import DatasetConfig, ImagesConfig, LaionSelectionConfig, LaionSubsetConfig, ShardsConfig
 from recaption.config import CaptionsConfig
 from training.config import Arm, ModelConfig, Strategy, TrainingConfig
 
@@ -65,6 +65,9 @@ class Profile(FrozenConfig):
     world: DemoWorld | None = None
 
     laion_subset: LaionSubsetConfig
+    laion_selection: LaionSelectionConfig | None = None
+    """Duplicates between parts, and a sample over all of them, settled before anything is downloaded. None: each part
+    is on its own until `dataset`, and its pictures don't wait for the other parts' rows."""
     images: ImagesConfig
     captions: CaptionsConfig
     shards: ShardsConfig = ShardsConfig()

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from orchestration.assets import is_recorded
 from orchestration.console import Console, duration, table
 from orchestration.execution import Execution
+from orchestration.file_events import unrecorded_files
 from orchestration.graph import Node, PartitionKind
 from orchestration.instance import process_tags
 from orchestration.jobs import build_job
@@ -85,6 +86,8 @@ class Run:
         """Whether all is finished and recorded; says so where it is."""
         tasks = self._plan.tasks(node.name)
         if not tasks or not all(is_recorded(self._instance, task) for task in tasks):
+            return False
+        if next(unrecorded_files(self._instance, self._plan, node.name), None) is not None:
             return False
         self.tallies[node.name] = Tally(reused=len(tasks))
         return True

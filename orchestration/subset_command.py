@@ -115,18 +115,19 @@ def _threshold(index: "StageOutput", role: str, share: float) -> float:
 def _subsets(index: "StageOutput", rules: "LaionSubsetConfig", out: Path, workers: int) -> "list[StageOutput]":
     """Run the stage for every part, several at a time."""
     from pipelines import laion_subset
-    from pipelines.laion_index import read_parts
+    from pipelines.laion_index import entry_of, read_parts
 
     parts = read_parts(index)
+    inputs = {part.part: {"index": [entry_of(index, part.part)]} for part in parts}
     finished = {
         part.part: output
         for part in parts
-        if (output := laion_subset.STAGE.find_finished(rules, {"index": [index]}, out, part.part)) is not None
+        if (output := laion_subset.STAGE.find_finished(rules, inputs[part.part], out, part.part)) is not None
     }
     waiting = sorted((part for part in parts if part.part not in finished), key=lambda part: -part.num_rows)
     if min(workers, len(waiting)) == 1:
         for part in waiting:
-            finished[part.part] = laion_subset.STAGE.run(rules, {"index": [index]}, out, part.part)
+            finished[part.part] = laion_subset.STAGE.run(rules, inputs[part.part], out, part.part)
     elif waiting:
         done = sum(part.num_rows for part in parts if part.part in finished)
         finished |= _subsets_in_processes(index, rules, out, waiting, min(workers, len(waiting)), done)
@@ -141,6 +142,7 @@ def _subsets_in_processes(
     from concurrent.futures.process import BrokenProcessPool
     from multiprocessing import get_context
 
+    from pipelines.laion_index import entry_of
     from pipelines.progress import Progress
     from pipelines.stage import StageOutput
 
@@ -152,8 +154,11 @@ def _subsets_in_processes(
         watcher.start()
         pool = ProcessPoolExecutor(workers, context, _start_worker, (rows,))
         try:
-            request = (rules.model_dump(), str(index.manifest_path), str(out))
-            futures = {pool.submit(_run_part, *request, part.part): part.part for part in parts}
+            dumped = rules.model_dump()
+            futures = {
+                pool.submit(_run_part, dumped, str(entry_of(index, part.part).address), str(out), part.part): part.part
+                for part in parts
+            }
             for future in as_completed(futures):
                 finished[futures[future]] = StageOutput.load(Path(future.result()))
         except BrokenProcessPool as error:
@@ -201,17 +206,13 @@ def _start_worker(rows: Any) -> None:
     sys.stderr = _RowCounter(rows)
 
 
-def _run_part(rules: dict[str, Any], index_path: str, out: str, part: str) -> str:
+def _run_part(rules: dict[str, Any], entry_path: str, out: str, part: str) -> str:
     from pipelines import laion_subset
     from pipelines.stage import StageOutput
     from pipelines.stage_configs import LaionSubsetConfig
 
-    index = StageOutput.load(Path(index_path))
-    return str(
-        laion_subset.STAGE.run(
-            LaionSubsetConfig.model_validate(rules), {"index": [index]}, Path(out), part
-        ).manifest_path
-    )
+    config, entry = LaionSubsetConfig.model_validate(rules), StageOutput.load(Path(entry_path))
+    return str(laion_subset.STAGE.run(config, {"index": [entry]}, Path(out), part).manifest_path)
 
 
 def _watch(rows: Any, progress: Any) -> None:

@@ -4,11 +4,12 @@ The samples stay where they are; here stands which there are, in which shard, an
 """
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
 from pipelines.errors import ThroughlineError
 from pipelines.feature_keys import feature_keys
+from pipelines.laion_index import part_names
 from pipelines.shard_format import ShardIndex
 from pipelines.shard_reader import Shard
 from pipelines.stage import Stage, StageOutput, StageResult, StageRun, Unit
@@ -35,6 +36,8 @@ def produce(run: StageRun[DatasetConfig]) -> StageResult:
     parts = _by_part(run.inputs.get("shards", ()), "shards")
     if not parts:
         raise ThroughlineError("dataset: no shards among its inputs; materialise at least one part first")
+    for index in run.inputs.get("index", ()):
+        _check_parts(index, parts)
     features = {name: _by_part(run.inputs[name], name) for name in ("latents", "text_features") if run.inputs.get(name)}
     for name, outputs in features.items():
         missing = [part for part in parts if part not in outputs]
@@ -46,6 +49,15 @@ def produce(run: StageRun[DatasetConfig]) -> StageResult:
     return StageResult(
         summary={"num_parts": len(parts), "num_samples": unit.rows[1] if unit.rows else 0, **unit.notes["splits"]}
     )
+
+
+def _check_parts(index: StageOutput, parts: Collection[str]) -> None:
+    registered = part_names(index)
+    wrong = sorted(set(registered) ^ set(parts))
+    if wrong:
+        raise ThroughlineError(
+            f"dataset: shards of {len(parts)} parts, the index registers {len(registered)}; they differ in {wrong[0]}"
+        )
 
 
 def _by_part(outputs: Sequence[StageOutput], name: str) -> dict[str, StageOutput]:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipelines.errors import ThroughlineError
 from pipelines.fetch_status import NO_FAILURE, FetchStatus
+from pipelines.laion_selection import rows_name
 from pipelines.laion_subset import ROWS_FILE
 from pipelines.manifest import Conservation
 from pipelines.progress import Progress
@@ -55,9 +56,7 @@ class RowOutcome:
 
 
 def produce(run: StageRun[ImagesConfig]) -> StageResult:
-    subset = run.input("subset")
-    path = subset.path(ROWS_FILE)
-    num_rows = subset.manifest.file(ROWS_FILE).num_rows
+    path, num_rows = _rows_of(run)
     finished = run.finished_units()
     num_done = sum(unit.rows[0] for unit in finished if unit.rows)
     start = time.monotonic()
@@ -82,6 +81,13 @@ def produce(run: StageRun[ImagesConfig]) -> StageResult:
         measurements={"seconds": round(seconds, 3), "rows_per_second": round(fetched_now / seconds, 2)},
         conservation=None if statuses else Conservation(rows_in=0, rows_out=0),
     )
+
+
+def _rows_of(run: StageRun[ImagesConfig]) -> tuple[Path, int | None]:
+    """Return the table of rows to download and its length: what the selection left of the part, where there is one."""
+    given, name = ("selection", rows_name(run.partition or "")) if "selection" in run.inputs else ("subset", ROWS_FILE)
+    output = run.input(given)
+    return output.path(name), output.manifest.file(name).num_rows
 
 
 def _first(group: BaseExceptionGroup) -> BaseException:

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 REASONS = ("duplicate_pair", "duplicate_url", "not_sampled")
+PART_ROWS_FILE = "rows-{partition}.parquet"
+"""Name of a part's rows in the output; the stage `images` reads this file alone."""
 _BATCH_ROWS = 65_536
 _HASH_BITS = 64
 # A row on its way to its bucket: hash of what must differ, sample key, part by place in the input, row of its file.
@@ -30,7 +32,7 @@ _LOSER = [("row", "u4"), ("reason", "u1")]
 
 def rows_name(part: str) -> str:
     """Return the file that holds a part's rows in this stage's output."""
-    return f"rows-{part}.parquet"
+    return PART_ROWS_FILE.format(partition=part)
 
 
 def produce(run: StageRun[LaionSelectionConfig]) -> StageResult:
@@ -195,27 +197,24 @@ def _write_part(
     number: int,
     threshold: "np.ndarray | None",
 ) -> None:
-    """Write the rows of one part that stay; a part that loses none is linked as it is."""
-    import numpy as np
+    """Write the rows of one part that stay; a part that loses none is linked as it is.
+
+    The file's bytes follow from the rows that stay in this part, whatever the other parts hold.
+    """
     import pyarrow.parquet as pq
 
     source = subset.path(ROWS_FILE)
-    num_rows = subset.manifest.file(ROWS_FILE).num_rows or 0
     name = rows_name(subset.manifest.partition or "")
-    reasons = np.full(num_rows, -1, np.int8)
-    path = _losers_path(run.scratch, number)
-    if path.exists():
-        losers = np.fromfile(path, _LOSER)
-        reasons[losers["row"]] = losers["reason"]
-    elif threshold is None:
+    reasons = _reasons(run, subset, number, threshold)
+    if (reasons < 0).all():
         copy = run.scratch / name
         copy.unlink(missing_ok=True)
         try:
             copy.hardlink_to(source)
         except OSError:
             shutil.copyfile(source, copy)  # another file system
-        unit.adopt(copy, name, num_rows=num_rows)
-        unit.account(rows_in=num_rows, rows_out=num_rows)
+        unit.adopt(copy, name, num_rows=len(reasons))
+        unit.account(rows_in=len(reasons), rows_out=len(reasons))
         return
     first = rows_out = 0
     with (
@@ -229,31 +228,49 @@ def _write_part(
         ) as writer,
     ):
         for batch in rows.iter_batches(_BATCH_ROWS, use_threads=False):
-            kept = _kept(unit, batch, reasons[first : first + batch.num_rows], threshold, run.config.sample_salt)
+            kept = _kept(unit, batch, reasons[first : first + batch.num_rows])
             first += batch.num_rows
             rows_out += kept.num_rows
             if kept.num_rows:
                 writer.write_batch(kept, row_group_size=_BATCH_ROWS)
     unit.count_rows(name, rows_out)
-    unit.account(rows_in=num_rows, rows_out=rows_out)
+    unit.account(rows_in=len(reasons), rows_out=rows_out)
 
 
-def _kept(
-    unit: Unit, batch: "pa.RecordBatch", reasons: "np.ndarray", threshold: "np.ndarray | None", salt: str
-) -> "pa.RecordBatch":
+def _reasons(
+    run: StageRun[LaionSelectionConfig], subset: StageOutput, number: int, threshold: "np.ndarray | None"
+) -> "np.ndarray":
+    """Return per row of a part -1 where it stays, or the number of its reason."""
     import numpy as np
-    import pyarrow as pa
-    import pyarrow.compute as pc
+    import pyarrow.parquet as pq
 
     from pipelines.row_hashes import key_ranks, key_words, parse_hex_keys
 
-    if threshold is not None:
-        keys = key_words(parse_hex_keys(batch["sample_key"]))
-        ranked = np.column_stack([key_ranks(keys, salt), keys])
-        differs = ranked != threshold
-        column = differs.argmax(axis=1)
-        beyond = differs.any(axis=1) & (ranked[np.arange(len(ranked)), column] > threshold[column])
-        reasons[(reasons < 0) & beyond] = REASONS.index("not_sampled")
+    reasons = np.full(subset.manifest.file(ROWS_FILE).num_rows or 0, -1, np.int8)
+    path = _losers_path(run.scratch, number)
+    if path.exists():
+        losers = np.fromfile(path, _LOSER)
+        reasons[losers["row"]] = losers["reason"]
+    if threshold is None:
+        return reasons
+    first = 0
+    with pq.ParquetFile(subset.path(ROWS_FILE)) as rows:
+        for batch in rows.iter_batches(_BATCH_ROWS, columns=["sample_key"], use_threads=False):
+            keys = key_words(parse_hex_keys(batch["sample_key"]))
+            ranked = np.column_stack([key_ranks(keys, run.config.sample_salt), keys])
+            differs = ranked != threshold
+            column = differs.argmax(axis=1)
+            beyond = differs.any(axis=1) & (ranked[np.arange(len(ranked)), column] > threshold[column])
+            here = reasons[first : first + batch.num_rows]
+            here[(here < 0) & beyond] = REASONS.index("not_sampled")
+            first += batch.num_rows
+    return reasons
+
+
+def _kept(unit: Unit, batch: "pa.RecordBatch", reasons: "np.ndarray") -> "pa.RecordBatch":
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
     lost = pa.array(reasons >= 0)
     if not pc.any(lost).as_py():
         return batch
@@ -266,7 +283,7 @@ def _kept(
     return batch.filter(pc.invert(lost))
 
 
-STAGE = Stage(name="laion_selection", code_version="1", config_type=LaionSelectionConfig, produce=produce)
+STAGE = Stage(name="laion_selection", code_version="2", config_type=LaionSelectionConfig, produce=produce)
 
 if __name__ == "__main__":
     from pipelines.laion_selection import STAGE as stage

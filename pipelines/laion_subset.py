@@ -1,6 +1,7 @@
 """Stage ``laion_subset``: the rows of one part that pass the rules, each with its sample key.
 
-Duplicates are looked for within the part; `pipelines.dataset` settles equal sample keys between parts.
+They depend on the part's own entry of the index alone. Duplicates are looked for within the part; `pipelines.dataset`
+settles equal sample keys between parts.
 """
 
 # pyarrow.compute makes its functions when it is imported, where no type checker sees them.
@@ -11,7 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipelines.errors import ThroughlineError
-from pipelines.laion_index import Part, find_part
+from pipelines.laion_index import Part, read_part
+from pipelines.manifest import SourceFile
 from pipelines.source_files import locate_source
 from pipelines.stage import Stage, StageOutput, StageResult, StageRun, Unit
 from pipelines.stage_configs import LaionSubsetConfig
@@ -29,19 +31,24 @@ _BATCH_ROWS = 65_536
 
 
 def produce(run: StageRun[LaionSubsetConfig]) -> StageResult:
-    index = run.input("index")
-    part = find_part(index, run.partition)
+    entry = run.input("index")
+    part = read_part(entry)
+    if part.part != run.partition:
+        raise ThroughlineError(f"laion_subset {run.partition}: the entry of the index is that of part {part.part}")
     if not run.is_finished("rows"):
-        path = _locate(run.config, index, part)
+        path = _locate(run.config, entry, part)
         with run.unit("rows") as unit:
             _write_subset(run, unit, part, path)
     (finished,) = run.finished_units()
     rows_in, rows_out = finished.rows or (0, 0)
-    return StageResult(summary={"num_rows": rows_in, "num_kept": rows_out, "dropped": finished.dropped})
+    return StageResult(
+        summary={"num_rows": rows_in, "num_kept": rows_out, "dropped": finished.dropped},
+        sources=[SourceFile(name=part.name, sha256=part.sha256, num_bytes=part.num_bytes)],
+    )
 
 
-def _locate(config: LaionSubsetConfig, index: StageOutput, part: Part) -> Path:
-    where = index.manifest.execution
+def _locate(config: LaionSubsetConfig, entry: StageOutput, part: Part) -> Path:
+    where = entry.manifest.execution
     cache = config.digest_cache or where.get("digest_cache")
     return locate_source(part.content, config.source or where["source"], Path(cache) if cache else None)
 
@@ -246,7 +253,7 @@ def _pixels(sides: "pa.Array") -> "pa.Array":
     return pc.cast(pc.if_else(pc.fill_null(valid, False), sides, None), pa.int32(), safe=False)
 
 
-STAGE = Stage(name="laion_subset", code_version="2", config_type=LaionSubsetConfig, produce=produce)
+STAGE = Stage(name="laion_subset", code_version="3", config_type=LaionSubsetConfig, produce=produce)
 
 if __name__ == "__main__":
     from pipelines.laion_subset import STAGE as stage

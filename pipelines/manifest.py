@@ -36,11 +36,16 @@ class SourceFile(_Record):
 
 
 class InputRef(_Record):
-    """An input of a stage, named by content: its folder is ``<output root>/<stage>/<data_version>``."""
+    """An input of a stage, named by content: its folder is ``<output root>/<stage>/<data_version>``.
+
+    Where `file` is named, that file alone is the input: `data_version` is its SHA-256, and it lies in whichever outputs
+    of the stage hold it (`pipelines.input_refs` finds them).
+    """
 
     stage: str
     partition: str | None
     data_version: str
+    file: str | None = Field(default=None, exclude_if=lambda value: value is None)
 
 
 class Conservation(_Record):

@@ -20,7 +20,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
 
@@ -56,36 +56,64 @@ Verify = Literal["size", "digest"]
 
 @dataclass(frozen=True)
 class StageOutput:
-    """A finished output: its manifest, and the folder that holds it and its files."""
+    """A finished output: its manifest, and the folder that holds it and its files; or one of its files alone.
+
+    A stage that reads one file of a large output takes that file as its input: then its fingerprint follows the file,
+    and whatever else the output holds may change.
+    """
 
     folder: Path
     manifest: Manifest
+    only: str | None = None
+    """The one file that is meant; the others can't be reached then."""
 
     @classmethod
-    def load(cls, manifest_path: Path) -> "StageOutput":
-        """Read a manifest; raises ThroughlineError where it is missing or altered."""
-        return cls(manifest_path.parent, read_manifest(manifest_path))
+    def load(cls, address: Path) -> "StageOutput":
+        """Read the output of a manifest's path, or the one file of an output by its own path.
+
+        Raises ThroughlineError where the manifest is missing or altered, or has no such file.
+        """
+        output = cls(address.parent, read_manifest(address.parent / MANIFEST_NAME))
+        return output if address.name == MANIFEST_NAME else output.only_file(address.name)
+
+    def only_file(self, name: str) -> "StageOutput":
+        """Return this output as an input that is one of its files; raises ThroughlineError where it has no such file.
+
+        The file must lie at the top of the output.
+        """
+        self.manifest.file(name)
+        return replace(self, only=name)
 
     @property
     def data_version(self) -> str:
-        return self.manifest.data_version
+        return self.manifest.data_version if self.only is None else self.manifest.file(self.only).sha256
 
     @property
     def ref(self) -> InputRef:
         manifest = self.manifest
-        return InputRef(stage=manifest.stage, partition=manifest.partition, data_version=manifest.data_version)
+        return InputRef(
+            stage=manifest.stage, partition=manifest.partition, data_version=self.data_version, file=self.only
+        )
 
     @property
     def manifest_path(self) -> Path:
         return self.folder / MANIFEST_NAME
 
+    @property
+    def address(self) -> Path:
+        """The path that `load` takes."""
+        return self.folder / (self.only or MANIFEST_NAME)
+
     def path(self, name: str) -> Path:
         """Return the path of a file that the manifest lists."""
+        if self.only not in (None, name):
+            raise ThroughlineError(f"{self.manifest.stage}: the input is its file {self.only} alone, not {name}")
         return self.folder / self.manifest.file(name).path
 
     def files(self, suffix: str) -> list[Path]:
         """Return the listed files whose name ends with `suffix`, sorted by name."""
-        return sorted(self.folder / entry.path for entry in self.manifest.files if entry.path.endswith(suffix))
+        names = [self.only] if self.only else [entry.path for entry in self.manifest.files]
+        return sorted(self.folder / name for name in names if name.endswith(suffix))
 
 
 Inputs = Mapping[str, Sequence[StageOutput]]
@@ -411,7 +439,7 @@ class StageRequest(FrozenConfig):
     partition: str | None = None
     config: dict[str, Any]
     inputs: dict[str, list[str]] = Field(default_factory=dict)
-    """Input name -> paths of manifests."""
+    """Input name -> paths of manifests, or of single files that lie beside one."""
     output_root: str
     verify: Verify = "size"
 

@@ -24,7 +24,7 @@ class LaionIndexConfig(FrozenConfig):
     source: tuple[str, ...] = execution_field(min_length=1)
     """Folders (searched for ``*.parquet`` at any depth), globs, or files."""
     content: tuple[SourceContent, ...] = Field(min_length=1)
-    """The files by name and digest, sorted by name; their order numbers the parts."""
+    """The files by name and digest, sorted by name; a file's name says which part it is."""
     digest_cache: str | None = execution_field(None)
     """JSON file that remembers digests by path, size and modification time, so that no file is hashed twice."""
 

@@ -44,7 +44,8 @@ config = LaionSubsetConfig(min_similarity=0.3, nsfw_allowed=("UNLIKELY",), min_s
 from pipelines.source_files import digest_sources, find_sources
 digest_sources(find_sources([str(source)]), out / "digests.json")
 wall, cpu = time.perf_counter(), time.process_time()
-output = laion_subset.STAGE.run(config, {"index": [index]}, out, "00000")
+part, = laion_index.part_names(index)
+output = laion_subset.STAGE.run(config, {"index": [laion_index.entry_of(index, part)]}, out, part)
 print(json.dumps({"wall": time.perf_counter() - wall, "cpu": time.process_time() - cpu,
                   "kept": output.manifest.summary["num_kept"],
                   "rss": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10}))

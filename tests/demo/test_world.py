@@ -17,6 +17,7 @@ from demo.world_rows import FLAWS
 from pipelines import laion_index, laion_subset
 from pipelines.digest import file_sha256
 from pipelines.errors import ThroughlineError
+from pipelines.laion_index import entry_of
 from pipelines.stage_configs import LaionIndexConfig, LaionSubsetConfig
 
 PROJECT = Path(__file__).resolve().parents[2]
@@ -114,7 +115,7 @@ def test_filters_drop_the_rows_that_have_a_flaw_for_that_flaw_alone(world: World
         min_text_chars=3,
         max_text_chars=1000,
     )
-    subset = laion_subset.STAGE.run(rules, {"index": [index]}, tmp_path, "00000")
+    subset = laion_subset.STAGE.run(rules, {"index": [entry_of(index, "part-00000")]}, tmp_path, "part-00000")
     flaws = Counter(row["flaw"] for row in world.truth() if row["flaw"])
     assert subset.manifest.summary["dropped"] == dict(sorted(flaws.items()))
     assert set(flaws) == set(FLAWS)

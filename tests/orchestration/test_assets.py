@@ -5,8 +5,13 @@ import pytest
 from dagster._core.definitions.data_version import CachingStaleStatusResolver, StaleStatus
 from dagster._core.loader import LoadingContextForTest
 
+from orchestration.assets import observation
+from orchestration.audit import Auditor
+from orchestration.console import Console
 from orchestration.definitions import build_definitions
 from orchestration.execution import Execution
+from orchestration.plan import State
+from orchestration.run import Run
 from tests.orchestration.conftest import NUMBERS, execution_of
 from tests.orchestration.small.stages import IndexConfig, KeepConfig, SmallProfile
 
@@ -96,10 +101,16 @@ def test_provenance_is_the_same_for_one_partition_and_for_several(
 def _statuses(execution: Execution, instance: dg.DagsterInstance) -> dict[str, StaleStatus]:
     graph = _definitions(execution).resolve_asset_graph()
     resolver = CachingStaleStatusResolver(instance, graph, LoadingContextForTest(instance))
+    keys: dict[str, Sequence[str | None]] = {}
+    for key in graph.get_all_asset_keys():
+        partitions = graph.get(key).partitions_def
+        keys[key.to_user_string()] = (
+            [None] if partitions is None else partitions.get_partition_keys(dynamic_partitions_store=instance)
+        )
     return {
         f"{asset} {partition or ''}".strip(): resolver.get_status(dg.AssetKey(asset), partition)
-        for asset in execution.plan.graph.nodes
-        for partition in execution.plan.partitions(asset)
+        for asset, partitions in keys.items()
+        for partition in partitions
     }
 
 
@@ -108,7 +119,53 @@ def test_everything_is_fresh_after_it_was_materialized(materialize_all: Carry, i
     execution = _record_all(materialize_all(), instance)
     statuses = _statuses(execution, instance)
     assert {name for name, status in statuses.items() if status is not StaleStatus.FRESH} == set()
-    assert len(statuses) == 14
+    assert len(statuses) == 14 + len(NUMBERS)
+
+
+def _not_fresh(execution: Execution, instance: dg.DagsterInstance) -> set[str]:
+    """Return what Dagster calls stale or missing of the data side."""
+    names = ("laion_index", "kept", "total")
+    statuses = {name: status for name, status in _statuses(execution, instance).items() if name.startswith(names)}
+    return {name for name, status in statuses.items() if status is not StaleStatus.FRESH}
+
+
+@pytest.mark.slow
+def test_files_that_come_change_or_go_make_their_own_parts_and_the_roll_ups_stale(
+    profile: SmallProfile, materialize_all: Carry, instance: dg.DagsterInstance
+) -> None:
+    """Dagster and the plan say the same before and after, and so does the audit."""
+    materialize_all()
+    nodes = execution_of(profile).plan.graph.select("+total")
+    Run(execution_of(profile), instance, Console()).carry_out("selected", nodes)
+    assert _not_fresh(execution_of(profile), instance) == set()
+    changes: list[tuple[dict[str, list[int]], set[str]]] = [
+        ({**NUMBERS, "0": [40]}, {"kept 0"}),
+        ({**NUMBERS, "0": [40], "00001": [50]}, {"kept 00001"}),
+        ({"0": [40], "00001": [50]}, set()),
+    ]
+    for now, parts in changes:
+        profile.index = IndexConfig(numbers=now)
+        execution = execution_of(profile)
+        assert _materialize(execution, instance, "laion_index", [None]).success
+        assert _not_fresh(execution, instance) == parts | {"total"}
+        plan = execution.plan
+        assert {task.label for task in plan.tasks("kept") if plan.state(task) is not State.FINISHED} == parts
+        assert plan.state(plan.task("total")) is State.STALE
+        Run(execution, instance, Console()).carry_out("selected", nodes)
+        assert _not_fresh(execution_of(profile), instance) == set()
+        total = plan.task("total").output
+        assert total is not None and Auditor(plan.output_root).audit([total.ref]).passed
+
+
+@pytest.mark.slow
+def test_a_part_can_be_recorded_by_itself(materialize_all: Carry, instance: dg.DagsterInstance) -> None:
+    execution = materialize_all()
+    _materialize(execution, instance, "laion_index", [None])
+    before = _recorded(instance, "laion_index_parts", "00001")
+    for keys in (["00000", "00001"], ["00001"]):
+        assert _materialize(execution, instance, "laion_index_parts", keys).success
+        assert _recorded(instance, "laion_index_parts", "00001") == before
+    assert _num_materializations(instance, "laion_index_parts") == len(NUMBERS) + 3
 
 
 @pytest.mark.slow
@@ -137,6 +194,32 @@ def test_checks_pass_on_sound_outputs(materialize_all: Carry, instance: dg.Dagst
     table = execution.plan.task("kept", "00000").output
     assert table is not None and table.manifest.conservation is not None
     assert table.manifest.conservation.dropped == {"too_small": 2}
+
+
+@pytest.mark.slow
+def test_progress_is_observed_with_its_numbers_while_the_stage_runs(
+    profile: SmallProfile, instance: dg.DagsterInstance, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("orchestration.assets._OBSERVE_SECONDS", 0.0)
+    execution = execution_of(profile)
+    _materialize(execution, instance, "laion_index", [None])
+    assert _materialize(execution, instance, "kept", ["00000"]).success
+    records = instance.fetch_observations(dg.AssetKey("kept"), limit=100).records
+    newest = records[0].asset_observation
+    assert newest is not None and newest.partition == "00000"
+    numbers = {name: value.value for name, value in newest.metadata.items()}
+    assert (numbers["done"], numbers["total"]) == (3, 3) and numbers["per_second"] > 0
+    (made,) = instance.fetch_materializations(dg.AssetKey("kept"), limit=100).records
+    assert records[-1].storage_id < records[0].storage_id < made.storage_id, "before the output was there"
+
+
+def test_counts_and_reasons_of_a_stage_are_part_of_an_observation() -> None:
+    details = {"ok": 4, "failed": "2 (timeout 2)"}
+    record = {"label": "images part-00001", "done": 6, "total": None, "noun": "images", "rate": 2.0, "details": details}
+    event = observation("images", record)
+    assert event.partition == "part-00001" and observation("images", {**record, "label": "images"}).partition is None
+    shown = {name: value.value for name, value in event.metadata.items()}
+    assert shown == {"done": 6, "per_second": 2.0, **details}
 
 
 def test_a_failed_stage_fails_the_run_with_its_own_sentence(

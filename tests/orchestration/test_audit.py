@@ -8,9 +8,12 @@ from orchestration.audit import Audit, Auditor, find_output, refs_of_run
 from orchestration.console import Console
 from orchestration.execution import Execution
 from orchestration.run import Run
+from pipelines.digest import file_sha256
 from pipelines.errors import ThroughlineError
+from pipelines.laion_index import entry_of
 from pipelines.stage import StageOutput
-from tests.orchestration.small.stages import SmallProfile
+from tests.orchestration.conftest import NUMBERS, Recorder, execution_of
+from tests.orchestration.small.stages import IndexConfig, SmallProfile
 
 Carry = Callable[[], Execution]
 
@@ -91,8 +94,40 @@ def test_a_lost_input_is_named(profile: SmallProfile, materialize_all: Carry) ->
     execution = materialize_all()
     _output(execution, "laion_index").manifest_path.unlink()
     problems = _problems(_audit(execution))
-    assert list(problems) == ["laion_index"]
+    assert set(problems) == {"laion_index", *(f"kept {part}" for part in NUMBERS)}
     assert "no manifest here" in problems["laion_index"][0]
+    assert "no sound output of laion_index" in problems["kept 00001"][0]
+
+
+def test_an_index_that_states_another_entry_than_the_part_was_made_from_is_named(
+    profile: SmallProfile, materialize_all: Carry
+) -> None:
+    execution = materialize_all()
+    index = _output(execution, "laion_index")
+    path = entry_of(index, "00001").address
+    path.write_bytes(b"[5, 8]")
+    changed = index.manifest.file(path.name).model_copy(update={"sha256": file_sha256(path)})
+    files = tuple(changed if entry.path == path.name else entry for entry in index.manifest.files)
+    index.manifest.model_copy(update={"files": files}).sealed().write(index.folder)
+    problems = _problems(_audit(execution))
+    assert set(problems) == {"laion_index", *(f"kept {part}" for part in NUMBERS)}, "a forged index vouches for nothing"
+    assert "00001.part.json" in problems["kept 00001"][0]
+
+
+@pytest.mark.slow
+def test_a_part_made_under_an_older_index_leads_to_the_present_one(
+    profile: SmallProfile, materialize_all: Carry
+) -> None:
+    materialize_all()
+    profile.index = IndexConfig(numbers={**NUMBERS, "00003": [40]})
+    execution = execution_of(profile)
+    for name in ("laion_index", "kept", "total"):
+        execution.materialize(name, execution.plan.partitions(name), Recorder())
+    audit = Auditor(execution.plan.output_root).audit([_output(execution, "total").ref])
+    assert audit.passed
+    indexes = [node for node in audit.nodes.values() if node.stage == "laion_index"]
+    assert [node.data_version for node in indexes] == [_output(execution, "laion_index").data_version]
+    assert [node.inputs["index"] for node in audit.nodes.values() if node.stage == "kept"] == [indexes] * 4
 
 
 def test_outputs_are_found_by_the_first_digits_of_a_data_version(profile: SmallProfile, materialize_all: Carry) -> None:
@@ -113,7 +148,8 @@ def test_a_run_is_audited_by_its_id(
     Run(execution, instance, Console()).carry_out("everything", list(execution.plan.graph.nodes.values()))
     run_id = instance.get_runs()[0].run_id
     refs = refs_of_run(profile.home, run_id[:8])
-    assert len(refs) == 14
-    assert Auditor(execution.plan.output_root).audit(refs).passed
+    assert len(refs) == 14 + len(NUMBERS), "the entries of the index are recorded too"
+    audit = Auditor(execution.plan.output_root).audit(refs)
+    assert audit.passed and len(audit.nodes) == 14
     with pytest.raises(ThroughlineError, match="neither a data version nor the start"):
         refs_of_run(profile.home, "no-such-run")

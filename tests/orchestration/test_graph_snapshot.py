@@ -14,22 +14,23 @@ ROOT = Path(__file__).resolve().parents[2]
 
 DEMO_GRAPH = """\
 data | captions | part | images (identity) | caption_quality, conservation, digest
-data | dataset | - | latents (all), shards (all), text_features (all) | conservation, digest, duplicate_keys
+data | dataset | - | laion_index, latents (all), shards (all), text_features (all) | conservation, digest, duplicate_keys
 data | images | part | laion_subset (identity) | conservation, digest
 data | laion_index | - | - | conservation, digest
-data | laion_subset | part | laion_index | conservation, digest
+data | laion_index_parts | part | laion_index | -
+data | laion_subset | part | laion_index_parts (identity) | conservation, digest
 data | latents | part | shards (identity) | conservation, digest, finite
 data | shards | part | captions (identity), images (identity) | conservation, digest
 data | text_features | part | shards (identity) | conservation, digest, finite
 evaluation | fusion_analysis | 7 keys | checkpoint (identity) | conservation, digest
-evaluation | judge_calibration | - | captions (all), images (all) | conservation, digest, judge_tells_apart
+evaluation | judge_calibration | - | captions (all), images (all), laion_index | conservation, digest, judge_tells_apart
 evaluation | prompt_sets | - | - | conservation, digest
 evaluation | report | - | judge_calibration, results | conservation, digest
 evaluation | results | - | checkpoint (all), fusion_analysis (all), scores (all) | conservation, digest
 evaluation | samples | 24 keys | checkpoint (static), prompt_sets | conservation, digest
 evaluation | scores | 24 keys | prompt_sets, samples (identity) | conservation, digest, judge_answers, judge_format
 training | checkpoint | 7 keys | dataset | conservation, digest, loss, same_order
-"""
+"""  # noqa: E501 - one asset a line
 
 
 def _describe(definitions: dg.Definitions) -> str:
@@ -47,7 +48,7 @@ def _describe(definitions: dg.Definitions) -> str:
         )
         deps = ", ".join(f"{parent.to_user_string()}{_mapping(node, parent)}" for parent in sorted(node.parent_keys))
         checks = ", ".join(sorted(check.name for check in graph.get_check_keys_for_assets({key})))
-        lines.append(f"{node.group_name} | {key.to_user_string()} | {kind} | {deps or '-'} | {checks}")
+        lines.append(f"{node.group_name} | {key.to_user_string()} | {kind} | {deps or '-'} | {checks or '-'}")
     return "\n".join(sorted(lines)) + "\n"
 
 
@@ -63,6 +64,21 @@ def definitions(tmp_path_factory: pytest.TempPathFactory) -> dg.Definitions:
 
 def test_the_graph_is_as_written_here(definitions: dg.Definitions) -> None:
     assert _describe(definitions) == DEMO_GRAPH
+
+
+def test_a_selection_over_all_parts_stands_before_the_downloads(tmp_path: Path) -> None:
+    changed = [
+        line.replace("laion_index, latents (all), shards", "laion_index, laion_selection, latents (all), shards")
+        .replace("images | part | laion_subset (identity)", "images | part | laion_selection_parts (identity)")
+        for line in DEMO_GRAPH.splitlines()
+    ]  # fmt: skip
+    selection = [
+        "data | laion_selection | - | laion_index, laion_subset (all) | conservation, digest",
+        "data | laion_selection_parts | part | laion_selection | -",
+    ]
+    profile = load_profile("demo", tmp_path, ["laion_selection.limit=100"])
+    described = _describe(build_definitions(build_execution(profile)))
+    assert described.splitlines() == sorted([*changed, *selection])
 
 
 def test_there_is_a_job_for_the_evaluation_and_one_for_everything(definitions: dg.Definitions) -> None:

@@ -45,6 +45,8 @@ def test_one_run_brings_every_partition_up_to_date_and_a_second_does_nothing(
     assert sum(tally.computed for tally in run.tallies.values()) == 14
     assert "kept 00000  3/3 numbers" in said
     assert "6 rows in, 4 out" in said
+    logged = [entry.user_message for entry in instance.all_logs(instance.get_runs()[0].run_id)]
+    assert any("kept 00000  3/3 numbers" in message for message in logged), "who watches in the web interface sees it"
     assert instance.get_runs_count() == 1
     again, _ = _run(profile, instance)
     assert {tally.computed for tally in again.tallies.values()} == {0}

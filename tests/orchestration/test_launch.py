@@ -75,7 +75,7 @@ def test_a_stage_that_was_killed_says_so(profile: SmallProfile) -> None:
 
 
 def test_a_task_whose_inputs_are_missing_is_refused(profile: SmallProfile) -> None:
-    with pytest.raises(ThroughlineError, match="total can't start: the parts of kept are unknown"):
+    with pytest.raises(ThroughlineError, match=r"total can't start: .*the parts of kept are unknown"):
         execution_of(profile).materialize("total", [None], Recorder())
 
 

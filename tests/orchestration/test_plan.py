@@ -18,7 +18,7 @@ Carry = Callable[[], Execution]
 def test_parts_are_unknown_until_the_index_is_finished(profile: SmallProfile) -> None:
     plan = plan_of(profile)
     assert plan.partitions("kept") == ()
-    assert "unknown until laion_index" in plan.task("total").blocked_by[0]
+    assert any("unknown until laion_index" in reason for reason in plan.task("total").blocked_by)
 
 
 def test_finished_outputs_are_found_without_any_history(profile: SmallProfile, materialize_all: Carry) -> None:
@@ -57,6 +57,27 @@ def test_a_new_part_is_known_once_the_index_is_computed_again(profile: SmallProf
     assert execution.plan.parts() == ()
     execution.materialize("laion_index", [None], Recorder())
     assert execution.plan.parts() == ("00000", "00001", "00002", "00003")
+
+
+@pytest.mark.parametrize(
+    ("change", "states"),
+    [
+        ({"00000": [1, 2, 30], "0": [8]}, {"0": State.MISSING, "00000": State.FINISHED}),
+        ({"00000": [1, 2, 30], "00001": [5, 8]}, {"00000": State.FINISHED, "00001": State.STALE}),
+        ({"00002": [9]}, {"00002": State.FINISHED}),
+    ],
+    ids=["added", "changed", "removed"],
+)
+def test_a_part_is_stale_where_its_own_entry_changed_and_nowhere_else(
+    profile: SmallProfile, materialize_all: Carry, change: dict[str, list[int]], states: dict[str, State]
+) -> None:
+    materialize_all()
+    profile.index = IndexConfig(numbers=change)
+    execution = execution_of(profile)
+    execution.materialize("laion_index", [None], Recorder())
+    plan = execution.plan
+    assert {task.partition: plan.state(task) for task in plan.tasks("kept")} == states
+    assert plan.state(plan.task("total")) is State.STALE
 
 
 def test_a_damaged_output_counts_as_unfinished(profile: SmallProfile, materialize_all: Carry) -> None:
@@ -101,6 +122,13 @@ def test_graph_rejects_an_input_that_comes_later() -> None:
     )
     with pytest.raises(ValueError, match="a reads b"):
         Graph((node, replace(node, name="b", inputs=())))
+
+
+def test_graph_rejects_a_single_file_of_a_divided_asset(profile: SmallProfile) -> None:
+    nodes = plan_of(profile).graph.nodes
+    reader = replace(nodes["fit"], inputs=(Input(name="kept", asset="kept", file="{partition}.json"),))
+    with pytest.raises(ValueError, match="fit reads one file of kept, which is divided"):
+        Graph((nodes["laion_index"], nodes["kept"], reader))
 
 
 def test_selection_follows_the_edges(profile: SmallProfile) -> None:

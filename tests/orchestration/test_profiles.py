@@ -29,6 +29,15 @@ def test_paper_is_the_published_scale(tmp_path: Path) -> None:
     assert isinstance(launch, AccelerateLaunch) and launch.num_processes == training.num_processes
 
 
+def test_the_paper_s_rows_are_one_of_each_url_over_all_parts(tmp_path: Path) -> None:
+    profile = load_profile("paper", tmp_path)
+    assert profile.laion_selection is not None and profile.laion_selection.drop_duplicate_urls
+    assert not profile.laion_subset.drop_duplicate_urls, "the order of a part's rows would decide which one stays"
+    assert load_profile("single_gpu", tmp_path).laion_selection is None
+    sampled = load_profile("single_gpu", tmp_path, ["laion_selection.limit=1000"]).laion_selection
+    assert sampled is not None and sampled.limit == 1000
+
+
 def test_unpinned_models_are_named(tmp_path: Path) -> None:
     warnings = load_profile("paper", tmp_path).warnings()
     assert warnings and all("is not pinned to a commit" in warning for warning in warnings)

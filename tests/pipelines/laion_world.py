@@ -53,8 +53,15 @@ def run_index(source: Path, root: Path) -> StageOutput:
     return laion_index.STAGE.run(LaionIndexConfig.scan(source, root / "digests.json"), {}, root)
 
 
-def run_subset(source: Path, root: Path, part: str = "00000", **rules: Any) -> StageOutput:
-    return laion_subset.STAGE.run(LaionSubsetConfig(**rules), {"index": [run_index(source, root)]}, root, part)
+def run_subset(source: Path, root: Path, part: str | None = None, **rules: Any) -> StageOutput:
+    """Index a folder and return the subset of a part, the first where none is named."""
+    index = run_index(source, root)
+    return subset_of(index, root, part or laion_index.part_names(index)[0], **rules)
+
+
+def subset_of(index: StageOutput, root: Path, part: str, **rules: Any) -> StageOutput:
+    inputs = {"index": [laion_index.entry_of(index, part)]}
+    return laion_subset.STAGE.run(LaionSubsetConfig(**rules), inputs, root, part)
 
 
 def images_config(server: HostileServer, **changes: Any) -> ImagesConfig:

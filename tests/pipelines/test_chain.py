@@ -15,7 +15,7 @@ from PIL import Image
 from pydantic import ValidationError
 from webdataset.compat import WebDataset
 
-from pipelines import dataset, shards
+from pipelines import dataset, images, laion_selection, shards
 from pipelines.config import FrozenConfig
 from pipelines.dataset import SAMPLES_FILE, split_of
 from pipelines.errors import ThroughlineError
@@ -28,9 +28,9 @@ from pipelines.shard_lint import lint_folder
 from pipelines.shard_reader import BadSampleError, Shard, read_shard, scan_index
 from pipelines.shard_samples import ShardSamples
 from pipelines.stage import Stage, StageOutput, StageRun
-from pipelines.stage_configs import DatasetConfig, ExtraMember, ShardsConfig
+from pipelines.stage_configs import DatasetConfig, ExtraMember, LaionSelectionConfig, ShardsConfig
 from tests.pipelines.hostile_server import HostileServer
-from tests.pipelines.laion_world import laion_row, run_captions, run_images, run_subset, write_laion
+from tests.pipelines.laion_world import images_config, laion_row, run_captions, run_images, run_subset, write_laion
 
 BAD_PATHS = ("/404", "/html", "/truncated.jpg", "/noai", "/animated.gif", "/redirect-metadata", "/500")
 
@@ -50,7 +50,7 @@ def write_parts(server: HostileServer, folder: Path) -> Path:
         ]
         if part == 0:
             rows += [laion_row(server.url(path), f"bad {path}") for path in BAD_PATHS]
-        write_laion(folder / f"part-{part}.parquet", rows)
+        write_laion(folder / f"{part:05d}.parquet", rows)
     return folder
 
 
@@ -271,6 +271,25 @@ def test_tarfile_and_the_reader_agree_on_every_member(world: dict[str, list[Stag
         expected = [(member.name, member.offset_data, member.size) for member in tar]
         found = list(read_members(stream, path.name, path.stat().st_size))
     assert [(member.name, member.offset, member.num_bytes) for member in found] == expected
+
+
+def test_images_downloads_what_the_selection_left_of_its_part(server: HostileServer, tmp_path: Path) -> None:
+    both = [server.url("/scene/1"), server.url("/scene/2")]
+    for part, urls in {"a": both, "b": [*both, server.url("/scene/3")]}.items():
+        write_laion(tmp_path / "laion" / f"{part}.parquet", [laion_row(url, f"in {part}") for url in urls])
+    subsets = [run_subset(tmp_path / "laion", tmp_path, part) for part in ("a", "b")]
+    selection = laion_selection.STAGE.run(LaionSelectionConfig(), {"subset": subsets}, tmp_path)
+    ends: dict[str, set[str]] = {}
+    for part in ("a", "b"):
+        rows = selection.only_file(laion_selection.rows_name(part))
+        pictures = images.STAGE.run(images_config(server), {"selection": [rows]}, tmp_path, part)
+        table, selected = pictures.manifest.conservation, pq.read_table(rows.address)["sample_key"].to_pylist()
+        assert table is not None and table.holds and table.rows_in == len(selected)
+        (ref,) = pictures.manifest.inputs["selection"]
+        assert (ref.stage, ref.file) == ("laion_selection", f"rows-{part}.parquet")
+        ends[part] = {row["url"] for row in _rows(pictures.path("status-00000.parquet"))} if selected else set()
+    assert not ends["a"] & ends["b"]
+    assert ends["a"] | ends["b"] == {*both, server.url("/scene/3")}
 
 
 def test_a_second_root_gives_the_same_data_versions(

@@ -28,7 +28,7 @@ REPOSITORY = Path(__file__).parents[2]
 def subset_of(urls: list[str], folder: Path) -> StageOutput:
     rows = [laion_row(url, f"text {index}") for index, url in enumerate(urls)]
     return run_subset(
-        write_laion(folder / "laion" / "p.parquet", rows).parent, folder / "out", drop_duplicate_urls=False
+        write_laion(folder / "laion" / "00000.parquet", rows).parent, folder / "out", drop_duplicate_urls=False
     )
 
 

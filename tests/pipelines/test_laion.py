@@ -1,4 +1,5 @@
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -9,15 +10,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipelines import laion_index, laion_subset
+from pipelines.digest import file_sha256
 from pipelines.errors import ThroughlineError
-from pipelines.laion_index import read_parts
+from pipelines.input_refs import find_input
+from pipelines.laion_index import entry_of, part_key, part_names, read_part, read_parts
 from pipelines.laion_rules import REASONS
 from pipelines.laion_subset import ROWS_FILE
 from pipelines.sample_key import sample_key
 from pipelines.source_files import digest_sources, find_sources
 from pipelines.stage import StageOutput
 from pipelines.stage_configs import LaionIndexConfig, LaionSubsetConfig
-from tests.pipelines.laion_world import LAION_400M, laion_row, run_index, run_subset, write_laion
+from tests.pipelines.laion_world import LAION_400M, laion_row, run_index, run_subset, subset_of, write_laion
 from tests.pipelines.laion_world import drop_reasons as reasons
 from tests.pipelines.laion_world import kept_rows as kept
 
@@ -181,7 +184,9 @@ def test_float_sizes_dictionaries_and_large_strings_are_read(tmp_path: Path) -> 
     }
 
 
-def test_index_numbers_files_by_name_and_digests_each_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_index_makes_a_part_of_every_file_and_digests_each_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for name in ("b/2.parquet", "a/1.parquet", "a/.hidden.parquet", "_temporary/0.parquet"):
         write_laion(tmp_path / "laion" / name, [laion_row(URL, name)])
     read: list[str] = []
@@ -191,14 +196,14 @@ def test_index_numbers_files_by_name_and_digests_each_once(tmp_path: Path, monke
     index = run_index(tmp_path / "laion", tmp_path / "out")
     parts = read_parts(index)
     assert [(part.part, part.name, part.num_rows) for part in parts] == [
-        ("00000", "a/1.parquet", 1),
-        ("00001", "b/2.parquet", 1),
+        (part_key("a/1.parquet"), "a/1.parquet", 1),
+        (part_key("b/2.parquet"), "b/2.parquet", 1),
     ]
     assert [(source.name, source.sha256) for source in index.manifest.sources] == [
         (part.name, part.sha256) for part in parts
     ]
     for part in parts:
-        laion_subset.STAGE.run(LaionSubsetConfig(), {"index": [index]}, tmp_path / "out", part.part)
+        subset_of(index, tmp_path / "out", part.part)
     run_index(tmp_path / "laion", tmp_path / "out")
     assert sorted(read) == ["1.parquet", "2.parquet"]
 
@@ -211,18 +216,88 @@ def test_index_is_the_same_from_another_folder_and_another_when_a_file_changes(t
     assert index("here", "two").data_version != index("there", "one").data_version
 
 
+def test_a_file_names_its_part_whatever_other_files_there_are() -> None:
+    names = ["part-00000.parquet", "00017.parquet", "a_b-c.d.parquet"]
+    assert [part_key(name) for name in names] == ["part-00000", "00017", "a_b-c.d"]
+    odd = ["a/1.parquet", "a-1.PARQUET", "a/../1.parquet", "b/1.parquet", "...parquet", "猫.parquet", "犬.parquet"]
+    odd += [f"{'part-' * 20}{number}.parquet" for number in range(2)]
+    keys = [part_key(name) for name in odd]
+    assert len(set(keys)) == len(odd)
+    assert all(re.fullmatch(r"[A-Za-z0-9_-]{1,40}", key) for key in keys), keys
+    assert part_key("a/1.parquet").startswith("a-1-")
+
+
+def test_two_files_of_one_part_are_refused(tmp_path: Path) -> None:
+    write_laion(tmp_path / "laion" / "a" / "1.parquet", [laion_row(URL)])
+    twin = f"{part_key('a/1.parquet')}.parquet"
+    write_laion(tmp_path / "laion" / twin, [laion_row(URL)])
+    with pytest.raises(ThroughlineError, match=rf"{twin}, a/1.parquet: .* would all be part a-1-.*; rename one"):
+        run_index(tmp_path / "laion", tmp_path / "out")
+
+
+def _bring_up_to_date(source: Path, root: Path) -> tuple[set[str], dict[str, StageOutput]]:
+    """Run index and subsets; return the parts that needed no work, and all subsets."""
+    index = run_index(source, root)
+    config, parts = LaionSubsetConfig(), part_names(index)
+    inputs = {part: {"index": [entry_of(index, part)]} for part in parts}
+    fresh = {part for part in parts if laion_subset.STAGE.find_finished(config, inputs[part], root, part)}
+    return fresh, {part: laion_subset.STAGE.run(config, inputs[part], root, part) for part in parts}
+
+
+def test_a_file_that_comes_changes_or_goes_leaves_every_other_part_fresh(tmp_path: Path) -> None:
+    source, root = tmp_path / "laion", tmp_path / "out"
+    for name in ("one", "two", "three"):
+        write_laion(source / f"{name}.parquet", [laion_row(URL, name)])
+    fresh, first = _bring_up_to_date(source, root)
+    assert not fresh and set(first) == {"one", "two", "three"}
+    write_laion(source / "a-new-one.parquet", [laion_row(URL, "new")])
+    fresh, _ = _bring_up_to_date(source, root)
+    assert fresh == {"one", "two", "three"}, "though the new file stands before them all"
+    write_laion(source / "two.parquet", [laion_row(URL, "changed")])
+    fresh, changed = _bring_up_to_date(source, root)
+    assert fresh == {"a-new-one", "one", "three"}
+    assert changed["two"].data_version != first["two"].data_version
+    (source / "one.parquet").unlink()
+    fresh, last = _bring_up_to_date(source, root)
+    assert fresh == set(last) == {"a-new-one", "two", "three"}
+    # What came before leaves no trace in an output: another place that knows only the last files agrees.
+    _, elsewhere = _bring_up_to_date(source, tmp_path / "elsewhere")
+    assert {part: output.data_version for part, output in elsewhere.items()} == {
+        part: output.data_version for part, output in last.items()
+    }
+
+
+def test_a_subset_leads_to_its_index_and_to_the_digest_of_its_file(tmp_path: Path) -> None:
+    path = write_laion(tmp_path / "laion" / "p.parquet", [laion_row(URL)])
+    subset = run_subset(path.parent, tmp_path / "out")
+    (source,), (ref,) = subset.manifest.sources, subset.manifest.inputs["index"]
+    assert (source.name, source.sha256) == ("p.parquet", file_sha256(path))
+    index = find_input(tmp_path / "out", ref)
+    assert (index.ref.stage, index.ref.file) == ("laion_index", None)
+    assert read_part(index.only_file(ref.file or "")).sha256 == source.sha256
+
+
+def test_a_subset_takes_its_own_entry_and_no_other(tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        write_laion(tmp_path / "laion" / f"{name}.parquet", [laion_row(URL, name)])
+    index = run_index(tmp_path / "laion", tmp_path / "out")
+    for entry, message in ((entry_of(index, "two"), "is that of part two"), (index, "got the whole index")):
+        with pytest.raises(ThroughlineError, match=message):
+            laion_subset.STAGE.run(LaionSubsetConfig(), {"index": [entry]}, tmp_path / "out", "one")
+
+
 def test_a_file_changed_after_the_index_is_refused(tmp_path: Path) -> None:
     path = write_laion(tmp_path / "laion" / "p.parquet", [laion_row(URL, "one")])
     index = run_index(path.parent, tmp_path / "out")
     write_laion(path, [laion_row(URL, "two")])
     with pytest.raises(ThroughlineError, match=r"p.parquet: SHA-256 .* the file was changed, run laion_index again"):
-        laion_subset.STAGE.run(LaionSubsetConfig(), {"index": [index]}, tmp_path / "out", "00000")
+        subset_of(index, tmp_path / "out", "p")
     path.unlink()
     write_laion(path.with_name("q.parquet"), [laion_row(URL)])
     with pytest.raises(ThroughlineError, match=r"p.parquet: registered in the index, but not found under"):
-        laion_subset.STAGE.run(LaionSubsetConfig(), {"index": [index]}, tmp_path / "out", "00000")
-    with pytest.raises(ThroughlineError, match="part 00007: the index registers 1 parts"):
-        laion_subset.STAGE.run(LaionSubsetConfig(), {"index": [index]}, tmp_path / "out", "00007")
+        subset_of(index, tmp_path / "out", "p")
+    with pytest.raises(ThroughlineError, match="part q: the index registers 1 parts: p"):
+        subset_of(index, tmp_path / "out", "q")
 
 
 def test_sources_may_be_folders_globs_and_files(tmp_path: Path) -> None:

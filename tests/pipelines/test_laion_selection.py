@@ -7,12 +7,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipelines import laion_selection, laion_subset
+from pipelines import laion_selection
+from pipelines.laion_selection import rows_name
 from pipelines.manifest import DROPPED_NAME
 from pipelines.sample_key import sample_key
 from pipelines.stage import StageOutput
-from pipelines.stage_configs import LaionSelectionConfig, LaionSubsetConfig
-from tests.pipelines.laion_world import laion_row, run_index, write_laion
+from pipelines.stage_configs import LaionSelectionConfig
+from tests.pipelines.laion_world import laion_row, run_index, subset_of, write_laion
 
 Pair = tuple[int, int]
 
@@ -20,13 +21,10 @@ Pair = tuple[int, int]
 def select(folder: Path, parts: list[list[Pair]], **config: Any) -> StageOutput:
     for number, pairs in enumerate(parts):
         rows = [laion_row(f"http://a.example/{url}", f"text {text}") for url, text in pairs]
-        write_laion(folder / "laion" / f"{number:02d}.parquet", rows)
+        write_laion(folder / "laion" / f"{number:05d}.parquet", rows)
     index = run_index(folder / "laion", folder / "out")
     subsets = [
-        laion_subset.STAGE.run(
-            LaionSubsetConfig(drop_duplicate_urls=False), {"index": [index]}, folder / "out", f"{n:05d}"
-        )
-        for n in range(len(parts))
+        subset_of(index, folder / "out", f"{number:05d}", drop_duplicate_urls=False) for number in range(len(parts))
     ]
     return laion_selection.STAGE.run(LaionSelectionConfig(**config), {"subset": subsets}, folder / "out")
 
@@ -95,3 +93,35 @@ def test_a_sample_is_part_of_every_larger_sample_and_another_salt_gives_another(
     assert [len(sample) for sample in samples] == [5, 20, 60, 60]
     assert samples[0] < samples[1] < samples[2] == samples[3]
     assert set(kept(select(tmp_path, parts, limit=20, sample_salt="sample-2"))) != samples[1]
+
+
+def part_files(output: StageOutput) -> dict[str, str]:
+    """Return part -> digest of the file that `images` reads."""
+    return {name: output.only_file(rows_name(name)).data_version for name in sorted(_parts(output))}
+
+
+def _parts(output: StageOutput) -> list[str]:
+    return [ref.partition or "" for ref in output.manifest.inputs["subset"]]
+
+
+def test_a_new_part_changes_the_files_of_those_parts_alone_that_lose_other_rows(tmp_path: Path) -> None:
+    loses = max((1, 0), (1, 1), key=key_of)  # of two texts at one address, the one that stays only while it is alone
+    parts = [[loses, (2, 0)], [(3, 0), (3, 0), (4, 0)], [(5, 0)]]
+    before = part_files(select(tmp_path, parts))
+    winner = (1, 1 - loses[1])
+    after = select(tmp_path, [*parts, [winner]])
+    changed = {name for name, digest in part_files(after).items() if before.get(name) not in (None, digest)}
+    assert changed == {"00000"}
+    # A sample that is larger than the set takes no row, and leaves every file what it is without a sample.
+    for limit in (100, 5):
+        assert part_files(select(tmp_path, parts, limit=limit)) == before
+    assert part_files(select(tmp_path, parts, limit=4)) != before
+
+
+def test_a_sample_that_spares_a_part_leaves_its_file_as_it_is(tmp_path: Path) -> None:
+    """A part from which the sample takes no row is the same file, whether or not the sample took rows elsewhere."""
+    ranked = [key for limit in range(1, 7) for key in kept(select(tmp_path, [[(n, 0) for n in range(6)]], limit=limit))]
+    last = next(n for n in range(6) if ranked.count(key_of((n, 0))) == 1)
+    parts = [[(n, 0) for n in range(6) if n != last], [(last, 0)]]
+    whole, cut = (part_files(select(tmp_path / "two", parts, limit=limit)) for limit in (6, 5))
+    assert whole["00000"] == cut["00000"] and whole["00001"] != cut["00001"]

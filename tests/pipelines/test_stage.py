@@ -12,6 +12,8 @@ import pytest
 
 from pipelines.config import FrozenConfig, ModelRef, execution_field
 from pipelines.errors import ThroughlineError
+from pipelines.input_refs import find_input
+from pipelines.laion_index import entry_of
 from pipelines.manifest import DROPPED_NAME, MANIFEST_NAME, damaged_files
 from pipelines.stage import Stage, StageOutput, StageRequest, StageResult, StageRun, write_request
 from tests.pipelines import toy_stage
@@ -208,14 +210,65 @@ def test_manifest_names_models_inputs_and_surroundings(tmp_path: Path) -> None:
     assert elsewhere.data_version == manifest.data_version
 
 
+def two_files(root: Path, first: str, second: str) -> StageOutput:
+    """Run a small stage whose output holds these two files."""
+
+    class TwoConfig(FrozenConfig):
+        texts: tuple[str, str]
+
+    def produce(run: StageRun[TwoConfig]) -> None:
+        with run.unit("all") as unit:
+            for name, text in zip(("a.txt", "b.txt"), run.config.texts, strict=True):
+                unit.write(name, text.encode())
+
+    stage = Stage(name="two", code_version="1", config_type=TwoConfig, produce=produce)
+    return stage.run(TwoConfig(texts=(first, second)), {}, root)
+
+
+def test_a_stage_that_reads_one_file_depends_on_that_file_alone(tmp_path: Path) -> None:
+    before, after = two_files(tmp_path, "one", "two"), two_files(tmp_path, "one", "three")
+    whole = [STAGE.fingerprint(ToyConfig(), {"x": [output]}) for output in (before, after)]
+    file_a = [STAGE.fingerprint(ToyConfig(), {"x": [output.only_file("a.txt")]}) for output in (before, after)]
+    file_b = [STAGE.fingerprint(ToyConfig(), {"x": [output.only_file("b.txt")]}) for output in (before, after)]
+    assert whole[0] != whole[1] and file_a[0] == file_a[1] and file_b[0] != file_b[1]
+    one = before.only_file("a.txt")
+    assert one.ref.model_dump() == {
+        "stage": "two",
+        "partition": None,
+        "data_version": one.data_version,
+        "file": "a.txt",
+    }
+    assert "file" not in before.ref.model_dump(), "the data versions of what reads whole outputs stay what they were"
+    assert StageOutput.load(one.address) == one and StageOutput.load(before.address) == before
+    assert one.files(".txt") == [one.path("a.txt")]
+    with pytest.raises(ThroughlineError, match=r"the input is its file a.txt alone, not b.txt"):
+        one.path("b.txt")
+    with pytest.raises(ThroughlineError, match=r"no file c.txt in its manifest"):
+        StageOutput.load(before.folder / "c.txt")
+
+
+def test_an_output_is_found_by_a_file_of_it(tmp_path: Path) -> None:
+    before, after = two_files(tmp_path, "one", "two"), two_files(tmp_path, "one", "three")
+    both, first = before.only_file("a.txt").ref, before.only_file("b.txt").ref
+    assert find_input(tmp_path, first).folder == before.folder
+    assert find_input(tmp_path, both, [after, before]).folder == after.folder
+    assert find_input(tmp_path, both, [before, after]).folder == before.folder
+    assert find_input(tmp_path, both).folder == after.folder, "the newest where nothing is known"
+    assert find_input(tmp_path, after.ref).folder == after.folder
+    before.manifest_path.write_text(before.manifest_path.read_text().replace('"b.txt"', '"c.txt"'))
+    assert find_input(tmp_path, both).folder == after.folder, "an altered manifest is nobody's"
+    with pytest.raises(ThroughlineError, match=r"no sound output of two under .* holds b.txt with SHA-256"):
+        find_input(tmp_path, first)
+
+
 def request_for_subset(tmp_path: Path, root: Path, num_rows: int, **config: Any) -> Path:
     rows = [laion_row(f"http://example.com/{index}.jpg", f"text {index} " * 20) for index in range(num_rows)]
     index = run_index(write_laion(tmp_path / "laion" / "p.parquet", rows).parent, tmp_path / "index")
     request = StageRequest(
         stage="laion_subset",
-        partition="00000",
+        partition="p",
         config=config,
-        inputs={"index": [str(index.manifest_path)]},
+        inputs={"index": [str(entry_of(index, "p").address)]},
         output_root=str(root),
     )
     write_request(tmp_path / "request.json", request)

@@ -10,6 +10,7 @@ from orchestration.graph import Graph, Group, Input, Node, PartitionKind
 from orchestration.launch import LaunchForm, LocalLaunch
 from pipelines.config import FrozenConfig, execution_field
 from pipelines.errors import ThroughlineError
+from pipelines.laion_index import ENTRY_FILE
 from pipelines.stage import StageResult, StageRun
 
 
@@ -30,12 +31,12 @@ class PlainConfig(FrozenConfig):
 
 
 def make_index(run: StageRun[IndexConfig]) -> StageResult:
-    parts = [{"part": part, "numbers": numbers} for part, numbers in sorted(run.config.numbers.items())]
     with run.unit("parts") as unit:
-        unit.write("parts.json", json.dumps(parts).encode())
+        for part, numbers in run.config.numbers.items():
+            unit.write(ENTRY_FILE.format(partition=part), json.dumps(numbers).encode())
         total = sum(len(numbers) for numbers in run.config.numbers.values())
         unit.account(rows_in=total, rows_out=total)
-    return StageResult(summary={"num_parts": len(parts)})
+    return StageResult(summary={"num_parts": len(run.config.numbers)})
 
 
 def keep(run: StageRun[KeepConfig]) -> None:
@@ -50,8 +51,7 @@ def keep(run: StageRun[KeepConfig]) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
     if config.crash_at == run.partition:
         raise RuntimeError("a bug of the stage")
-    parts = json.loads(run.input("index").path("parts.json").read_bytes())
-    numbers = next(part["numbers"] for part in parts if part["part"] == run.partition)
+    numbers = json.loads(run.input("index").address.read_bytes())
     kept = [number for number in numbers if number >= config.drop_below]
     with run.progress(len(numbers), "numbers") as progress, run.unit("00000") as unit:
         for number in numbers:
@@ -126,7 +126,7 @@ SMALL_GRAPH = Graph(
             description="Large enough numbers.",
             configure=lambda profile, _: profile.keep,
             partition=PartitionKind.PART,
-            inputs=(Input(name="index", asset="laion_index"),),
+            inputs=(Input(name="index", asset="laion_index", file=ENTRY_FILE),),
         ),
         Node(
             name="total",
@@ -134,7 +134,7 @@ SMALL_GRAPH = Graph(
             group=Group.DATA,
             description="Their sum.",
             configure=lambda profile, _: profile.plain,
-            inputs=(Input(name="kept", asset="kept"),),
+            inputs=(Input(name="index", asset="laion_index"), Input(name="kept", asset="kept")),
         ),
         Node(
             name="fit",
