@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 from orchestration.graph import Graph, Group, Input, Node, PartitionKind
 from pipelines.config import FrozenConfig
 from pipelines.stage_configs import LaionIndexConfig
-from training.config import CheckpointConfig, Strategy
+from training.config import CheckpointConfig, PipelineExportConfig, Strategy
 
 if TYPE_CHECKING:
     from orchestration.profiles import Profile
@@ -27,6 +27,15 @@ def _checkpoint_config(profile: "Profile", strategy: str | None) -> FrozenConfig
         training=profile.training,
         text_encoder=profile.text_encoder,
         template_version=profile.template_version,
+    )
+
+
+def _pipeline_export_config(profile: "Profile", _: str | None) -> FrozenConfig:
+    return PipelineExportConfig(
+        text_encoder=profile.text_encoder,
+        autoencoder=profile.autoencoder,
+        sampler=profile.samples.sampler,
+        save_text_encoder=profile.pipeline_export == "whole",
     )
 
 
@@ -135,6 +144,17 @@ TRAINING_NODES = (
             Input(name="text_features", asset="text_features", drawn=False),
         ),
         kinds=frozenset({"pytorch", "accelerate"}),
+    ),
+    Node(
+        name="pipeline_export",
+        module="training.pipeline_export",
+        group=Group.TRAINING,
+        description="The checkpoint as a folder that diffusers loads, with a card that states its lineage.",
+        configure=_pipeline_export_config,
+        partition=PartitionKind.STRATEGY,
+        inputs=(Input(name="checkpoint", asset="checkpoint"),),
+        kinds=frozenset({"pytorch", "diffusers"}),
+        is_wanted=lambda profile: profile.pipeline_export != "none",
     ),
 )
 

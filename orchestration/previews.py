@@ -120,9 +120,16 @@ def _show_report(task: "Task") -> str:
     return f"Open [{path.name}]({path.as_uri()}) in a browser: `{path}`"
 
 
+def _show_card(task: "Task") -> str:
+    assert task.output is not None
+    _, _, card = task.output.path("README.md").read_text().split("---\n", 2)
+    return f"`ThroughlinePipeline.from_pretrained({str(task.output.folder)!r})`\n\n{card.strip()}"
+
+
 _PREVIEWS: Mapping[str, Callable[["Task"], str]] = {
     "images": _show_images,
     "captions": _show_captions,
+    "pipeline_export": _show_card,
     "samples": _show_samples,
     "report": _show_report,
 }

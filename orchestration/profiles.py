@@ -4,7 +4,7 @@ import json
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Any, Literal, Self, TypeVar
 
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
@@ -79,6 +79,10 @@ class Profile(FrozenConfig):
     model: ModelConfig
     training: TrainingConfig
     strategies: tuple[Strategy, ...] = tuple(Strategy)
+
+    pipeline_export: Literal["none", "without_text_encoder", "whole"] = "without_text_encoder"
+    """Whether each checkpoint becomes a diffusers pipeline, and whether the text encoder lies in each of them: `whole`
+    costs its size for every strategy."""
 
     arms: tuple[str, ...]
     """Strategies as evaluated, such as ``time_wise+shift``."""
