@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING
 
+from evaluation.config import TrajectoryAnalysisConfig
 from orchestration.graph import Graph, Group, Input, Node, PartitionKind
 from pipelines.config import FrozenConfig
 from pipelines.stage_configs import LaionIndexConfig
@@ -36,6 +37,17 @@ def _pipeline_export_config(profile: "Profile", _: str | None) -> FrozenConfig:
         autoencoder=profile.autoencoder,
         sampler=profile.samples.sampler,
         save_text_encoder=profile.pipeline_export == "whole",
+    )
+
+
+def _trajectory_analysis_config(profile: "Profile", _: str | None) -> FrozenConfig:
+    samples = profile.samples
+    return TrajectoryAnalysisConfig(
+        **profile.trajectory_analysis.model_dump(),
+        text_encoder=profile.text_encoder,
+        sampler=samples.sampler.model_copy(update={"guidance_scale": 1.0, "gate_shift": False}),
+        device=samples.device,
+        threads=samples.threads,
     )
 
 
@@ -206,6 +218,23 @@ EVALUATION_NODES = (
         kinds=frozenset({"matplotlib"}),
     ),
     Node(
+        name="trajectory_analysis",
+        module="evaluation.trajectory_analysis",
+        group=Group.EVALUATION,
+        description="The time that gates read off the latents along sampling, beside the schedule's.",
+        configure=_trajectory_analysis_config,
+        partition=PartitionKind.STRATEGY,
+        inputs=(
+            Input(name="checkpoint", asset="checkpoint"),
+            Input(name="dataset", asset="dataset"),
+            Input(name="shards", asset="shards", drawn=False),
+            Input(name="latents", asset="latents", drawn=False),
+            Input(name="text_features", asset="text_features", drawn=False),
+        ),
+        kinds=frozenset({"pytorch", "diffusers"}),
+        is_wanted=lambda profile: profile.model.gate_signal == "estimated",
+    ),
+    Node(
         name="results",
         module="evaluation.results",
         group=Group.EVALUATION,
@@ -227,6 +256,7 @@ EVALUATION_NODES = (
         inputs=(
             Input(name="results", asset="results"),
             Input(name="judge_calibration", asset="judge_calibration"),
+            Input(name="trajectory_analysis", asset="trajectory_analysis"),
         ),
         kinds=frozenset({"html"}),
     ),

@@ -114,6 +114,13 @@ def _show_samples(task: "Task") -> str:
     return " ".join(picture(path.read_bytes(), path.stem) for path in files)
 
 
+def _show_trajectories(task: "Task") -> str:
+    assert task.output is not None
+    differences = task.output.manifest.summary["mean_absolute_difference"]
+    rows = [f"| {name} | {value} |" for name, value in differences.items()]
+    return "| latents | mean absolute difference from t |\n|---|---:|\n" + "\n".join(rows)
+
+
 def _show_report(task: "Task") -> str:
     assert task.output is not None
     path: Path = task.output.path("report.html")
@@ -131,5 +138,6 @@ _PREVIEWS: Mapping[str, Callable[["Task"], str]] = {
     "captions": _show_captions,
     "pipeline_export": _show_card,
     "samples": _show_samples,
+    "trajectory_analysis": _show_trajectories,
     "report": _show_report,
 }

@@ -168,6 +168,7 @@ def demo(home: Path) -> Profile:
             "samples": 24,
             "scores": 24,
             "fusion_analysis": 7,
+            "trajectory_analysis": 7,
         },
         needs=Needs(memory_gib=6, disk_gib=6),
     )
@@ -220,6 +221,7 @@ def single_gpu(home: Path) -> Profile:
             "samples": 24,
             "scores": 24,
             "fusion_analysis": 7,
+            "trajectory_analysis": 7,
         },
         check_bytes=False,
         needs=Needs(num_gpus=1, gpu_memory_gib=79, memory_gib=64, disk_gib=1000),
@@ -295,6 +297,7 @@ def paper(home: Path) -> Profile:
             "samples": 24,
             "scores": 24,
             "fusion_analysis": 7,
+            "trajectory_analysis": 7,
         },
         check_bytes=False,
         needs=Needs(num_gpus=8, gpu_memory_gib=79, memory_gib=512, disk_gib=50_000),

@@ -17,6 +17,7 @@ from evaluation.config import (
     ResultsConfig,
     SamplesConfig,
     ScoresConfig,
+    TrajectorySettings,
 )
 from features.config import LatentsConfig, TextFeaturesConfig
 from orchestration.launch import LaunchForm, LocalLaunch
@@ -93,6 +94,8 @@ class Profile(FrozenConfig):
     """Where DrawBench's ratings come from another judge than the Yes and No of `scores`."""
     judge_calibration: JudgeCalibrationConfig
     fusion_analysis: FusionAnalysisConfig = FusionAnalysisConfig()
+    trajectory_analysis: TrajectorySettings = TrajectorySettings()
+    """Looked at where model.gate_signal is estimated."""
     results: ResultsConfig = ResultsConfig()
     report: ReportConfig
 
@@ -132,6 +135,12 @@ class Profile(FrozenConfig):
         size_px = self.model.latent_size * AUTOENCODER_FACTOR
         if size_px > self.images.transform.size_px:
             problems.append(f"model.latent_size asks for {size_px} px, images are {self.images.transform.size_px} px")
+        ungated = [strategy.value for strategy in self.strategies if not strategy.has_time_gate]
+        if self.model.gate_signal == "estimated" and ungated:
+            problems.append(
+                f"model.gate_signal=estimated needs time gates, which {', '.join(ungated)} have not; leave them out of "
+                "strategies and arms"
+            )
         return problems
 
     def _arm_problems(self) -> list[str]:
