@@ -27,7 +27,7 @@ from training.dit import build_model
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).resolve().parents[2]
-TIMEOUT_SECONDS = 150
+TIMEOUT_SECONDS = 300
 
 
 def _environment() -> dict[str, str]:
@@ -203,11 +203,11 @@ _SHARDED = {"num_processes": 2, "sharded": True}
 
 def test_sharded_processes_killed_and_resumed_equal_undisturbed_ones(tiny_data: TinyData, tmp_path: Path) -> None:
     """From the newest snapshot, and, where a piece of that is missing, from the one before."""
-    config = _config(tiny_data, Strategy.JOINT, max_shard_bytes=100_000, **_SHARDED)
+    config = _config(tiny_data, Strategy.JOINT, steps=24, max_shard_bytes=100_000, **_SHARDED)
     killed, damaged, undisturbed = (tmp_path / name for name in ("killed", "damaged", "undisturbed"))
     requests = [_request(tiny_data, config, folder, "joint", "joint") for folder in (killed, damaged, undisturbed)]
     steps = _kill_when(requests[:1], killed / "out" / "checkpoint" / "unfinished", 9, num_processes=2)
-    assert 9 <= steps < 40
+    assert 9 <= steps < 24
     shutil.copytree(killed / "out", damaged / "out")
     newest = sorted(damaged.glob("out/checkpoint/unfinished/*/scratch/snapshots/step-*[0-9]"))[-1]
     pieces = sorted(newest.glob("tensors-*.safetensors"))
