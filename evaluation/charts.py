@@ -142,6 +142,18 @@ def line_chart(
     return Panel(width, height, "".join(parts))
 
 
+def legend(series: Sequence[Series], *, width: float = 540, per_row: int = 5) -> Panel:
+    """Name the lines of a chart, each beside a dot of its colour."""
+    left, row_height = 58.0, 18.0
+    parts = []
+    for index, item in enumerate(series):
+        x = left + index % per_row * (width - left) / per_row
+        y = 10 + index // per_row * row_height
+        parts.append(f'<circle cx="{number(x)}" cy="{number(y)}" r="4" fill="var(--s{item.colour})"/>')
+        parts.append(_text(x + 8, y + 4, item.name))
+    return Panel(width, row_height * (1 + (len(series) - 1) // per_row) + 6, "".join(parts))
+
+
 def _range_of(series: Sequence[Series], rule_at: float | None) -> tuple[float, float]:
     values = [y for item in series for ys in (item.ys, item.low, item.high) if ys is not None for y in ys]
     values = [y for y in values if math.isfinite(y)] + ([rule_at] if rule_at is not None else [])

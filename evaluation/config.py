@@ -2,7 +2,7 @@
 
 import re
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal, Self, get_args
 
 from pydantic import Field, model_validator
 
@@ -148,6 +148,35 @@ class FusionAnalysisConfig(FrozenConfig):
 
     num_times: int = Field(21, ge=2)
     """Times from t = 0 (noise) to t = 1 (data), evenly spaced, ends included; the paper draws 21."""
+
+
+class TrajectorySettings(FrozenConfig):
+    """On what the time that a head reads off latents is compared with the schedule's."""
+
+    guidance_scales: tuple[float, ...] = Field((1.0, 3.0, 6.0), min_length=1)
+    """Guidance at which images are drawn, each once; 1 is the model alone."""
+    num_samples: int = Field(24, ge=1)
+    """Held-out samples that are noised, and whose captions an image is drawn for at each guidance."""
+    seed: int = Field(0, ge=0)
+    """Of the noise that images start from."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if len(set(self.guidance_scales)) < len(self.guidance_scales) or min(self.guidance_scales) < 0:
+            raise ValueError(f"guidance_scales {self.guidance_scales}: expected different scales, none below 0")
+        return self
+
+
+class TrajectoryAnalysisConfig(TrajectorySettings):
+    """Configuration of the stage `trajectory_analysis`."""
+
+    text_encoder: ModelRef
+    """The frozen encoder that made the training's text features."""
+    sampler: SamplerConfig
+    """Steps, schedule and images per batch; its guidance is not looked at."""
+    device: Literal["cpu", "cuda"] = execution_field("cpu")
+    threads: int | None = execution_field(None, ge=1)
+    """CPU threads; None leaves torch's choice."""
 
 
 class ResultsConfig(FrozenConfig):

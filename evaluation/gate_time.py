@@ -3,25 +3,34 @@
 python -m evaluation.gate_time OUTPUTS/checkpoint/DATA_VERSION [--scales 1 3 6] [--json FILE]
 
 Owns the comparison for checkpoints trained with gate_signal = estimated. On held-out samples, noised as in training,
-the head's error is its own; what sampling adds to it is how far guided trajectories leave the forward process.
+the head's error is its own; what sampling adds to it is how far guided trajectories leave the forward process. The
+stage `trajectory_analysis` makes the same comparison part of the graph.
 """
 
 import argparse
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipelines.errors import ThroughlineError
 from pipelines.manifest import MANIFEST_NAME
-from pipelines.stage import StageOutput
+from pipelines.stage import Inputs, StageOutput
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from training.config import SamplerConfig
+    from training.config import CheckpointConfig, SamplerConfig
     from training.dit import Backbone
-    from training.feature_source import FeatureSource
+
+FORWARD = "forward"
+"""The column of held-out samples noised as in training."""
+
+
+def guided_name(scale: float) -> str:
+    """Return the column of images drawn at a guidance scale."""
+    return f"cfg_{scale:g}"
 
 
 def scheduled_times(settings: "SamplerConfig") -> list[float]:
@@ -32,6 +41,54 @@ def scheduled_times(settings: "SamplerConfig") -> list[float]:
     return flow_time(timesteps).tolist()
 
 
+@dataclass(frozen=True)
+class HeldOut:
+    """Samples that training never saw: latents (n, C, h, w), scaled, and the prepared text of each caption."""
+
+    sample_keys: list[str]
+    latents: "Tensor"
+    texts: "list[Tensor]"
+    unconditional: "Tensor"
+
+
+def read_held_out(config: "CheckpointConfig", inputs: Inputs, model: "Backbone", num_samples: int) -> HeldOut:
+    """Return the first held-out samples of a dataset by key; captions are encoded where no features are cached.
+
+    `inputs` are those of the checkpoint that `config` made. Raises ThroughlineError where nothing is held out, or the
+    inputs are not those of the dataset.
+    """
+    import numpy as np
+    import torch
+
+    from training.feature_source import (
+        VALIDATION,
+        LatentReader,
+        Split,
+        TextSource,
+        check_inputs,
+        prepare_text,
+        read_splits,
+    )
+
+    dataset = inputs["dataset"][0]
+    check_inputs(dataset, inputs)
+    whole = read_splits(dataset)[VALIDATION]
+    count = min(num_samples, len(whole))
+    if count == 0:
+        raise ThroughlineError("the dataset holds nothing out; raise its share of validation")
+    split = Split(whole.sample_keys[:count], whole.parts[:count], whole.shards[:count])
+    parts = set(split.parts)
+    of_parts = {name: [item for item in items if item.manifest.partition in parts] for name, items in inputs.items()}
+    reader, encoder = LatentReader(of_parts["latents"], split), TextSource(config, of_parts)
+    hidden_states, dtype = encoder.reader(split), getattr(torch, config.training.text_dtype)
+    return HeldOut(
+        sample_keys=[split.key(index) for index in range(count)],
+        latents=torch.from_numpy(np.stack([reader.read(index, None) for index in range(count)])),
+        texts=[prepare_text(model.prepare_text, hidden_states(index), dtype) for index in range(count)],
+        unconditional=prepare_text(model.prepare_text, encoder.unconditional(), dtype),
+    )
+
+
 def forward_estimates(model: "Backbone", data: "Tensor", noise: "Tensor", times: Sequence[float]) -> "Tensor":
     """Return the head's times (T, B) at x_t of held-out data and noise (B, C, h, w), at each of T flow times."""
     import torch
@@ -40,7 +97,7 @@ def forward_estimates(model: "Backbone", data: "Tensor", noise: "Tensor", times:
 
     rows = []
     for time in times:
-        t = torch.full((len(data),), time)
+        t = torch.full((len(data),), time, device=data.device)
         rows.append(model.gate_time(interpolate(noise, data, t), t))
     return torch.stack(rows)
 
@@ -52,23 +109,31 @@ def trajectory_estimates(
     noise: "Tensor",
     settings: "SamplerConfig",
 ) -> "Tensor":
-    """Return the head's times (T, B) at the latents that each of T sampling steps starts from, one image a text."""
+    """Return the head's times (T, B) at the latents that each of T sampling steps starts from, one image a text.
+
+    Model and noise lie on one device; texts may lie on another.
+    """
     import torch
 
     from training.feature_source import pad_texts
     from training.sampling import TextBatch, sample_latents
 
+    def text_batch(prepared: "Sequence[Tensor]") -> TextBatch:
+        stacked, lengths, mask = pad_texts(prepared)
+        device = noise.device
+        return TextBatch(stacked.to(device), lengths.to(device), None if mask is None else mask.to(device))
+
     visited = [noise]
     sample_latents(
         model,
-        TextBatch(*pad_texts(texts)),
-        TextBatch(*pad_texts([unconditional])),
-        torch.arange(len(texts)),
+        text_batch(texts),
+        text_batch([unconditional]),
+        torch.arange(len(texts), device=noise.device),
         noise,
         settings,
         lambda index, total, x_t: visited.append(x_t.clone()),
     )
-    times = torch.tensor(scheduled_times(settings))
+    times = torch.tensor(scheduled_times(settings), device=noise.device)
     return torch.stack([model.gate_time(x_t, t.expand(len(noise))) for t, x_t in zip(times, visited[:-1], strict=True)])
 
 
@@ -83,41 +148,35 @@ def _row(nominal: float, estimates: "Tensor") -> dict[str, float]:
 
 
 def compare(
-    model: "Backbone",
-    source: "FeatureSource",
-    settings: "SamplerConfig",
-    scales: Sequence[float],
-    num_samples: int,
-    seed: int = 0,
+    model: "Backbone", held_out: HeldOut, settings: "SamplerConfig", scales: Sequence[float], seed: int = 0
 ) -> dict[str, Any]:
     """Return, for each sampling step, nominal t and the head's: on held-out samples noised to t, and at each guidance.
 
-    Images are drawn for the captions of the same held-out samples. Raises ThroughlineError where the model has no
-    head, or nothing is held out.
+    Images are drawn for the captions of the same held-out samples, `settings.batch_size` at a time, on the model's
+    device. Raises ThroughlineError where the model has no head.
     """
     import numpy as np
     import torch
 
-    from training.feature_source import VALIDATION
     from training.flow import sampling_noise, validation_noise
 
     if not model.text_depends_on_latents:
         raise ThroughlineError("the model's gates follow the nominal time; train one with model.gate_signal=estimated")
-    split = source.splits[VALIDATION]
-    count = min(num_samples, len(split))
-    if count == 0:
-        raise ThroughlineError("the dataset holds nothing out; raise its share of validation")
-    reader, keys = source.latents[VALIDATION], [split.key(index) for index in range(count)]
-    data = torch.from_numpy(np.stack([reader.read(index, None) for index in range(count)]))
-    noise = torch.from_numpy(np.stack([validation_noise(key, reader.shape) for key in keys]))
-    start = torch.stack([sampling_noise(seed, key, 0, reader.shape) for key in keys])
-    texts = [source.text(VALIDATION, index) for index in range(count)]
+    device = next(model.parameters()).device
+    keys, shape = held_out.sample_keys, held_out.latents.shape[1:]
+    noise = torch.from_numpy(np.stack([validation_noise(key, shape) for key in keys]))
+    start = torch.stack([sampling_noise(seed, key, 0, shape) for key in keys]).to(device)
     times = scheduled_times(settings)
+    batches = [slice(first, first + settings.batch_size) for first in range(0, len(keys), settings.batch_size)]
     with torch.no_grad():
-        columns = {"forward": forward_estimates(model, data, noise, times)}
+        columns = {FORWARD: forward_estimates(model, held_out.latents.to(device), noise.to(device), times).cpu()}
         for scale in scales:
             guided = settings.model_copy(update={"guidance_scale": scale})
-            columns[f"cfg_{scale:g}"] = trajectory_estimates(model, texts, source.unconditional, start, guided)
+            estimates = [
+                trajectory_estimates(model, held_out.texts[batch], held_out.unconditional, start[batch], guided)
+                for batch in batches
+            ]
+            columns[guided_name(scale)] = torch.cat(estimates, dim=1).cpu()
     steps = [
         {"t": round(t, 4), **{name: _row(t, values[index]) for name, values in columns.items()}}
         for index, t in enumerate(times)
@@ -125,7 +184,7 @@ def compare(
     overall = {
         name: round(float((values - torch.tensor(times)[:, None]).abs().mean()), 4) for name, values in columns.items()
     }
-    return {"num_samples": count, "num_steps": len(times), "mean_absolute_difference": overall, "steps": steps}
+    return {"num_samples": len(keys), "num_steps": len(times), "mean_absolute_difference": overall, "steps": steps}
 
 
 def as_table(found: dict[str, Any]) -> str:
@@ -140,13 +199,12 @@ def as_table(found: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def read_checkpoint(folder: Path) -> "tuple[Backbone, FeatureSource]":
-    """Load a checkpoint and the features it was trained on, from the outputs beside it.
+def read_checkpoint(folder: Path, num_samples: int) -> "tuple[Backbone, HeldOut]":
+    """Load a checkpoint, and held-out samples of the dataset it was trained on, from the outputs beside it.
 
     Raises ThroughlineError where an input is no longer there.
     """
     from training.config import CheckpointConfig
-    from training.feature_source import FeatureSource
     from training.saved_model import load_model
 
     checkpoint = StageOutput.load(folder / MANIFEST_NAME)
@@ -157,7 +215,7 @@ def read_checkpoint(folder: Path) -> "tuple[Backbone, FeatureSource]":
         for name, items in checkpoint.manifest.inputs.items()
     }
     model = load_model(checkpoint, config.text_encoder).model
-    return model, FeatureSource(config, inputs, model.prepare_text)
+    return model, read_held_out(config, inputs, model, num_samples)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -172,9 +230,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--samples", type=int, default=24, help="held-out samples, and images at each scale")
     parser.add_argument("--json", type=Path, help="where to write the figures")
     args = parser.parse_args(argv)
-    model, source = read_checkpoint(args.checkpoint)
-    settings = SamplerConfig(num_steps=args.steps, time_shift=args.time_shift)
-    found = compare(model, source, settings, args.scales, args.samples)
+    model, held_out = read_checkpoint(args.checkpoint, args.samples)
+    settings = SamplerConfig(num_steps=args.steps, time_shift=args.time_shift, batch_size=args.samples)
+    found = compare(model, held_out, settings, args.scales)
     print("mean time read off the latents (mean absolute difference from the nominal t)")
     print(as_table(found))
     if args.json is not None:

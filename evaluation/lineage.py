@@ -11,7 +11,8 @@ from pipelines.stage import StageOutput
 
 STAGE_ORDER = (
     "laion_index", "laion_subset", "laion_selection", "images", "captions", "shards", "latents", "text_features",
-    "dataset", "checkpoint", "prompt_sets", "samples", "scores", "judge_calibration", "fusion_analysis", "results",
+    "dataset", "checkpoint", "prompt_sets", "samples", "scores", "judge_calibration", "fusion_analysis",
+    "trajectory_analysis", "results",
 )  # fmt: skip
 
 

@@ -147,6 +147,29 @@ def _fusion_charts(analyses: Sequence[StageOutput]) -> list[dict[str, Any]]:
     return charts
 
 
+def _trajectories(analyses: Sequence[StageOutput]) -> list[dict[str, Any]]:
+    """Return the comparisons of gate times by strategy, drawn, with their columns for people."""
+    from evaluation.charts import inline_svg
+    from evaluation.trajectory_analysis import draw, trajectory_title
+
+    shown = []
+    for output in analyses:
+        strategy = output.manifest.partition or ""
+        found = json.loads(output.path("times.json").read_bytes())
+        shown.append(
+            {
+                "strategy": strategy,
+                "svg": inline_svg(draw(found, strategy), f"times that the gates of {strategy} see"),
+                "num_samples": found["num_samples"],
+                "num_steps": found["num_steps"],
+                "differences": {
+                    trajectory_title(name): value for name, value in found["mean_absolute_difference"].items()
+                },
+            }
+        )
+    return shown
+
+
 def _facts(lineage: Mapping[str, Sequence[StageOutput]], results: Mapping[str, Any]) -> dict[str, Any]:
     """Return the counts of the first screen."""
     checkpoints = [item.manifest.summary for item in lineage.get("checkpoint", ())]
@@ -211,6 +234,7 @@ def render(config: ReportConfig, results_output: StageOutput, lineage: Mapping[s
         few_prompts=_FEW_PROMPTS,
         grids=[grid for grid in grids if grid.rows],
         fusion=_fusion_charts(lineage.get("fusion_analysis", ())),
+        trajectories=_trajectories(lineage.get("trajectory_analysis", ())),
         calibration=calibration.manifest.summary if calibration else None,
         provenance=report_data.provenance(lineage),
         benchmark_titles=_BENCHMARK_TITLES,
@@ -236,8 +260,9 @@ def _judges_of(results: dict[str, Any], benchmarks: Iterable[str]) -> list[dict[
 def produce(run: StageRun[ReportConfig]) -> StageResult:
     """Write ``report.html``.
 
-    Input: results; all that they were made from is found through the manifests. judge_calibration is shown where it is
-    among the inputs. Raises ThroughlineError where something upstream is lost, or the file would be too large.
+    Input: results; all that they were made from is found through the manifests. judge_calibration and
+    trajectory_analysis are shown where they are among the inputs. Raises ThroughlineError where something upstream is
+    lost, or the file would be too large.
     """
     results = run.input("results")
     lineage = collect(output for outputs in run.inputs.values() for output in outputs)

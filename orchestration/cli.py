@@ -45,7 +45,8 @@ def _parser() -> argparse.ArgumentParser:
     audit = commands.add_parser("audit", help="recompute every digest from a result back to the LAION rows")
     audit.add_argument(
         "run", nargs="?", metavar="RUN_ID",
-        help="a Dagster run's id, or a data version, or the first digits of either; default: the report",
+        help="a Dagster run's id, or a data version, or the first digits of either; default: the report and all "
+        "that ends beside it",
     )  # fmt: skip
     _add_profile(audit)
     audit.add_argument("--json", action="store_true", help="as JSON")
@@ -193,7 +194,7 @@ def _audit(arguments: argparse.Namespace) -> int:
                 f"the report of profile {plan.profile.name} is not finished; run `throughline run` first, or name a "
                 "run or a data version"
             )
-        refs = [task.output.ref]
+        refs = [task.output.ref, *(output.ref for output in plan.finished_ends() if output is not task.output)]
     elif "-" in arguments.run:
         refs = refs_of_run(home_folder(), arguments.run)
     else:

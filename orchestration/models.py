@@ -15,7 +15,7 @@ from pydantic import BaseModel
 
 from pipelines.atomic import write_json
 from pipelines.config import ModelRef
-from pipelines.digest import digest_json, file_sha256
+from pipelines.digest import LOCAL_PREFIX, digest_json, file_sha256, model_files
 from pipelines.errors import ThroughlineError
 
 LOCAL = "local"
@@ -28,7 +28,7 @@ ConfigT = TypeVar("ConfigT", bound=BaseModel)
 
 def is_pinned(model: ModelRef) -> bool:
     """Whether the revision names one content for ever."""
-    return _COMMIT.fullmatch(model.revision) is not None or model.revision.startswith("sha256:")
+    return _COMMIT.fullmatch(model.revision) is not None or model.revision.startswith(LOCAL_PREFIX)
 
 
 def resolve_models(config: ConfigT, lock_file: Path) -> ConfigT:
@@ -55,23 +55,17 @@ def pinned(model: ModelRef, lock_file: Path) -> ModelRef:
     if is_pinned(model):
         return model
     if model.path is not None:
-        return model.model_copy(update={"revision": f"sha256:{folder_digest(Path(model.path), lock_file.parent)}"})
+        return model.model_copy(update={"revision": LOCAL_PREFIX + folder_digest(Path(model.path), lock_file.parent)})
     return model.model_copy(update={"revision": _hub_commit(model.id, model.revision, lock_file)})
 
 
 def folder_digest(folder: Path, cache_folder: Path) -> str:
     """Return the digest of a model folder's files by name and content; unchanged files are not read again."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and _belongs_to_model(path, folder))
+    files = model_files(folder)
     if not files:
         raise ThroughlineError(f"{folder}: no model here; run `throughline doctor` to see how it is made")
     state = tuple((path.relative_to(folder).as_posix(), *_state(path)) for path in files)
     return _folder_digest(str(folder), state, str(cache_folder / "model-digests.json"))
-
-
-def _belongs_to_model(path: Path, folder: Path) -> bool:
-    relative = path.relative_to(folder)
-    hidden = any(part.startswith(".") or part == "__pycache__" for part in relative.parts)
-    return not hidden and path.suffix not in {".md", ".lock", ".tmp"}
 
 
 def _state(path: Path) -> tuple[int, int]:

@@ -2,12 +2,13 @@
 
 from typing import TYPE_CHECKING
 
+from evaluation.config import TrajectoryAnalysisConfig
 from orchestration.graph import Graph, Group, Input, Node, PartitionKind
 from pipelines.config import FrozenConfig
 from pipelines.laion_index import ENTRY_FILE, known_entries
 from pipelines.laion_selection import PART_ROWS_FILE
 from pipelines.stage_configs import LaionIndexConfig
-from training.config import CheckpointConfig, Strategy
+from training.config import CheckpointConfig, PipelineExportConfig, Strategy
 
 if TYPE_CHECKING:
     from orchestration.profiles import Profile
@@ -35,6 +36,26 @@ def _checkpoint_config(profile: "Profile", strategy: str | None) -> FrozenConfig
 def _selection_config(profile: "Profile", _: str | None) -> FrozenConfig:
     assert profile.laion_selection is not None, "the node is not wanted without"
     return profile.laion_selection
+
+
+def _pipeline_export_config(profile: "Profile", _: str | None) -> FrozenConfig:
+    return PipelineExportConfig(
+        text_encoder=profile.text_encoder,
+        autoencoder=profile.autoencoder,
+        sampler=profile.samples.sampler,
+        save_text_encoder=profile.pipeline_export == "whole",
+    )
+
+
+def _trajectory_analysis_config(profile: "Profile", _: str | None) -> FrozenConfig:
+    samples = profile.samples
+    return TrajectoryAnalysisConfig(
+        **profile.trajectory_analysis.model_dump(),
+        text_encoder=profile.text_encoder,
+        sampler=samples.sampler.model_copy(update={"guidance_scale": 1.0, "gate_shift": False}),
+        device=samples.device,
+        threads=samples.threads,
+    )
 
 
 def _text_features_config(profile: "Profile", _: str | None) -> FrozenConfig:
@@ -162,6 +183,17 @@ TRAINING_NODES = (
         ),
         kinds=frozenset({"pytorch", "accelerate"}),
     ),
+    Node(
+        name="pipeline_export",
+        module="training.pipeline_export",
+        group=Group.TRAINING,
+        description="The checkpoint as a folder that diffusers loads, with a card that states its lineage.",
+        configure=_pipeline_export_config,
+        partition=PartitionKind.STRATEGY,
+        inputs=(Input(name="checkpoint", asset="checkpoint"),),
+        kinds=frozenset({"pytorch", "diffusers"}),
+        is_wanted=lambda profile: profile.pipeline_export != "none",
+    ),
 )
 
 EVALUATION_NODES = (
@@ -212,6 +244,23 @@ EVALUATION_NODES = (
         kinds=frozenset({"matplotlib"}),
     ),
     Node(
+        name="trajectory_analysis",
+        module="evaluation.trajectory_analysis",
+        group=Group.EVALUATION,
+        description="The time that gates read off the latents along sampling, beside the schedule's.",
+        configure=_trajectory_analysis_config,
+        partition=PartitionKind.STRATEGY,
+        inputs=(
+            Input(name="checkpoint", asset="checkpoint"),
+            Input(name="dataset", asset="dataset"),
+            Input(name="shards", asset="shards", drawn=False),
+            Input(name="latents", asset="latents", drawn=False),
+            Input(name="text_features", asset="text_features", drawn=False),
+        ),
+        kinds=frozenset({"pytorch", "diffusers"}),
+        is_wanted=lambda profile: profile.model.gate_signal == "estimated",
+    ),
+    Node(
         name="results",
         module="evaluation.results",
         group=Group.EVALUATION,
@@ -233,6 +282,7 @@ EVALUATION_NODES = (
         inputs=(
             Input(name="results", asset="results"),
             Input(name="judge_calibration", asset="judge_calibration"),
+            Input(name="trajectory_analysis", asset="trajectory_analysis"),
         ),
         kinds=frozenset({"html"}),
     ),

@@ -138,6 +138,12 @@ class Plan:
         """Return every task, upstream first."""
         return [task for asset in self.graph.nodes for task in self.tasks(asset)]
 
+    def finished_ends(self) -> list[StageOutput]:
+        """Return the finished outputs of the assets that no other is made from: the report, exported pipelines."""
+        read = {item.asset for node in self.graph.nodes.values() for item in node.inputs}
+        ends = [task.output for asset in self.graph.nodes if asset not in read for task in self.tasks(asset)]
+        return [output for output in ends if output is not None]
+
     def forget(self, asset: str, partition: str | None) -> None:
         """Look a task up anew next time, with all that is made from it."""
         if asset == INDEX:

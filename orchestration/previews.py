@@ -117,15 +117,30 @@ def _show_samples(task: "Task") -> str:
     return " ".join(picture(path.read_bytes(), path.stem) for path in files)
 
 
+def _show_trajectories(task: "Task") -> str:
+    assert task.output is not None
+    differences = task.output.manifest.summary["mean_absolute_difference"]
+    rows = [f"| {name} | {value} |" for name, value in differences.items()]
+    return "| latents | mean absolute difference from t |\n|---|---:|\n" + "\n".join(rows)
+
+
 def _show_report(task: "Task") -> str:
     assert task.output is not None
     path: Path = task.output.path("report.html")
     return f"Open [{path.name}]({path.as_uri()}) in a browser: `{path}`"
 
 
+def _show_card(task: "Task") -> str:
+    assert task.output is not None
+    _, _, card = task.output.path("README.md").read_text().split("---\n", 2)
+    return f"`ThroughlinePipeline.from_pretrained({str(task.output.folder)!r})`\n\n{card.strip()}"
+
+
 _PREVIEWS: Mapping[str, Callable[["Task"], str]] = {
     "images": _show_images,
     "captions": _show_captions,
+    "pipeline_export": _show_card,
     "samples": _show_samples,
+    "trajectory_analysis": _show_trajectories,
     "report": _show_report,
 }

@@ -4,7 +4,7 @@ import json
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Any, Literal, Self, TypeVar
 
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
@@ -17,6 +17,7 @@ from evaluation.config import (
     ResultsConfig,
     SamplesConfig,
     ScoresConfig,
+    TrajectorySettings,
 )
 from features.config import LatentsConfig, TextFeaturesConfig
 from orchestration.launch import LaunchForm, LocalLaunch
@@ -83,6 +84,10 @@ class Profile(FrozenConfig):
     training: TrainingConfig
     strategies: tuple[Strategy, ...] = tuple(Strategy)
 
+    pipeline_export: Literal["none", "without_text_encoder", "whole"] = "without_text_encoder"
+    """Whether each checkpoint becomes a diffusers pipeline, and whether the text encoder lies in each of them: `whole`
+    costs its size for every strategy."""
+
     arms: tuple[str, ...]
     """Strategies as evaluated, such as ``time_wise+shift``."""
     prompt_sets: PromptSetsConfig
@@ -92,6 +97,8 @@ class Profile(FrozenConfig):
     """Where DrawBench's ratings come from another judge than the Yes and No of `scores`."""
     judge_calibration: JudgeCalibrationConfig
     fusion_analysis: FusionAnalysisConfig = FusionAnalysisConfig()
+    trajectory_analysis: TrajectorySettings = TrajectorySettings()
+    """Looked at where model.gate_signal is estimated."""
     results: ResultsConfig = ResultsConfig()
     report: ReportConfig
 
@@ -131,6 +138,12 @@ class Profile(FrozenConfig):
         size_px = self.model.latent_size * AUTOENCODER_FACTOR
         if size_px > self.images.transform.size_px:
             problems.append(f"model.latent_size asks for {size_px} px, images are {self.images.transform.size_px} px")
+        ungated = [strategy.value for strategy in self.strategies if not strategy.has_time_gate]
+        if self.model.gate_signal == "estimated" and ungated:
+            problems.append(
+                f"model.gate_signal=estimated needs time gates, which {', '.join(ungated)} have not; leave them out of "
+                "strategies and arms"
+            )
         return problems
 
     def _arm_problems(self) -> list[str]:

@@ -8,6 +8,8 @@ from typing import Any, BinaryIO
 
 VERSION_HEX_DIGITS = 32
 _READ_BYTES = 1 << 20
+LOCAL_PREFIX = "sha256:"
+"""Begins the revision of a local model: the digest of its files by name and content follows."""
 
 
 def canonical_json(value: Any) -> bytes:
@@ -24,6 +26,23 @@ def file_sha256(path: Path) -> str:
     """Return the SHA-256 of a file as 64 hex digits, reading it once."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def model_files(folder: Path) -> list[Path]:
+    """Return the files of a model folder that are part of the model, sorted: no hidden ones, cards, locks or caches."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return [path for path in files if _belongs_to_model(path.relative_to(folder))]
+
+
+def _belongs_to_model(relative: Path) -> bool:
+    hidden = any(part.startswith(".") or part == "__pycache__" for part in relative.parts)
+    return not hidden and relative.suffix not in {".md", ".lock", ".tmp"}
+
+
+def local_revision(folder: Path) -> str:
+    """Return the revision by which a local model folder is known, reading all its files."""
+    digests = {path.relative_to(folder).as_posix(): file_sha256(path) for path in model_files(folder)}
+    return LOCAL_PREFIX + digest_json(digests)
 
 
 class HashingWriter(io.RawIOBase):

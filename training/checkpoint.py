@@ -216,7 +216,7 @@ class CheckpointStage(Stage[CheckpointConfig]):
             super().main(argv)
 
 
-STAGE = CheckpointStage(name="checkpoint", code_version="2", config_type=CheckpointConfig, produce=produce)
+STAGE = CheckpointStage(name="checkpoint", code_version="3", config_type=CheckpointConfig, produce=produce)
 
 if __name__ == "__main__":
     from training.checkpoint import STAGE as stage

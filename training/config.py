@@ -237,6 +237,18 @@ class CheckpointConfig(FrozenConfig):
         return self
 
 
+class PipelineExportConfig(FrozenConfig):
+    """Configuration of the stage `pipeline_export`: what a checkpoint needs beside it to be a diffusers pipeline."""
+
+    text_encoder: ModelRef
+    autoencoder: ModelRef
+    sampler: SamplerConfig
+    """Steps, guidance and schedule of a call that names none."""
+    save_text_encoder: bool = False
+    """Whether the encoder lies in the folder, which costs its size again for every strategy. Otherwise it is named, and
+    loaded when the pipeline is first called."""
+
+
 def check_gate_signal(model: ModelConfig, strategy: Strategy) -> None:
     """Raise ValueError where gates are to follow an estimated time and there are none."""
     if model.gate_signal == "estimated" and not strategy.has_time_gate:

@@ -26,6 +26,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from features.text_encoder import TextEncoder
 from pipelines.config import ModelRef
+from pipelines.digest import LOCAL_PREFIX, local_revision
+from pipelines.errors import ThroughlineError
 from training.config import ModelConfig, SamplerConfig, Strategy
 from training.dit import Backbone, build_model
 from training.feature_source import pad_texts, prepare_text
@@ -91,7 +93,8 @@ class ThroughlinePipeline(DiffusionPipeline):
     ) -> None:
         """`num_inference_steps` and `guidance_scale` are the defaults of a call; `lineage` is what the card states.
 
-        Without encoder and tokenizer, those that `lineage` names are loaded at the first call.
+        Without encoder and tokenizer, those that `lineage` names are loaded at the first call; from a local folder by
+        `load_text_encoder`.
         """
         super().__init__()
         self.register_modules(
@@ -257,15 +260,39 @@ class ThroughlinePipeline(DiffusionPipeline):
 
     def prompt_encoder(self) -> TextEncoder:
         """Return the text encoder in the form that training and sampling use; it is loaded first where it is named."""
-        names = (self.config.lineage or {}).get("text_encoder", {"id": "text_encoder", "revision": "unknown"})
-        ref = ModelRef(id=names["id"], revision=names["revision"])
-        template, max_tokens = self.config.template_version, self.config.max_tokens
         if self.text_encoder is None or self.tokenizer is None:
-            loaded = TextEncoder.load(ref, template_version=template, max_tokens=max_tokens)
-            self.register_modules(text_encoder=loaded.model.to(self.transformer.device), tokenizer=loaded.tokenizer)
+            self.load_text_encoder()
         return TextEncoder(
-            self.text_encoder, self.tokenizer, ref=ref, layers=None, template_version=template, max_tokens=max_tokens
-        )
+            self.text_encoder, self.tokenizer, ref=self._named_encoder(), layers=None,
+            template_version=self.config.template_version, max_tokens=self.config.max_tokens,
+        )  # fmt: skip
+
+    def load_text_encoder(self, folder: str | Path | None = None) -> None:
+        """Load the encoder that `lineage` names, from its hub or from a local folder, in place of any there is.
+
+        Raises ThroughlineError where it is on no hub and no folder is given, or the folder holds another model.
+        """
+        ref = self._named_encoder()
+        if folder is not None:
+            ref = ref.model_copy(update={"path": str(folder)})
+        if ref.revision.startswith(LOCAL_PREFIX):
+            if folder is None:
+                raise ThroughlineError(
+                    f"text encoder {ref.id} ({ref.revision}) is neither in this pipeline's folder nor on a hub; give "
+                    "the folder that holds it to load_text_encoder"
+                )
+            found = local_revision(Path(folder))
+            if found != ref.revision:
+                raise ThroughlineError(
+                    f"{folder}: holds a model of revision {found}, the checkpoint was trained with {ref.id} at "
+                    f"{ref.revision}; give the folder of that one"
+                )
+        loaded = TextEncoder.load(ref, template_version=self.config.template_version, max_tokens=self.config.max_tokens)
+        self.register_modules(text_encoder=loaded.model.to(self.transformer.device), tokenizer=loaded.tokenizer)
+
+    def _named_encoder(self) -> ModelRef:
+        names = (self.config.lineage or {}).get("text_encoder", {"id": "text_encoder", "revision": "unknown"})
+        return ModelRef(id=names["id"], revision=names["revision"])
 
     def _decode(self, latents: Tensor, output_type: str) -> Any:
         config = self.vae.config

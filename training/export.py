@@ -29,16 +29,13 @@ def export_pipeline(
 ) -> Path:
     """Write the pipeline to `folder`, whole or not at all, and return it.
 
-    `settings` give the defaults of a call. Without `save_text_encoder` the folder names the encoder's hub id and
-    commit instead of holding it. Raises ThroughlineError where the folder is in use, the models are not those that the
-    checkpoint was trained with, or an encoder without hub commit is to be named.
+    `settings` give the defaults of a call. Without `save_text_encoder` the folder names the encoder instead of holding
+    it: by hub id and commit, or by content where it is a local folder. What is written is a function of the
+    checkpoint's data version, the models and the settings. Raises ThroughlineError where the folder is in use, or the
+    models are not those that the checkpoint was trained with.
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ThroughlineError(f"{folder}: there is something already; name a new or an empty folder")
-    if not save_text_encoder and text_encoder.path is not None:
-        raise ThroughlineError(
-            f"{text_encoder.id} is a local folder and can't be named by hub commit; save it in the export"
-        )
     pipeline = build_pipeline(
         checkpoint, text_encoder, autoencoder, settings, with_text_encoder=save_text_encoder, encoder_type=None
     )
@@ -97,12 +94,11 @@ def build_pipeline(
 
 
 def lineage_of(checkpoint: StageOutput, settings: SamplerConfig, *, size_px: int) -> dict[str, Any]:
-    """Return what is known of a checkpoint's making, as JSON and without paths."""
+    """Return what is known of a checkpoint's making, as JSON, without paths and what equal checkpoints differ in."""
     from training.params import count_parameters
 
     made_with, manifest = read_conditioning(checkpoint), checkpoint.manifest
     datasets = [item.data_version for item in manifest.inputs.get("dataset", ())]
-    environment = manifest.environment
     return {
         "strategy": made_with.strategy.value,
         "checkpoint": checkpoint.data_version,
@@ -113,7 +109,7 @@ def lineage_of(checkpoint: StageOutput, settings: SamplerConfig, *, size_px: int
         "training": manifest.config.get("training", {}),
         "summary": manifest.summary,
         "num_parameters": count_parameters(read_model_config(checkpoint), made_with.strategy),
-        "git_commit": environment.git_commit if environment else None,
+        "code_version": manifest.code_version,
         "sampler": settings.model_dump(mode="json"),
         "size_px": size_px,
     }

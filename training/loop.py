@@ -116,16 +116,17 @@ def batch_losses(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor | None]
 @torch.no_grad()
 def validation_losses(
     model: Backbone, source: FeatureSource, num_samples: int, device: torch.device
-) -> tuple[Tensor, Tensor] | None:
-    """Losses (n,) on held-out samples at fixed noise, and their fixed times (n,); None where nothing is held out.
+) -> tuple[Tensor, Tensor, Tensor | None] | None:
+    """Losses (n,) on held-out samples at fixed noise, their fixed times (n,), and the time head's losses (n,) if any.
 
-    Sample i of n is seen at t = (i + 1/2) / n, so that all times are covered evenly and every call sees the same.
+    None where nothing is held out. Sample i of n is seen at t = (i + 1/2) / n, so that all times are covered evenly
+    and every call sees the same.
     """
     split = source.splits[VALIDATION]
     count = min(num_samples, len(split))
     if count == 0:
         return None
-    reader, losses = source.latents[VALIDATION], []
+    reader, losses, of_heads = source.latents[VALIDATION], [], []
     times = (torch.arange(count, dtype=torch.float32) + 0.5) / count
     for start in range(0, count, _VALIDATION_BATCH):
         indices = range(start, min(start + _VALIDATION_BATCH, count))
@@ -140,8 +141,10 @@ def validation_losses(
             lengths=lengths,
             text_mask=text_mask,
         )
-        losses.append(batch_losses(model, batch.to(device))[0])
-    return torch.cat(losses).cpu(), times
+        local, of_head = batch_losses(model, batch.to(device))
+        losses.append(local)
+        of_heads += [] if of_head is None else [of_head]
+    return torch.cat(losses).cpu(), times, torch.cat(of_heads).cpu() if of_heads else None
 
 
 def validate(run: Run) -> Row:
@@ -150,12 +153,15 @@ def validate(run: Run) -> Row:
         found = validation_losses(run.backbone, run.source, run.training.num_validation_samples, run.device)
     if found is None:
         return {"validation_loss": None}
-    losses, times = found
+    losses, times, of_heads = found
     sums, counts = t_bucket_sums(times, losses)
-    return {
+    row: Row = {
         "validation_loss": float(losses.mean()),
         "validation_loss_by_t": [total / count if count else None for total, count in zip(sums, counts, strict=True)],
     }
+    if of_heads is not None:
+        row["validation_time_head_loss"] = float(of_heads.mean())
+    return row
 
 
 def train(

@@ -41,7 +41,8 @@ class MetricsFile:
         self._pending: list[Row] = []
         self.num_rows = 0
         self.losses: dict[str, float | None] = {"first_loss": None, "final_loss": None, "validation_loss": None}
-        """First, last and last validation loss among all rows, steps that were skipped left out."""
+        """First, last and last validation loss among all rows, steps that were skipped left out; where there is a time
+        head also its last validation loss."""
 
     def take_up(self, num_rows: int) -> None:
         """Keep the first rows of the file; raises ThroughlineError where it has fewer."""
@@ -75,3 +76,5 @@ class MetricsFile:
                 self.losses["first_loss"] = row["loss"]
         if row.get("validation_loss") is not None:
             self.losses["validation_loss"] = row["validation_loss"]
+        if row.get("validation_time_head_loss") is not None:
+            self.losses["validation_time_head_loss"] = row["validation_time_head_loss"]

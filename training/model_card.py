@@ -4,6 +4,8 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from pipelines.digest import LOCAL_PREFIX
+
 _CARD = """\
 ---
 library_name: diffusers
@@ -75,11 +77,16 @@ def model_card(lineage: Mapping[str, Any]) -> str:
         "steps": summary.get("steps"),
         "final loss": summary.get("final_loss"),
         "validation loss": summary.get("validation_loss"),
-        "code": lineage["git_commit"],
+        "version of the training code": lineage["code_version"],
     }
     rows = "\n".join(f"| {name} | {value} |" for name, value in facts.items() if value is not None)
     saved_in = "Encoder and autoencoder are in the folder."
     named = f"The text encoder is not in the folder: {encoder['id']} is loaded from the hub at the first call."
+    if encoder["revision"].startswith(LOCAL_PREFIX):
+        named = (
+            f"The text encoder is not in the folder and on no hub: give the folder that holds {encoder['id']} to "
+            "`pipe.load_text_encoder(folder)` before the first call, which checks that its content is the one below."
+        )
     return _CARD.format(
         strategy=lineage["strategy"],
         num_parameters=lineage["num_parameters"],

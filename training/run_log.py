@@ -70,7 +70,8 @@ class RunLog:
                 f"validation_loss_by_t/{t_bucket_name(index)}": loss
                 for index, loss in enumerate(row["validation_loss_by_t"])
             }
-            self._events.scalars(step, {"loss/validation": row["validation_loss"], **by_time})
+            of_head = {"loss/validation_time_head": row.get("validation_time_head_loss")}
+            self._events.scalars(step, {"loss/validation": row["validation_loss"], **of_head, **by_time})
         if (step + 1) % self._every == 0 or step + 1 == self._num_steps:
             self._events.scalars(step, self._scalars(row))
             self._window = _Window()

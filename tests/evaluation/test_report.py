@@ -1,5 +1,6 @@
 """The report: one file that opens offline, the same bytes from the same lineage, nothing unescaped or forgotten."""
 
+import json
 import re
 import shutil
 from collections.abc import Iterator
@@ -24,12 +25,14 @@ from evaluation.results import STAGE as RESULTS
 from evaluation.scores import STAGE as SCORES
 from pipelines.errors import ThroughlineError
 from pipelines.manifest import MANIFEST_NAME
-from pipelines.stage import StageOutput
+from pipelines.stage import StageOutput, StageResult, StageRun
 from tests.evaluation.worlds import (
     JUDGE,
     KnowingPool,
+    StandInConfig,
     answering,
     plausible_answer,
+    run_stand_in,
     write_checkpoint,
     write_data,
     write_prompt_sets,
@@ -155,6 +158,44 @@ def test_the_judges_trial_is_shown_where_there_is_one(results: StageOutput, tmp_
     trial = JUDGE_CALIBRATION.run(JudgeCalibrationConfig(judge=JUDGE, num_images=9), given, root)
     report = STAGE.run(CONFIG, {"results": [results], "judge_calibration": [trial]}, tmp_path)
     assert "area under the ROC curve" in report.path("report.html").read_text()
+
+
+def _gate_times(results: StageOutput) -> StageOutput:
+    """A stand-in of trajectory_analysis over the checkpoint with a gate."""
+    names = {"forward": 0.0412, "cfg_1": 0.05, "cfg_6": 0.1234}
+    steps = [
+        {
+            "t": t,
+            **{
+                name: {"mean": t + gap, "mean_difference": gap, "mean_absolute_difference": gap, "std": 0.0}
+                for name, gap in names.items()
+            },
+        }
+        for t in (0.0, 0.3, 0.7)
+    ]
+    found = {"num_samples": 7, "num_steps": 3, "mean_absolute_difference": names, "steps": steps}
+
+    def produce(run: StageRun[StandInConfig]) -> StageResult:
+        with run.unit("times") as unit:
+            unit.write("times.json", json.dumps(found).encode())
+        return StageResult()
+
+    (checkpoint,) = (item for item in collect([results])["checkpoint"] if item.manifest.partition == "time_wise")
+    root = results.folder.parent.parent
+    return run_stand_in(root, "trajectory_analysis", produce, {"checkpoint": [checkpoint]}, "time_wise")
+
+
+def test_the_times_that_gates_see_are_shown_where_they_were_looked_at(results: StageOutput, tmp_path: Path) -> None:
+    without = STAGE.run(CONFIG, {"results": [results]}, tmp_path).path("report.html").read_text()
+    assert "Which time the gates see" not in Page(without).text and "#times" not in without
+    given = {"results": [results], "trajectory_analysis": [_gate_times(results)]}
+    html = STAGE.run(CONFIG, given, tmp_path).path("report.html").read_text()
+    page = Page(html)
+    assert page.open == [] and "#times" in page.references and 'id="times"' in html
+    for said in ("On 7 held-out samples", "held out, noised", "0.041", "guidance 6", "0.123", "over 3 sampling steps"):
+        assert said in page.text, said
+    assert "time_wise: mean time read off the latents" in page.text
+    assert html.count("trajectory_analysis") == 1, "a row of the provenance"
 
 
 def test_a_broken_lineage_is_named(results: StageOutput, tmp_path: Path) -> None:

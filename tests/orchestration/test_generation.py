@@ -8,8 +8,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from orchestration.audit import Auditor
 from orchestration.cli import main
 from orchestration.generation import METADATA_KEY
+from orchestration.nodes import GRAPH
+from orchestration.plan import Task
+from orchestration.previews import describe
+from orchestration.profiles import load_profile
 from pipelines.config import ModelRef
 from tests.tiny_models import write_autoencoder, write_causal_lm
 from tests.training.checkpoints import write_checkpoint
@@ -157,3 +162,20 @@ def test_export_writes_the_pipeline_of_the_newest_checkpoint(home: Home, capsys:
     assert isinstance(said, str) and "there is something already" in said
     said = home.call("export", "--out", str(home.folder / "other"))
     assert isinstance(said, str) and "name either a strategy" in said
+
+
+def test_an_exported_pipeline_shows_its_card_and_is_audited_to_its_checkpoint(home: Home) -> None:
+    profile = load_profile(str(home.profile), home.folder)
+    checkpoint = write_checkpoint(home.outputs, Strategy.UNIFORM, home.llm, home.autoencoder)
+    node = GRAPH["pipeline_export"]
+    config = profile.resolved(node.configure(profile, "uniform"))
+    output = node.stage.run(config, {"checkpoint": [checkpoint]}, home.outputs, "uniform")
+    shown = describe(Task(node=node, partition="uniform", config=config, inputs=None, output=output), reused=False)
+    card = shown["preview"].value
+    assert str(output.folder) in card and "# Text to image, strategy `uniform`" in card and "library_name" not in card
+    audit = Auditor(home.outputs).audit([output.ref])
+    assert audit.passed
+    assert [node.stage for node in audit.nodes.values()] == ["pipeline_export", "checkpoint"]
+    weights = output.files(".safetensors")[0]
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\xff")
+    assert not Auditor(home.outputs).audit([output.ref]).passed

@@ -30,6 +30,7 @@ evaluation | results | - | checkpoint (all), fusion_analysis (all), scores (all)
 evaluation | samples | 24 keys | checkpoint (static), prompt_sets | conservation, digest
 evaluation | scores | 24 keys | prompt_sets, samples (identity) | conservation, digest, judge_answers, judge_format
 training | checkpoint | 7 keys | dataset | conservation, digest, loss, same_order
+training | pipeline_export | 7 keys | checkpoint (identity) | conservation, digest
 """  # noqa: E501 - one asset a line
 
 

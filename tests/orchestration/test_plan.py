@@ -7,7 +7,7 @@ import pytest
 
 from orchestration.execution import Execution
 from orchestration.graph import Graph, Group, Input, Node
-from orchestration.plan import State
+from orchestration.plan import Plan, State
 from pipelines.errors import ThroughlineError
 from tests.orchestration.conftest import NUMBERS, Recorder, execution_of, plan_of
 from tests.orchestration.small.stages import IndexConfig, KeepConfig, SmallProfile
@@ -26,6 +26,14 @@ def test_finished_outputs_are_found_without_any_history(profile: SmallProfile, m
     plan = plan_of(profile)
     assert len(plan.all_tasks()) == 1 + 3 + 1 + 2 + 6 + 1
     assert {plan.state(task) for task in plan.all_tasks()} == {State.FINISHED}
+
+
+def test_ends_are_the_finished_outputs_that_nothing_else_reads(profile: SmallProfile, materialize_all: Carry) -> None:
+    plan = materialize_all().plan
+    assert [output.manifest.stage for output in plan.finished_ends()] == ["table"]
+    without_table = Graph(tuple(node for node in plan.graph.nodes.values() if node.name != "table"))
+    ends = Plan(without_table, profile, profile.output_root).finished_ends()
+    assert [output.manifest.stage for output in ends] == ["judged"] * 6
 
 
 def test_each_partition_reads_the_partitions_that_belong_to_it(profile: SmallProfile, materialize_all: Carry) -> None:

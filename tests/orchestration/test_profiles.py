@@ -19,6 +19,22 @@ def test_every_profile_builds_and_configures_every_stage(name: str, tmp_path: Pa
             assert type(config) is node.stage.config_type, node.name
 
 
+def test_gates_that_follow_the_latents_bring_their_analysis_into_graph_and_report(tmp_path: Path) -> None:
+    names = '["time_wise", "joint"]'
+    changes = [f"strategies={names}", f"arms={names}", "results.baseline=time_wise"]
+    plain = GRAPH.wanted(load_profile("demo", tmp_path, changes))
+    assert "trajectory_analysis" not in plain.nodes
+    profile = load_profile("demo", tmp_path, [*changes, "model.gate_signal=estimated"])
+    graph = GRAPH.wanted(profile)
+    node = graph["trajectory_analysis"]
+    assert type(node.configure(profile, "joint")) is node.stage.config_type
+    assert "trajectory_analysis" in graph.upstream({"report"})
+    guided = load_profile(
+        "demo", tmp_path, [*changes, "model.gate_signal=estimated", "samples.sampler.guidance_scale=5"]
+    )
+    assert node.configure(guided, "joint") == node.configure(profile, "joint")
+
+
 def test_paper_is_the_published_scale(tmp_path: Path) -> None:
     profile = load_profile("paper", tmp_path)
     training, model = profile.training, profile.model
@@ -61,6 +77,7 @@ def test_fields_are_set_by_path(tmp_path: Path) -> None:
         ('strategies=["uniform"]', "arm penultimate needs strategy penultimate, which is not trained"),
         ('arms=["joint"]', "results.baseline penultimate is not among the arms"),
         ("latents.autoencoder.revision=main", r"latents\.autoencoder is .*, the profile's is"),
+        ("model.gate_signal=estimated", "needs time gates, which penultimate, uniform, static, fuse_dit, depth_wise"),
         ("model.latent_size=64", "asks for 512 px, images are 256 px"),
     ],
 )

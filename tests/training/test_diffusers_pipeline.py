@@ -15,10 +15,11 @@ from torch import Tensor
 from transformers import AutoConfig
 
 from pipelines.config import ModelRef
+from pipelines.digest import local_revision
 from pipelines.errors import ThroughlineError
-from tests.tiny_models import write_autoencoder, write_qwen3_vl
+from tests.tiny_models import write_autoencoder, write_causal_lm, write_qwen3_vl
 from tests.training.checkpoints import write_checkpoint
-from tests.training.conftest import TINY_MODEL
+from tests.training.conftest import NUM_LAYERS, TINY_MODEL
 from training.config import SamplerConfig, Strategy
 from training.diffusers_pipeline import ThroughlinePipeline
 from training.export import build_pipeline, export_pipeline
@@ -121,12 +122,31 @@ def test_an_encoder_that_is_only_named_is_loaded_at_the_first_call(
     tmp_path: Path, llm: ModelRef, autoencoder: ModelRef
 ) -> None:
     assert llm.path is not None
-    named = ModelRef(id=llm.path, revision=llm.revision)
+    named = ModelRef(id=llm.path, revision="0" * 40)
     checkpoint = write_checkpoint(tmp_path, Strategy.STATIC, named, autoencoder)
     folder = export_pipeline(checkpoint, named, autoencoder, SETTINGS, tmp_path / "export", save_text_encoder=False)
     assert not (folder / "text_encoder").exists() and not (folder / "tokenizer").exists()
     pipe = ThroughlinePipeline.from_pretrained(folder)
     expected = load_sampler(checkpoint, named, autoencoder).latents(PROMPTS, INDICES, 7, SETTINGS)
+    torch.testing.assert_close(_drawn(pipe, gate_shift=False), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_an_encoder_of_no_hub_is_given_by_its_folder_and_checked(
+    tmp_path: Path, llm: ModelRef, autoencoder: ModelRef
+) -> None:
+    assert llm.path is not None
+    local = llm.model_copy(update={"revision": local_revision(Path(llm.path))})
+    checkpoint = write_checkpoint(tmp_path, Strategy.FUSE_DIT, local, autoencoder)
+    folder = export_pipeline(checkpoint, local, autoencoder, SETTINGS, tmp_path / "export", save_text_encoder=False)
+    assert "pipe.load_text_encoder(folder)" in (folder / "README.md").read_text()
+    pipe = ThroughlinePipeline.from_pretrained(folder)
+    with pytest.raises(ThroughlineError, match=rf"{llm.id} \({local.revision}\) is neither in .* nor on a hub"):
+        _drawn(pipe, gate_shift=False)
+    other = write_causal_lm(tmp_path / "other", num_layers=NUM_LAYERS, seed=1)
+    with pytest.raises(ThroughlineError, match=f"trained with {llm.id} at {local.revision}; give the folder"):
+        pipe.load_text_encoder(other.path)
+    pipe.load_text_encoder(llm.path)
+    expected = load_sampler(checkpoint, local, autoencoder).latents(PROMPTS, INDICES, 7, SETTINGS)
     torch.testing.assert_close(_drawn(pipe, gate_shift=False), expected, atol=1e-5, rtol=1e-5)
 
 
@@ -293,6 +313,4 @@ def test_export_refuses_other_models_and_folders_in_use(
         export_pipeline(
             checkpoint, llm, autoencoder.model_copy(update={"revision": "x"}), SETTINGS, tmp_path / "export"
         )
-    with pytest.raises(ThroughlineError, match="can't be named by hub commit"):
-        export_pipeline(checkpoint, llm, autoencoder, SETTINGS, tmp_path / "export", save_text_encoder=False)
     assert not (tmp_path / "export").exists()

@@ -1,14 +1,17 @@
 """Training in processes of its own: killed and resumed, several at once, several strategies in one."""
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -19,11 +22,12 @@ from tests.training.conftest import TinyData
 from tests.training.test_checkpoint import flat, metrics
 from training.checkpoint import STAGE
 from training.config import CheckpointConfig, Strategy
+from training.dit import build_model
 
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).resolve().parents[2]
-TIMEOUT_SECONDS = 150
+TIMEOUT_SECONDS = 300
 
 
 def _environment() -> dict[str, str]:
@@ -62,31 +66,47 @@ def _command(requests: Sequence[Path], num_processes: int = 1) -> list[str]:
 
 
 def _run(requests: Sequence[Path], num_processes: int = 1) -> list[StageOutput]:
+    return _run_and_hear(requests, num_processes)[0]
+
+
+def _run_and_hear(requests: Sequence[Path], num_processes: int) -> tuple[list[StageOutput], str]:
+    """Run to the end; return the outputs and what was said on standard error."""
     done = subprocess.run(
         _command(requests, num_processes),
         cwd=ROOT, env=_environment(), capture_output=True, text=True, timeout=TIMEOUT_SECONDS, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-4000:]
-    return [StageOutput.load(Path(line)) for line in done.stdout.split()]
+    return [StageOutput.load(Path(line)) for line in done.stdout.split()], done.stderr
 
 
-def _kill_when(requests: Sequence[Path], work: Path, num_snapshots_made: int) -> int:
-    """Start training, send SIGKILL as soon as that snapshot exists; return how many steps it had done."""
+def _kill_when(requests: Sequence[Path], work: Path, num_snapshots_made: int, num_processes: int = 1) -> int:
+    """Start training, send SIGKILL to all its processes as soon as that snapshot exists; return its steps."""
     process = subprocess.Popen(
-        _command(requests), cwd=ROOT, env=_environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
-    )
+        _command(requests, num_processes),
+        cwd=ROOT, env=_environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+    )  # fmt: skip
     deadline = time.monotonic() + TIMEOUT_SECONDS
     while time.monotonic() < deadline and process.poll() is None:
         made = sorted(path.name for path in work.glob("*/scratch/snapshots/step-*") if not path.name.endswith(".tmp"))
         if made and int(made[-1].removeprefix("step-")) >= num_snapshots_made:
-            process.send_signal(signal.SIGKILL)
-            process.wait()
+            _kill(process)
             assert process.returncode == -signal.SIGKILL
             return int(made[-1].removeprefix("step-"))
         time.sleep(0.002)
-    process.kill()
+    _kill(process)
     assert process.stderr is not None
     raise AssertionError(f"training was not caught alive: {process.stderr.read().decode()[-2000:]}")
+
+
+def _kill(process: "subprocess.Popen[bytes]") -> None:
+    """Send SIGKILL to a process and all it started: the launcher's workers have sessions of their own."""
+    family = [process.pid]
+    with suppress(psutil.NoSuchProcess):
+        family += [child.pid for child in psutil.Process(process.pid).children(recursive=True)]
+    for pid in family:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    process.wait()
 
 
 def _config(data: TinyData, strategy: Strategy, **training: object) -> CheckpointConfig:
@@ -176,6 +196,72 @@ def test_sharded_processes_give_the_losses_of_one_and_resume(
         assert {name: tensor.shape for name, tensor in one.items()} == {n: tensor.shape for n, tensor in two.items()}
         for name in one:
             torch.testing.assert_close(one[name], two[name], rtol=1e-3, atol=1e-4)
+
+
+_SHARDED = {"num_processes": 2, "sharded": True}
+
+
+def test_sharded_processes_killed_and_resumed_equal_undisturbed_ones(tiny_data: TinyData, tmp_path: Path) -> None:
+    """From the newest snapshot, and, where a piece of that is missing, from the one before."""
+    config = _config(tiny_data, Strategy.JOINT, steps=24, max_shard_bytes=100_000, **_SHARDED)
+    killed, damaged, undisturbed = (tmp_path / name for name in ("killed", "damaged", "undisturbed"))
+    requests = [_request(tiny_data, config, folder, "joint", "joint") for folder in (killed, damaged, undisturbed)]
+    steps = _kill_when(requests[:1], killed / "out" / "checkpoint" / "unfinished", 9, num_processes=2)
+    assert 9 <= steps < 24
+    shutil.copytree(killed / "out", damaged / "out")
+    newest = sorted(damaged.glob("out/checkpoint/unfinished/*/scratch/snapshots/step-*[0-9]"))[-1]
+    pieces = sorted(newest.glob("tensors-*.safetensors"))
+    assert len(pieces) > 2
+    pieces[1].unlink()
+    outputs, said = _run_and_hear(requests, num_processes=2)
+    resumed, from_before, whole = outputs
+    newest_steps = int(newest.name.removeprefix("step-"))
+    assert resumed.manifest.measurements["resumed_at_step"] == newest_steps
+    assert from_before.manifest.measurements["resumed_at_step"] == newest_steps - 3
+    assert whole.manifest.measurements["resumed_at_step"] == 0
+    (sentence,) = (line for line in said.splitlines() if "going back to the snapshot before it" in line)
+    assert newest.name in sentence and pieces[1].name in sentence
+    assert {entry.path for entry in whole.manifest.files} >= {"model.safetensors.index.json", "metrics.jsonl"}
+    for output in (resumed, from_before):
+        for entry in whole.manifest.files:
+            assert output.path(entry.path).read_bytes() == whole.path(entry.path).read_bytes(), entry.path
+        assert output.data_version == whole.data_version
+
+
+@pytest.mark.parametrize(
+    "compiled",
+    [
+        False,
+        pytest.param(
+            True, marks=pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+        ),
+    ],
+)
+def test_sharded_bfloat16_stays_close_to_unsharded(compiled: bool, tiny_data: TinyData, tmp_path: Path) -> None:
+    """Autocast over FSDP2, plain and compiled, against autocast in one process."""
+    settings = {"steps": 12, "validate_every": 6, "precision": "bfloat16"}
+    strategies = (Strategy.JOINT,) if compiled else (Strategy.JOINT, Strategy.FUSE_DIT)
+    singles = _run([_request(tiny_data, _config(tiny_data, s, **settings), tmp_path / "one", s, s) for s in strategies])
+    sharded = {**settings, **_SHARDED, "compile": compiled}
+    doubles = _run(
+        [_request(tiny_data, _config(tiny_data, s, **sharded), tmp_path / "two", s, s) for s in strategies], 2
+    )
+    for single, double in zip(singles, doubles, strict=True):
+        assert double.manifest.measurements["num_processes"] == 2
+        assert double.path("ledger.parquet").read_bytes() == single.path("ledger.parquet").read_bytes()
+        for a, b in zip(metrics(single), metrics(double), strict=True):
+            assert flat(a) == pytest.approx(flat(b), rel=0.02)
+        one, two = load_file(single.path("model.safetensors")), load_file(double.path("model.safetensors"))
+        assert {name: (tensor.shape, tensor.dtype) for name, tensor in one.items()} == {
+            name: (tensor.shape, torch.float32) for name, tensor in two.items()
+        }
+        # AdamW moves a weight whose gradient is all rounding as far as any other, so single weights may well differ.
+        config = _config(tiny_data, Strategy(single.manifest.partition or ""), **settings)
+        start = build_model(config.model, config.strategy, seed=config.training.seed).state_dict()
+        assert all(tensor.isfinite().all() for tensor in two.values())
+        moved = sum(float((one[name] - start[name]).square().sum()) for name in one) ** 0.5
+        apart = sum(float((one[name] - two[name]).square().sum()) for name in one) ** 0.5
+        assert apart < 0.05 * moved
 
 
 def _interrupt_at(

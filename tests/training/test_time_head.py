@@ -7,18 +7,20 @@ import pytest
 import torch
 from torch import Tensor
 
+from pipelines.stage import StageOutput
 from tests.training.conftest import TINY_MODEL, TinyData
 from tests.training.test_dit import built, latents, texts
 from training.checkpoint import STAGE
 from training.config import CheckpointConfig, ModelConfig, SamplerConfig, Strategy
 from training.dit import DiT, build_model
-from training.feature_source import Batch, pad_texts
-from training.flow import interpolate, sample_losses, velocity_target
+from training.feature_source import VALIDATION, Batch, LatentReader, Split, pad_texts, read_splits
+from training.flow import interpolate, sample_losses, validation_noise, velocity_target
 from training.fusion import shift_gate_time
 from training.layers import initialise
 from training.loop import batch_losses
 from training.params import count_parameters
 from training.sampling import TextBatch, sample_latents
+from training.saved_model import load_model
 from training.schedule import build_scheduler, euler_step, flow_time
 from training.time_head import TimeHead, time_losses
 
@@ -148,12 +150,39 @@ def test_sampling_reads_the_time_of_each_image_and_shares_it_between_branches(
         torch.testing.assert_close(drawn[row : row + 1], x_t, atol=1e-5, rtol=1e-4)
 
 
-def _rows(tiny_data: TinyData, root: Path, model: ModelConfig) -> list[dict[str, float]]:
+def _checkpoint(tiny_data: TinyData, root: Path, model: ModelConfig) -> StageOutput:
     config = tiny_data.config(Strategy.JOINT, steps=2, warmup_steps=0).model_copy(update={"model": model})
-    checkpoint = STAGE.run(config, tiny_data.inputs, root, "joint")
+    return STAGE.run(config, tiny_data.inputs, root, "joint")
+
+
+def _held_out(tiny_data: TinyData) -> tuple[LatentReader, Split]:
+    split = read_splits(tiny_data.inputs["dataset"][0])[VALIDATION]
+    return LatentReader(tiny_data.inputs["latents"], split), split
+
+
+def _rows(checkpoint: StageOutput) -> list[dict[str, float]]:
     return [json.loads(line) for line in checkpoint.path("metrics.jsonl").read_text().splitlines()]
 
 
 def test_a_checkpoint_with_the_head_trains_and_logs_its_loss(tiny_data: TinyData, tmp_path: Path) -> None:
-    assert all(row["time_head_loss"] > 0 for row in _rows(tiny_data, tmp_path, ESTIMATED))
-    assert all("time_head_loss" not in row for row in _rows(tiny_data, tmp_path, TINY_MODEL))
+    assert all(row["time_head_loss"] > 0 for row in _rows(_checkpoint(tiny_data, tmp_path, ESTIMATED)))
+    plain = _checkpoint(tiny_data, tmp_path, TINY_MODEL)
+    assert not any("time_head" in name for row in _rows(plain) for name in row)
+    assert not any("time_head" in name for name in plain.manifest.summary)
+
+
+def test_the_heads_loss_on_held_out_samples_is_that_of_the_saved_average(tiny_data: TinyData, tmp_path: Path) -> None:
+    checkpoint = _checkpoint(tiny_data, tmp_path, ESTIMATED)
+    logged = [row.get("validation_time_head_loss") for row in _rows(checkpoint)]
+    assert logged[0] is None
+    assert checkpoint.manifest.summary["validation_time_head_loss"] == logged[-1]
+    model = load_model(checkpoint).model
+    assert isinstance(model, DiT) and model.time_head is not None
+    reader, split = _held_out(tiny_data)
+    times = (torch.arange(4) + 0.5) / 4
+    losses = []
+    for index, t in enumerate(times):
+        data = torch.from_numpy(reader.read(index, None))[None]
+        noise = torch.from_numpy(validation_noise(split.key(index), reader.shape))[None]
+        losses.append(time_losses(model.time_head(interpolate(noise, data, t[None])), t[None]))
+    assert logged[-1] == pytest.approx(float(torch.cat(losses).mean()), rel=1e-5)
