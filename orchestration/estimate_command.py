@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--reasons", action="store_true", help="list the assumptions, each with its reason, and stop")
     parser.add_argument("--stages", metavar="NAMES", help="show these alone, with commas; checkpoint takes the longest")
     parser.add_argument(
-        "--calibrate", action="store_true", help="measure this machine first (about 20 s), and keep what was measured"
+        "--calibrate", action="store_true", help="measure this machine first (about 30 s), and keep what was measured"
     )
     parser.add_argument("--json", action="store_true", help="as JSON, every figure with what it rests on")
 
@@ -67,5 +67,5 @@ def run_plan(arguments: argparse.Namespace, profile: "Profile") -> int:
         return 0
     print("\n".join(estimate_lines(result, inputs)))
     if not any(name.startswith("filter_rows") for name in measured):
-        print("\n  Nothing of this machine is measured yet: throughline plan --calibrate does it in about 20 s.")
+        print("\n  Nothing of this machine is measured yet: throughline plan --calibrate does it in about 30 s.")
     return 0

@@ -51,10 +51,10 @@ class Assumptions(FrozenConfig):
     """Rows that one process filters on a server's core; --calibrate measures it."""
     filter_base_bytes: float = Field(300e6, ge=0)
     """Memory of a filtering process before it remembers any row; --calibrate measures it."""
-    filter_bytes_per_row: float = Field(40, ge=0)
-    """Memory that grows with a part's rows: 24 bytes a slot of the table of URLs, which is a fifth to three fifths
-    empty, beside the old table while it grows; --calibrate measures it."""
-    selection_rows_per_second: float = Field(1_500_000, gt=0)
+    filter_bytes_per_row: float = Field(44, ge=0)
+    """Memory that grows with a part's rows: 44 bytes between parts of 0.2 and 3.2 M rows, most of it the table of URLs
+    (24 bytes a slot, a fifth of all slots and more empty); --calibrate measures it."""
+    selection_rows_per_second: float = Field(700_000, gt=0)
     """Kept rows that one process compares between parts (duplicates, sampling); --calibrate measures it."""
     cores_per_node: int = Field(32, ge=1)
     """Cores of a machine that filters or decodes."""

@@ -66,7 +66,7 @@ def _prompts(profile: "Profile") -> dict[str, int]:
         ),
         "drawbench": (sets.drawbench, lambda: len(parse_drawbench(_path(sets.drawbench)))),
     }
-    found = {}
+    found: dict[str, int] = {}
     for benchmark in profile.benchmarks:
         file, count = parsers[benchmark]
         if file.num_prompts is None and not Path(file.path).is_file():

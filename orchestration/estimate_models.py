@@ -22,6 +22,7 @@ _TOKEN_ID_BYTES = 4
 _SAMPLE_KEY_BYTES = 16
 _NUM_MOMENTS_STORED = 2
 """A latent is a posterior: mean and standard deviation."""
+_SD3_AUTOENCODER_PARAMETERS = 83.8e6
 _LATENT_BYTES = {"float16": 2, "float32": 4}
 
 
@@ -134,7 +135,16 @@ class ModelEstimator:
     def latents_per_second(self, on_gpu: bool) -> Figure:
         """Images that one process encodes in a second."""
         side = self._inputs.of_profile("latents.image_px")
-        return self._rate(on_gpu, "vae_mfu") / (side * side * self._inputs.assumed("vae_encode_flops_per_px"))
+        return self._rate(on_gpu, "vae_mfu") / (side * side * self._autoencoder_flops("vae_encode_flops_per_px"))
+
+    def _autoencoder_flops(self, name: str) -> Figure:
+        """Operations for a pixel: SD3's, and of a model in a local folder in proportion to its parameters."""
+        flops = self._inputs.assumed(name)
+        model_id = self._profile.autoencoder.id
+        if model_id not in self._inputs.facts.local_parameters:
+            return flops
+        share = self._inputs.facts.local_parameters[model_id] / _SD3_AUTOENCODER_PARAMETERS
+        return flops * self._inputs.implied(share, f"model {model_id}")
 
     def text_tokens(self) -> Figure:
         """Tokens of a caption in its template."""
@@ -186,7 +196,7 @@ class ModelEstimator:
         inputs, model, sampler = self._inputs, self._profile.model, self._profile.samples.sampler
         encoder = KNOWN_TEXT_ENCODERS.get(self._profile.text_encoder.id)
         side = inputs.of_profile("model.latent_size") * AUTOENCODER_FACTOR
-        decoding = side * side * inputs.assumed("vae_decode_flops_per_px")
+        decoding = side * side * self._autoencoder_flops("vae_decode_flops_per_px")
         seconds = len(self._profile.arms) * decoding / self._rate(on_gpu, "vae_mfu")
         prompt_tokens = inputs.assumed("prompt_tokens")
         for name in self._profile.arms:

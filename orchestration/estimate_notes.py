@@ -15,11 +15,14 @@ _MANY_EPOCHS = 20
 
 
 def notes_of(inputs: "Inputs", result: "Estimate") -> Iterator[str]:
-    """Yield the sentences; the gravest come first."""
-    yield from _text(inputs, result)
-    yield from _memory(inputs, result)
+    """Yield the sentences about the stages shown; the gravest come first."""
+    shown = {stage.stage for stage in result.stages}
+    if shown & {"text_features", "checkpoint"}:
+        yield from _text(inputs, result)
+    if "checkpoint" in shown:
+        yield from _memory(inputs, result)
+        yield from _epochs(inputs, result)
     yield from _disk(inputs, result)
-    yield from _epochs(inputs, result)
     yield from _slowest(result)
     rules = unknown_rules(inputs.profile.laion_subset)
     if rules and "pass_other" not in inputs.chosen and not _measures_rules(inputs):

@@ -28,10 +28,7 @@ def estimate_lines(result: Estimate, inputs: Inputs) -> list[str]:
         "",
         *_aligned(_stage_rows(result), num_left=1, has_sum=True),
         "",
-        *_paragraph(
-            "time: on the wall, stages one after the other. writes: what stays; training also needs "
-            f"{_cell(bytes_text, result.totals()['scratch_bytes'])} while a strategy runs, for snapshots."
-        ),
+        *_paragraph(_explanation(result)),
         "",
         "filtering all metadata, duplicates between files included (throughline subset)",
         *_aligned(_filtering_rows(result), num_left=1),
@@ -41,6 +38,14 @@ def estimate_lines(result: Estimate, inputs: Inputs) -> list[str]:
         "",
         *_basis_lines(used, inputs),
     ]
+
+
+def _explanation(result: Estimate) -> str:
+    said = "time: on the wall, stages one after the other. writes: what stays"
+    scratch = result.totals()["scratch_bytes"]
+    if not scratch.value:
+        return f"{said}."
+    return f"{said}; snapshots take another {_cell(bytes_text, scratch)} while a strategy is trained."
 
 
 def inputs_used(result: Estimate) -> dict[Basis, list[str]]:
@@ -80,7 +85,8 @@ def _stage_rows(result: Estimate) -> list[list[str]]:
     rows.append(
         [
             "together", "", "", "", _cell(bytes_text, sums["bytes_out"]), _cell(count_text, sums["requests"]),
-            _cell(time_text, sums["seconds"]), "", "", _cell(gpu_time_text, sums["gpu_seconds"]), "",
+            _cell(time_text, sums["seconds"]), "", "",
+            _cell(gpu_time_text, sums["gpu_seconds"]) if sums["gpu_seconds"].value else "", "",
         ]
     )  # fmt: skip
     return rows

@@ -1,6 +1,7 @@
 """The arithmetic of an estimate, against numbers worked out by hand."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -69,6 +70,17 @@ def test_latents_by_hand(by_hand: dict[str, StageEstimate]) -> None:
     assert latents.bytes_out.value == 100 * (2 * 16 * 32 * 32 * 2 + 16)
     assert latents.seconds.value == pytest.approx(100 * 256 * 256 * 1e6 / (1e15 * 0.5))
     assert latents.gpus.value == 1  # all parts in one run, one run at a time
+
+
+def test_a_small_local_autoencoder_costs_in_proportion(tmp_path: Path) -> None:
+    words = ("vae_encode_flops_per_px=1e6", "cpu_flops=1e9", "pass_rules=1", "fetched_share=1", "captioned_share=1")
+    inputs = inputs_of(tmp_path, *words, "shard_share=1", profile="demo")
+    local = replace(inputs, facts=Facts(local_parameters={"throughline/demo-vae": 838_000}))
+    whole, part = (
+        next(stage.seconds.value for stage in estimate(each).stages if stage.stage == "latents")
+        for each in (inputs, local)
+    )
+    assert (whole, part) == (pytest.approx(840 * 256 * 256 * 1e6 / 1e9), pytest.approx(whole / 100))
 
 
 def test_text_features_by_hand(tmp_path: Path) -> None:
