@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from orchestration import subset_command
+from orchestration import estimate_command, subset_command
 
 if TYPE_CHECKING:
     from orchestration.execution import Execution
@@ -96,6 +96,10 @@ def _parser() -> argparse.ArgumentParser:
     params = commands.add_parser("params", help="count the parameters and operations of a profile's models")
     _add_profile(params)
     params.add_argument("--json", action="store_true", help="as JSON")
+
+    plan = commands.add_parser("plan", help="estimate rows, bytes, hours and GPUs of every stage before anything runs")
+    _add_profile(plan)
+    estimate_command.add_arguments(plan)
 
     subset = commands.add_parser("subset", help="filter LAION metadata files into a subset, without a profile")
     subset_command.add_arguments(subset)
@@ -303,6 +307,13 @@ def _params(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _plan(arguments: argparse.Namespace) -> int:
+    if arguments.reasons:
+        estimate_command.print_reasons()
+        return 0
+    return estimate_command.run_plan(arguments, _load(arguments.profile, arguments.changes))
+
+
 def _ui(arguments: argparse.Namespace) -> int:
     from orchestration.ui import serve
 
@@ -327,6 +338,7 @@ _COMMANDS = {
     "generate": _generate,
     "export": _export,
     "params": _params,
+    "plan": _plan,
     "subset": _subset,
     "ui": _ui,
 }

@@ -208,7 +208,11 @@ def single_gpu(home: Path) -> Profile:
         arms=_ARMS,
         prompt_sets=_benchmark_files(Path("benchmarks").absolute()),
         samples=SamplesConfig(
-            text_encoder=QWEN3_VL_4B, autoencoder=SD3, sampler=SamplerConfig(batch_size=32), prompts_per_unit=32
+            text_encoder=QWEN3_VL_4B,
+            autoencoder=SD3,
+            sampler=SamplerConfig(batch_size=32),
+            prompts_per_unit=32,
+            device="cuda",
         ),
         scores=ScoresConfig(judge=engine, pool=pool),
         drawbench_scores=ScoresConfig(judge=engine.model_copy(update={"model": UNIFIED_REWARD_2}), pool=pool),
@@ -273,7 +277,11 @@ def paper(home: Path) -> Profile:
         arms=_ARMS,
         prompt_sets=_benchmark_files(Path("benchmarks").absolute()),
         samples=SamplesConfig(
-            text_encoder=QWEN3_VL_4B, autoencoder=SD3, sampler=SamplerConfig(batch_size=64), prompts_per_unit=64
+            text_encoder=QWEN3_VL_4B,
+            autoencoder=SD3,
+            sampler=SamplerConfig(batch_size=64),
+            prompts_per_unit=64,
+            device="cuda",
         ),
         scores=ScoresConfig(judge=judge, pool=judges),
         drawbench_scores=ScoresConfig(

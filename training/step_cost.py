@@ -6,11 +6,13 @@ S is the number of text tokens.
 import resource
 import sys
 from dataclasses import dataclass
-
-import torch
+from typing import TYPE_CHECKING
 
 from training.config import ModelConfig, Strategy
 from training.flops import count_flops
+
+if TYPE_CHECKING:
+    import torch
 
 _BACKWARD_FACTOR = 3
 """A training step computes each product once forwards and twice backwards."""
@@ -60,17 +62,30 @@ def training_flops(config: ModelConfig, strategy: Strategy) -> StepFlops:
     return StepFlops(fixed, forward(1) - fixed)
 
 
-def peak_flops_of(device: torch.device, precision: str) -> float | None:
+def peak_flops_of(device: "torch.device", precision: str) -> float | None:
     """Return the operations per second that a device could do, or None where no table here says so."""
+    import torch
+
     if device.type != "cuda" or precision != "bfloat16":
         return None
-    name = torch.cuda.get_device_name(device)
+    return peak_flops_by_name(torch.cuda.get_device_name(device))
+
+
+def peak_flops_by_name(name: str) -> float | None:
+    """Return the dense bfloat16 operations per second of a GPU by a name that contains a known one, or None."""
     return next((peak for known, peak in _PEAK_BFLOAT16.items() if known in name), None)
 
 
-def peak_memory_bytes(device: torch.device) -> int:
+def known_gpus() -> tuple[str, ...]:
+    """Return the names that `peak_flops_by_name` knows."""
+    return tuple(_PEAK_BFLOAT16)
+
+
+def peak_memory_bytes(device: "torch.device") -> int:
     """Return the most memory this process held so far: allocated on a GPU, resident on a CPU."""
     if device.type == "cuda":
+        import torch
+
         return torch.cuda.max_memory_allocated(device)
     unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss counts bytes on macOS, KiB elsewhere
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -87,6 +87,12 @@ def test_a_wrong_change_is_refused_with_one_sentence(tmp_path: Path, change: str
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("name", ["single_gpu", "paper"])
+def test_profiles_with_gpus_leave_no_model_on_the_cpu(name: str, tmp_path: Path) -> None:
+    profile = load_profile(name, tmp_path)
+    assert (profile.latents.device, profile.training.device, profile.samples.device) == ("cuda", "cuda", "cuda")
+
+
 def test_a_toml_file_changes_a_base(tmp_path: Path) -> None:
     path = tmp_path / "mine.toml"
     path.write_text('base = "single_gpu"\nname = "mine"\n[training]\nsteps = 9\nwarmup_steps = 1\n')
