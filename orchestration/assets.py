@@ -31,6 +31,7 @@ from orchestration.plan import INDEX, Plan, Task
 from orchestration.previews import describe
 from pipelines.digest import digest_json
 from pipelines.errors import ThroughlineError
+from pipelines.output_lock import WAITING
 
 _MAX_PICTURED = 64
 """Partitions of one run beyond which its records carry no pictures: they lie in Dagster's database."""
@@ -69,7 +70,7 @@ def partition_mapping(plan: Plan, upstream: PartitionKind, downstream: Partition
 
 
 class LogObserver:
-    """Tells Dagster's event log about progress, and its captured output about everything else."""
+    """Tells Dagster's event log about progress and waits, and its captured output about everything else."""
 
     def __init__(self, log: dg.DagsterLogManager) -> None:
         self._log = log
@@ -78,6 +79,8 @@ class LogObserver:
         self._log.info(progress_text(record))
 
     def line(self, text: str) -> None:
+        if text.startswith(WAITING):
+            self._log.info(text)
         print(text, flush=True)
 
 

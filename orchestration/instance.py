@@ -1,7 +1,10 @@
 """Dagster's own storage: where it lies and how it is set up. Losing it loses history, never provenance."""
 
+import fcntl
 import os
 import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -45,10 +48,18 @@ def open_instance(home: Path) -> "DagsterInstance":
     """Return the persistent instance under `home`."""
     from dagster import DagsterInstance
 
-    prepare_dagster_home(home)
-    instance = DagsterInstance.get()
+    with _alone(prepare_dagster_home(home)):
+        instance = DagsterInstance.get()
     _close_dead_runs(instance)
     return instance
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Keep other processes from opening the instance meanwhile: two that create its tables at once fail."""
+    with (folder / "opening.lock").open("a") as stream:
+        fcntl.lockf(stream, fcntl.LOCK_EX)
+        yield
 
 
 def process_tags() -> dict[str, str]:
