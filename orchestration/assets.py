@@ -36,6 +36,7 @@ from orchestration.graph import (
 from orchestration.plan import INDEX, Plan, Task
 from orchestration.previews import describe
 from pipelines.errors import ThroughlineError
+from pipelines.output_lock import WAITING
 
 _OBSERVE_SECONDS = 60.0
 _MAX_PICTURED = 64
@@ -76,7 +77,7 @@ def partition_mapping(plan: Plan, upstream: PartitionKind, downstream: Partition
 
 class LogObserver:
     """Tells Dagster what a stage does while it runs: progress as lines of the event log and, once a minute, as an
-    observation of the asset, whose numbers its page plots; everything else as captured output."""
+    observation of the asset, whose numbers its page plots; waits as lines too, all else as captured output."""
 
     def __init__(self, context: "dg.AssetExecutionContext | dg.OpExecutionContext", asset: str) -> None:
         self._context, self._asset = context, asset
@@ -89,6 +90,8 @@ class LogObserver:
             self._context.log_event(observation(self._asset, record))
 
     def line(self, text: str) -> None:
+        if text.startswith(WAITING):
+            self._context.log.info(text)
         print(text, flush=True)
 
 

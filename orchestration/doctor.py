@@ -13,8 +13,11 @@ from enum import StrEnum
 from pathlib import Path
 
 from orchestration.console import CROSS, TICK
+from orchestration.instance import dagster_home
 from orchestration.profiles import Profile
+from orchestration.storage import described_storage
 from pipelines.config import ModelRef
+from pipelines.environment import POSTGRES_URL
 from pipelines.errors import ThroughlineError
 
 _IMPORT_SECONDS = 180
@@ -60,6 +63,7 @@ def _symptoms(profile: Profile) -> Iterator[Symptom]:
     yield from _hardware(profile)
     yield from _models(profile)
     yield from _source(profile)
+    yield _storage(profile)
     yield from _ports(profile)
     for warning in profile.warnings():
         yield Symptom(Verdict.NOTE, warning)
@@ -239,6 +243,15 @@ def _source(profile: Profile) -> Iterator[Symptom]:
                 f"prompt_sets.{name}: no file {file.path}",
                 f"throughline run --set prompt_sets.{name}.path=/path/to/{Path(file.path).name}",
             )
+
+
+def _storage(profile: Profile) -> Symptom:
+    try:
+        return Symptom(Verdict.GOOD, described_storage(dagster_home(Path(profile.home))))
+    except ThroughlineError as error:
+        # The sentence of a missing package ends with its command.
+        said, _, mend = str(error).partition("; install it with: ")
+        return Symptom(Verdict.BAD, said, mend or f"see docs/sharing.md, or use SQLite: unset {POSTGRES_URL}")
 
 
 def _ports(profile: Profile) -> Iterator[Symptom]:

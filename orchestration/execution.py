@@ -85,7 +85,10 @@ class Execution:
 
     def _start(self, pending: Sequence[Task], observer: Observer) -> None:
         profile, node = self.plan.profile, pending[0].node
-        requests = [task.request(self.plan.output_root, profile.verify) for task in _by_configuration(pending)]
+        requests = [
+            task.request(self.plan.output_root, profile.verify, profile.lock_wait_seconds)
+            for task in _by_configuration(pending)
+        ]
         observers = [item for item in (self.observer, observer) if item is not None]
 
         def progress(record: Mapping[str, Any]) -> None:

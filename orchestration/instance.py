@@ -1,10 +1,14 @@
 """Dagster's own storage: where it lies and how it is set up. Losing it loses history, never provenance."""
 
+import fcntl
 import os
 import platform
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from orchestration.storage import POSTGRES_SECTION, Storage, agreed_storage, named_storage, set_up_alone
 from pipelines.atomic import write_bytes
 
 if TYPE_CHECKING:
@@ -31,24 +35,46 @@ def dagster_home(home: Path) -> Path:
 
 
 def prepare_dagster_home(home: Path) -> Path:
-    """Create Dagster's folder with its configuration where there is none yet, and name it in the environment."""
+    """Create Dagster's folder with its configuration where there is none yet, and name it in the environment.
+
+    Where the environment names a PostgreSQL the configuration is made to say so. Raises ThroughlineError where the two
+    contradict each other.
+    """
     folder = dagster_home(home)
     folder.mkdir(parents=True, exist_ok=True)
     configuration = folder / "dagster.yaml"
-    if not configuration.exists():
-        write_bytes(configuration, _CONFIGURATION.encode())
+    storage = agreed_storage(configuration)
+    text = configuration.read_text() if configuration.exists() else _CONFIGURATION
+    if storage is Storage.POSTGRES and named_storage(configuration) is Storage.SQLITE:
+        text = f"{text.rstrip()}\n{POSTGRES_SECTION}"
+        write_bytes(configuration, text.encode())
+    elif not configuration.exists():
+        write_bytes(configuration, text.encode())
     os.environ["DAGSTER_HOME"] = str(folder)
     return folder
 
 
 def open_instance(home: Path) -> "DagsterInstance":
-    """Return the persistent instance under `home`."""
+    """Return the persistent instance under `home`.
+
+    Raises ThroughlineError where it is to be kept in a PostgreSQL that can't be reached.
+    """
     from dagster import DagsterInstance
 
-    prepare_dagster_home(home)
-    instance = DagsterInstance.get()
+    folder = prepare_dagster_home(home)
+    storage = agreed_storage(folder / "dagster.yaml")
+    with _alone(folder), set_up_alone() if storage is Storage.POSTGRES else nullcontext():
+        instance = DagsterInstance.get()
     _close_dead_runs(instance)
     return instance
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Keep other processes from opening the instance meanwhile: two that create its tables at once fail."""
+    with (folder / "opening.lock").open("a") as stream:
+        fcntl.lockf(stream, fcntl.LOCK_EX)
+        yield
 
 
 def process_tags() -> dict[str, str]:

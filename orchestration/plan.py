@@ -64,7 +64,7 @@ class Task:
         """Whether all that it is made from is there."""
         return self.inputs is not None and self.config is not None
 
-    def request(self, output_root: Path, verify: str = "size") -> StageRequest:
+    def request(self, output_root: Path, verify: str = "size", lock_wait_seconds: float | None = None) -> StageRequest:
         """Return what a stage's process is given; raises ThroughlineError while inputs are missing."""
         if self.inputs is None or self.config is None:
             raise ThroughlineError(f"{self.label} can't start: {'; '.join(self.blocked_by[:3])}")
@@ -75,6 +75,7 @@ class Task:
             inputs={name: [str(item.address) for item in items] for name, items in self.inputs.items()},
             output_root=str(output_root),
             verify="digest" if verify == "digest" else "size",
+            lock_wait_seconds=lock_wait_seconds,
         )
 
 

@@ -108,6 +108,8 @@ class Profile(FrozenConfig):
     """Most partitions that one process takes, one after the other with the model loaded once; 1 where not named."""
     verify: Verify = "size"
     """What is compared before an output is reused: sizes, or every byte's digest."""
+    lock_wait_seconds: float | None = Field(None, ge=0)
+    """Longest wait for another run at the same output before a stage fails; None waits as long as that one takes."""
     check_bytes: bool = True
     """Whether the digest check reads files back after they were written; off, it compares sizes."""
     needs: Needs = Needs()

@@ -16,6 +16,7 @@ from orchestration.instance import process_tags
 from orchestration.jobs import build_job
 from orchestration.plan import Task
 from pipelines.errors import ThroughlineError
+from pipelines.output_lock import WAITING
 from pipelines.stage import StageOutput
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ _QUIET = {"loggers": {"console": {"config": {"log_level": "CRITICAL"}}}}
 
 
 class ConsoleObserver:
-    """Shows progress on the console; everything else a stage says is in its log."""
+    """Shows progress on the console, and whom a stage waits for; everything else it says is in its log."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
@@ -37,7 +38,9 @@ class ConsoleObserver:
         self._console.progress(record)
 
     def line(self, text: str) -> None:
-        """Lines of a stage stand in its log, which an error names."""
+        """Lines of a stage stand in its log, which an error names; one that says why nothing moves is shown too."""
+        if text.startswith(WAITING):
+            self._console.line(f"  {text}")
 
 
 @dataclass

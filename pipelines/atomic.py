@@ -2,6 +2,7 @@
 
 import json
 import os
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,13 +21,13 @@ def sync_folder(path: Path) -> None:
 
 
 @contextmanager
-def atomic_writer(path: Path) -> Iterator[HashingWriter]:
+def atomic_writer(path: Path, suffix: str = ".tmp") -> Iterator[HashingWriter]:
     """Yield a hashing stream whose bytes appear at `path` whole or not at all.
 
-    On an exception the temporary file is removed and nothing appears. A kill leaves a ``.tmp`` file, which the next
-    writer of the same path overwrites.
+    On an exception the temporary file is removed and nothing appears. A kill leaves a file with `suffix`, which the
+    next writer of the same path overwrites; two writers at once need a suffix each.
     """
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = path.with_name(path.name + suffix)
     try:
         with temporary.open("wb") as stream:
             writer = HashingWriter(stream)
@@ -41,8 +42,8 @@ def atomic_writer(path: Path) -> Iterator[HashingWriter]:
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Write `data` to `path` atomically."""
-    with atomic_writer(path) as stream:
+    """Write `data` to `path` atomically; of several processes that do so at once one wins, and no bytes mix."""
+    with atomic_writer(path, f".{secrets.token_hex(4)}.tmp") as stream:
         stream.write(data)
 
 

@@ -18,6 +18,8 @@ HOME = "THROUGHLINE_HOME"
 """Root of outputs and of Dagster's own storage; default ``.throughline`` in the working folder."""
 PROFILE = "THROUGHLINE_PROFILE"
 """Name of the profile the Dagster definitions are built from; default ``demo``."""
+POSTGRES_URL = "THROUGHLINE_POSTGRES_URL"
+"""Address of a PostgreSQL for Dagster's runs, events and schedules; unset or empty: SQLite. Holds a password."""
 
 _PACKAGES = (
     "accelerate", "dagster", "diffusers", "numpy", "pillow", "pyarrow", "ray", "safetensors", "tokenizers", "torch",
@@ -33,6 +35,11 @@ def home_folder() -> Path:
 def profile_name() -> str:
     """Return the profile the definitions are built from."""
     return os.environ.get(PROFILE, "demo")
+
+
+def postgres_url() -> str | None:
+    """Return the address of the PostgreSQL that keeps Dagster's history, or None; never to be shown as it is."""
+    return os.environ.get(POSTGRES_URL) or None
 
 
 @lru_cache

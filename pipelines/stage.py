@@ -5,6 +5,7 @@ An output root looks like this::
     <root>/<stage>/<data_version>/            finished and immutable: files, dropped.parquet, manifest.json
     <root>/<stage>/fingerprints/<fingerprint> names the data version that this fingerprint gave
     <root>/<stage>/unfinished/<fingerprint>/  a run under way or killed: out/ (files), units/ (journal), scratch/
+    <root>/<stage>/unfinished/<fingerprint>.lock  held by the process that works in that folder; names it
     <root>/<stage>/logs/                      curves for people, by run; no part of any output, deleted at will
 
 A stage's work is split into units (one shard, one file, one table). A unit's journal entry is written when all its
@@ -13,7 +14,6 @@ files are in place, so a run that was killed at any line goes on at the first un
 
 import argparse
 import errno
-import fcntl
 import json
 import shutil
 import sys
@@ -44,7 +44,9 @@ from pipelines.manifest import (
     damaged_files,
     read_manifest,
 )
+from pipelines.output_lock import hold
 from pipelines.progress import Progress
+from pipelines.publication import OUT, publish
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -231,7 +233,7 @@ class StageRun(Generic[ConfigT]):
         self.config = config
         self.partition = partition
         self.inputs = inputs
-        self._out = work_folder / "out"
+        self._out = work_folder / OUT
         self._units = work_folder / "units"
         self.scratch = work_folder / "scratch"
         """A folder for checkpoints of unfinished work; it survives a kill and goes when the stage finishes."""
@@ -344,18 +346,25 @@ class Stage(Generic[ConfigT]):
         return output
 
     def run(
-        self, config: ConfigT, inputs: Inputs, output_root: Path, partition: str | None = None, verify: Verify = "size"
+        self,
+        config: ConfigT,
+        inputs: Inputs,
+        output_root: Path,
+        partition: str | None = None,
+        verify: Verify = "size",
+        lock_wait_seconds: float | None = None,
     ) -> StageOutput:
         """Return the output for this configuration and these inputs: reused, resumed or computed.
 
-        A second process that asks for the same output waits for the first and then reuses its result. Raises
-        ThroughlineError for what the user can mend; whatever is raised, finished units stay for the next try.
+        A second process that asks for the same output waits for the first, up to `lock_wait_seconds` where given, and
+        then reuses its result, or resumes where the first was killed. Raises ThroughlineError for what the user can
+        mend; whatever is raised, finished units stay for the next try.
         """
         fingerprint = self.fingerprint(config, inputs, partition)
         stage_root = output_root / self.name
         work_folder = stage_root / _UNFINISHED / fingerprint
-        (stage_root / _UNFINISHED).mkdir(parents=True, exist_ok=True)
-        with _exclusive(stage_root / _UNFINISHED / f"{fingerprint}.lock"):
+        label = f"{self.name} {partition}" if partition else self.name
+        with hold(stage_root / _UNFINISHED / f"{fingerprint}.lock", label, lock_wait_seconds) as lock:
             finished = self.find_finished(config, inputs, output_root, partition, verify)
             if finished is not None:
                 shutil.rmtree(work_folder, ignore_errors=True)  # left where a kill fell between rename and clean-up
@@ -364,7 +373,9 @@ class Stage(Generic[ConfigT]):
             stage_run = StageRun(self.name, config, partition, inputs, work_folder)
             result = self.produce(stage_run) or StageResult()
             manifest = self._manifest(stage_run, result, fingerprint, clock)
-            return _publish(manifest, work_folder, stage_root)
+            lock.check()
+            published = publish(manifest, work_folder, stage_root)
+            return StageOutput(stage_root / published.data_version, published)
 
     def _manifest(self, stage_run: StageRun[ConfigT], result: StageResult, fingerprint: str, clock: Clock) -> Manifest:
         units = stage_run.finished_units()
@@ -429,7 +440,8 @@ class Stage(Generic[ConfigT]):
         except ValidationError as error:
             raise ThroughlineError(f"configuration of {self.name}: {_sentence(error)}") from error
         inputs = {name: [StageOutput.load(Path(path)) for path in paths] for name, paths in request.inputs.items()}
-        return self.run(config, inputs, Path(request.output_root), request.partition, request.verify)
+        root = Path(request.output_root)
+        return self.run(config, inputs, root, request.partition, request.verify, request.lock_wait_seconds)
 
 
 class StageRequest(FrozenConfig):
@@ -442,6 +454,8 @@ class StageRequest(FrozenConfig):
     """Input name -> paths of manifests, or of single files that lie beside one."""
     output_root: str
     verify: Verify = "size"
+    lock_wait_seconds: float | None = Field(None, ge=0)
+    """Longest wait for another process at the same output; None waits as long as that one takes."""
 
     @classmethod
     def read(cls, path: Path) -> "StageRequest":
@@ -456,14 +470,6 @@ class StageRequest(FrozenConfig):
 def _sentence(error: ValidationError) -> str:
     """Say in one line what is wrong with which field."""
     return "; ".join(f"{'.'.join(map(str, item['loc'])) or 'value'}: {item['msg']}" for item in error.errors())
-
-
-@contextmanager
-def _exclusive(path: Path) -> Iterator[None]:
-    """Hold a lock that the operating system lets go when the process dies, however it dies."""
-    with path.open("a") as stream:
-        fcntl.flock(stream, fcntl.LOCK_EX)
-        yield
 
 
 def _conservation(units: Sequence[FinishedUnit]) -> Conservation | None:
@@ -485,33 +491,6 @@ def _models_of(config: FrozenConfig) -> Iterator[ModelRecord]:
             yield ModelRecord(role=role, id=value.id, revision=value.revision)
         elif isinstance(value, FrozenConfig):
             yield from _models_of(value)
-
-
-def _publish(manifest: Manifest, work_folder: Path, stage_root: Path) -> StageOutput:
-    out_folder = work_folder / "out"
-    _remove_strays(out_folder, manifest)
-    manifest.write(out_folder)
-    pointers = stage_root / "fingerprints"
-    pointers.mkdir(exist_ok=True)
-    # The pointer comes before the folder: a kill in between leaves a pointer to nothing, which counts as unfinished
-    # while all files still lie in the work folder. The other way round they would be gone from it and not yet found.
-    write_bytes(pointers / manifest.fingerprint, manifest.data_version.encode())
-    folder = stage_root / manifest.data_version
-    if folder.exists():
-        # The same content was published before and then damaged, or its pointer was lost: the fresh copy replaces it.
-        shutil.rmtree(folder)
-    out_folder.rename(folder)
-    sync_folder(stage_root)
-    shutil.rmtree(work_folder)
-    return StageOutput(folder, manifest)
-
-
-def _remove_strays(out_folder: Path, manifest: Manifest) -> None:
-    listed = {entry.path for entry in manifest.files}
-    for path in out_folder.rglob("*"):
-        name = path.relative_to(out_folder).as_posix()
-        if path.is_file() and name not in listed and name != MANIFEST_NAME:
-            path.unlink()  # left by a unit that was killed before its journal entry
 
 
 def write_request(path: Path, request: StageRequest) -> None:

@@ -90,6 +90,7 @@ class SmallProfile:
     batch: int = 3
     name: str = "small"
     verify: str = "size"
+    lock_wait_seconds: float | None = None
     check_bytes: bool = True
 
     @property
