@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from pipelines.errors import ThroughlineError
 from pipelines.laion_index import Part, find_part
+from pipelines.ray_units import ray_tasks, run_units
 from pipelines.source_files import locate_source
 from pipelines.stage import Stage, StageOutput, StageResult, StageRun, Unit
 from pipelines.stage_configs import LaionSubsetConfig
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from pipelines.laion_rules import Rule
 
 ROWS_FILE = "rows.parquet"
+_UNIT = "rows"
 # Rows held in memory at a time, and rows per row group: part of the output's bytes, so no matter of configuration.
 _BATCH_ROWS = 65_536
 
@@ -31,13 +33,19 @@ _BATCH_ROWS = 65_536
 def produce(run: StageRun[LaionSubsetConfig]) -> StageResult:
     index = run.input("index")
     part = find_part(index, run.partition)
-    if not run.is_finished("rows"):
-        path = _locate(run.config, index, part)
-        with run.unit("rows") as unit:
-            _write_subset(run, unit, part, path)
+    if not run.is_finished(_UNIT):
+        path = _locate(run.config, index, part).absolute()
+        with ray_tasks(run, run.config.workers) as tasks:
+            for _ in run_units(run, tasks, [(_UNIT, path)], _make_rows):
+                pass
     (finished,) = run.finished_units()
     rows_in, rows_out = finished.rows or (0, 0)
     return StageResult(summary={"num_rows": rows_in, "num_kept": rows_out, "dropped": finished.dropped})
+
+
+def _make_rows(run: StageRun[LaionSubsetConfig], name: str, path: Path) -> None:
+    with run.unit(name) as unit:
+        _write_subset(run, unit, find_part(run.input("index"), run.partition), path)
 
 
 def _locate(config: LaionSubsetConfig, index: StageOutput, part: Part) -> Path:
