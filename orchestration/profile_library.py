@@ -22,6 +22,8 @@ from pipelines.stage_configs import (
     ImagesConfig,
     ImageTransform,
     LaionSubsetConfig,
+    ShardsConfig,
+    WorkersConfig,
 )
 from recaption.config import CaptionsConfig, PoolConfig, VllmEngineConfig
 from training.config import (
@@ -226,13 +228,17 @@ def paper(home: Path) -> Profile:
     judge = VllmEngineConfig(
         model=QWEN3_VL_235B, dtype="bfloat16", tensor_parallel_size=8, max_model_len=4096, max_num_seqs=128
     )
+    workers = WorkersConfig(ray_address="auto")
     judges = PoolConfig(ray_address="auto", max_actors=8, num_cpus_per_actor=8, num_gpus_per_actor=8)
     return Profile(
         name="paper",
         home=str(home),
         source=(str(Path("laion").absolute()),),
-        laion_subset=_laion_filters(),
-        images=_published_images(connections=1024),
+        laion_subset=_laion_filters().model_copy(update={"workers": workers}),
+        # A shard is fetched by a process of its own, of which a node of 64 cores runs 16.
+        images=_published_images(connections=128).model_copy(
+            update={"workers": workers.model_copy(update={"cpus_per_unit": 4})}
+        ),
         captions=CaptionsConfig(
             captioner=captioner,
             pool=PoolConfig(
@@ -243,9 +249,10 @@ def paper(home: Path) -> Profile:
                 object_store_memory_bytes=16 << 30,
             ),
         ),
+        shards=ShardsConfig(workers=workers),
         latents=LatentsConfig(autoencoder=SD3, subfolder="vae", dtype="bfloat16", batch_size=128, device="cuda"),
         text_features=None,
-        dataset=DatasetConfig(validation_share=0.001),
+        dataset=DatasetConfig(validation_share=0.001, workers=workers),
         text_encoder=QWEN3_VL_4B,
         autoencoder=SD3,
         template_version=_TEMPLATE,
