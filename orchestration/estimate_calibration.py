@@ -96,14 +96,18 @@ def _subject(profile: "Profile") -> str:
 
 def _filtering(profile: "Profile", folder: Path) -> dict[str, float]:
     from pipelines import laion_index
-    from pipelines.stage_configs import LaionIndexConfig
+    from pipelines.stage_configs import LaionIndexConfig, WorkersConfig
 
     for number, rows in enumerate(_FILTERED_ROWS):
         _write_metadata(folder / "metadata" / f"{number}.parquet", rows, seed=number)
     config = LaionIndexConfig.scan(folder / "metadata", folder / "digests.json")
-    index = str(laion_index.STAGE.run(config, {}, folder).manifest_path)
-    rules = profile.laion_subset.model_copy(update={"source": (), "digest_cache": None}).model_dump()
-    small, large = (_in_fresh_process(_filter, index, rules, str(folder), f"{number:05d}") for number in range(2))
+    index = laion_index.STAGE.run(config, {}, folder)
+    here = {"source": (), "digest_cache": None, "workers": WorkersConfig()}
+    rules = profile.laion_subset.model_copy(update=here).model_dump()
+    small, large = (
+        _in_fresh_process(_filter, str(laion_index.entry_of(index, part).address), rules, str(folder), part)
+        for part in ("0", "1")
+    )
     few = _in_fresh_process(_select, [small["manifest"]], str(folder))
     many = _in_fresh_process(_select, [small["manifest"], large["manifest"]], str(folder))
     more_rows = _FILTERED_ROWS[1] - _FILTERED_ROWS[0]
@@ -164,16 +168,16 @@ def _in_fresh_process(work: Any, *arguments: Any) -> Any:
         return pool.submit(work, *arguments).result()
 
 
-def _filter(index_path: str, rules: dict[str, Any], out: str, part: str) -> dict[str, Any]:
+def _filter(entry_path: str, rules: dict[str, Any], out: str, part: str) -> dict[str, Any]:
     from pipelines import laion_subset
     from pipelines.stage import StageOutput
     from pipelines.stage_configs import LaionSubsetConfig
 
     _be_one_quiet_core()
-    index = StageOutput.load(Path(index_path))
+    entry = StageOutput.load(Path(entry_path))
     config = LaionSubsetConfig.model_validate(rules)
     started = time.monotonic()
-    output = laion_subset.STAGE.run(config, {"index": [index]}, Path(out), part)
+    output = laion_subset.STAGE.run(config, {"index": [entry]}, Path(out), part)
     seconds = time.monotonic() - started
     kept = output.manifest.summary["num_kept"]
     return {

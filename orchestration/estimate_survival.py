@@ -47,7 +47,8 @@ def _shares(inputs: Inputs) -> Iterator[Figure]:
         yield inputs.assumed("pass_aspect")
     if rules.min_text_chars is not None or rules.max_text_chars is not None:
         yield inputs.assumed("pass_text")
-    if rules.drop_duplicate_urls:
+    selection = inputs.profile.laion_selection
+    if rules.drop_duplicate_urls or (selection is not None and selection.drop_duplicate_urls):
         yield inputs.assumed("pass_unique")
     for _ in unknown_rules(rules):
         yield inputs.assumed("pass_other")

@@ -23,6 +23,8 @@ from pipelines.stage_configs import (
     ImageTransform,
     LaionSelectionConfig,
     LaionSubsetConfig,
+    ShardsConfig,
+    WorkersConfig,
 )
 from recaption.config import CaptionsConfig, PoolConfig, VllmEngineConfig
 from training.config import (
@@ -241,15 +243,19 @@ def paper(home: Path) -> Profile:
     judge = VllmEngineConfig(
         model=QWEN3_VL_235B, dtype="bfloat16", tensor_parallel_size=8, max_model_len=4096, max_num_seqs=128
     )
+    workers = WorkersConfig(ray_address="auto")
     judges = PoolConfig(ray_address="auto", max_actors=8, num_cpus_per_actor=8, num_gpus_per_actor=8)
     return Profile(
         name="paper",
         home=str(home),
         source=(str(Path("laion").absolute()),),
         # Which row of a URL stays is one question over all parts, so that the answer depends on no order of files.
-        laion_subset=_laion_filters().model_copy(update={"drop_duplicate_urls": False}),
-        laion_selection=LaionSelectionConfig(),
-        images=_published_images(connections=1024),
+        laion_subset=_laion_filters().model_copy(update={"drop_duplicate_urls": False, "workers": workers}),
+        laion_selection=LaionSelectionConfig(workers=workers),
+        # A shard is fetched by a process of its own, of which a node of 64 cores runs 16.
+        images=_published_images(connections=128).model_copy(
+            update={"workers": workers.model_copy(update={"cpus_per_unit": 4})}
+        ),
         captions=CaptionsConfig(
             captioner=captioner,
             pool=PoolConfig(
@@ -260,9 +266,10 @@ def paper(home: Path) -> Profile:
                 object_store_memory_bytes=16 << 30,
             ),
         ),
+        shards=ShardsConfig(workers=workers),
         latents=LatentsConfig(autoencoder=SD3, subfolder="vae", dtype="bfloat16", batch_size=128, device="cuda"),
         text_features=None,
-        dataset=DatasetConfig(validation_share=0.001),
+        dataset=DatasetConfig(validation_share=0.001, workers=workers),
         text_encoder=QWEN3_VL_4B,
         autoencoder=SD3,
         template_version=_TEMPLATE,

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from pipelines.stage_configs import LaionSubsetConfig
 
 _LISTS = ("opt_outs", "urls_denied", "urls_allowed", "domains_denied", "domains_allowed")
+_RAY_THREADS = 256
+"""Parts asked for at a time; Ray starts as many of them as it has room for."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -42,12 +44,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument("--limit", type=int, metavar="N", help="keep N rows, chosen by hash")
     parser.add_argument("--workers", type=int, help="processes; default: one per core")
+    parser.add_argument(
+        "--ray", metavar="ADDRESS", help='a Ray cluster instead of processes here: "auto", host:port, or "local"'
+    )
     parser.add_argument("--json", action="store_true", help="print the outcome as JSON")
 
 
 def run_subset(arguments: argparse.Namespace) -> int:
     """Carry the command out; raises ThroughlineError for what the user can mend."""
     from pipelines.laion_presets import PRESETS, TOP_SHARES, preset_rules
+    from pipelines.stage_configs import WorkersConfig
 
     if arguments.preset == "?":
         for name, preset in PRESETS.items():
@@ -68,8 +74,9 @@ def run_subset(arguments: argparse.Namespace) -> int:
         field = f"min_{role}"
         if getattr(rules, field) is None:
             rules = rules.model_copy(update={field: _threshold(index, role, share)})
+    rules = rules.model_copy(update={"workers": WorkersConfig(ray_address=arguments.ray)})
     subsets = _subsets(index, rules, arguments.out, arguments.workers or os.cpu_count() or 1)
-    selection = _selection(subsets, by_url, arguments.limit, arguments.out)
+    selection = _selection(subsets, rules, by_url, arguments.limit, arguments.out)
     _report(arguments, rules, index, subsets, selection)
     return 0
 
@@ -125,13 +132,47 @@ def _subsets(index: "StageOutput", rules: "LaionSubsetConfig", out: Path, worker
         if (output := laion_subset.STAGE.find_finished(rules, inputs[part.part], out, part.part)) is not None
     }
     waiting = sorted((part for part in parts if part.part not in finished), key=lambda part: -part.num_rows)
-    if min(workers, len(waiting)) == 1:
+    done = sum(part.num_rows for part in parts if part.part in finished)
+    if waiting and rules.workers.ray_address is not None:
+        finished |= _subsets_on_ray(index, rules, out, waiting, done)
+    elif min(workers, len(waiting)) == 1:
         for part in waiting:
             finished[part.part] = laion_subset.STAGE.run(rules, inputs[part.part], out, part.part)
     elif waiting:
-        done = sum(part.num_rows for part in parts if part.part in finished)
         finished |= _subsets_in_processes(index, rules, out, waiting, min(workers, len(waiting)), done)
     return [finished[part.part] for part in parts]
+
+
+def _subsets_on_ray(
+    index: "StageOutput", rules: "LaionSubsetConfig", out: Path, parts: "Sequence[Part]", rows_done: int
+) -> "Mapping[str, StageOutput]":
+    """Run a stage for each part in a thread, which waits for the node that does the work."""
+    from concurrent.futures import ThreadPoolExecutor, as_completed
+
+    from pipelines import laion_subset
+    from pipelines.laion_index import entry_of
+    from pipelines.progress import Progress
+    from pipelines.ray_units import start_ray
+
+    start_ray(rules.workers)  # once for all threads
+    finished = {}
+    total = rows_done + sum(part.num_rows for part in parts)
+    pool = ThreadPoolExecutor(min(len(parts), _RAY_THREADS))
+    with Progress("subset", total, "rows", initial=rows_done) as progress:
+        try:
+            futures = {
+                pool.submit(
+                    laion_subset.STAGE.run, rules, {"index": [entry_of(index, part.part)]}, out, part.part
+                ): part
+                for part in parts
+            }
+            for future in as_completed(futures):
+                part = futures[future]
+                finished[part.part] = future.result()
+                progress.advance(part.num_rows)
+        finally:
+            pool.shutdown(cancel_futures=True)
+    return finished
 
 
 def _subsets_in_processes(
@@ -220,11 +261,13 @@ def _watch(rows: Any, progress: Any) -> None:
         progress.advance(count)
 
 
-def _selection(subsets: "list[StageOutput]", by_url: bool, limit: int | None, out: Path) -> "StageOutput":
+def _selection(
+    subsets: "list[StageOutput]", rules: "LaionSubsetConfig", by_url: bool, limit: int | None, out: Path
+) -> "StageOutput":
     from pipelines import laion_selection
     from pipelines.stage_configs import LaionSelectionConfig
 
-    config = LaionSelectionConfig(drop_duplicate_urls=by_url, limit=limit)
+    config = LaionSelectionConfig(drop_duplicate_urls=by_url, limit=limit, workers=rules.workers)
     return laion_selection.STAGE.run(config, {"subset": subsets}, out)
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from pipelines.errors import ThroughlineError
 from pipelines.feature_keys import feature_keys
 from pipelines.laion_index import part_names
+from pipelines.ray_units import ray_tasks
 from pipelines.shard_format import ShardIndex
 from pipelines.shard_reader import Shard
 from pipelines.stage import Stage, StageOutput, StageResult, StageRun, Unit
@@ -102,7 +103,7 @@ def _write_samples(
                     hashes |= zip(keys, _hashes(contents, path), strict=True)
             progress.advance(samples=len(rows))
         if wants_hashes:
-            _drop_alike(unit, rows, hashes, run.config)
+            _drop_alike(run, unit, rows, hashes)
         sample_keys = sorted(rows)
         splits = [split_of(key, run.config) for key in sample_keys]
         table = pa.table(
@@ -141,13 +142,17 @@ def _hashes(contents: ShardIndex, path: Path) -> Iterator[tuple[str, str, int]]:
 
 
 def _drop_alike(
-    unit: Unit, rows: dict[str, tuple[str, str, int]], hashes: dict[str, tuple[str, str, int]], config: DatasetConfig
+    run: StageRun[DatasetConfig],
+    unit: Unit,
+    rows: dict[str, tuple[str, str, int]],
+    hashes: dict[str, tuple[str, str, int]],
 ) -> None:
     """Take samples out of `rows` that are alike another one; the detail of a drop is the winner's key."""
     import numpy as np
 
     from pipelines.near_duplicates import winners
 
+    config = run.config
     best_first = sorted(rows, key=lambda key: (-hashes[key][2], key))
     if config.duplicate_images:
         first: dict[str, str] = {}
@@ -159,7 +164,9 @@ def _drop_alike(
         best_first = list(first.values())
     if config.near_duplicates is not None:
         packed = np.array([int(hashes[key][0], 16) for key in best_first], dtype=np.uint64)
-        for place, winner_place in enumerate(winners(packed, config.near_duplicates).tolist()):
+        with ray_tasks(run, config.workers) as tasks:
+            winner_of = winners(packed, config.near_duplicates, tasks)
+        for place, winner_place in enumerate(winner_of.tolist()):
             if winner_place != place:
                 unit.drop(best_first[place], "near_duplicate", best_first[winner_place])
                 del rows[best_first[place]]

@@ -62,8 +62,13 @@ def image_units(images: StageOutput) -> Iterator[ImageUnit]:
     """Yield the units of an ``images`` output that hold at least one picture, in order."""
     for path in images.files(".parquet"):
         if path.name.startswith(PREFIX):
-            num_rows = images.manifest.file(path.name).num_rows or 0
-            yield ImageUnit(path.stem.removeprefix(PREFIX), path, num_rows)
+            yield image_unit(images, path.stem.removeprefix(PREFIX))
+
+
+def image_unit(images: StageOutput, name: str) -> ImageUnit:
+    """Return the unit of that name."""
+    entry = images.manifest.file(f"{PREFIX}{name}.parquet")
+    return ImageUnit(name, images.folder / entry.path, entry.num_rows or 0)
 
 
 def read_table(path: Path, schema: pa.Schema) -> pa.Table:

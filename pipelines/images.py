@@ -17,6 +17,7 @@ from pipelines.laion_selection import rows_name
 from pipelines.laion_subset import ROWS_FILE
 from pipelines.manifest import Conservation
 from pipelines.progress import Progress
+from pipelines.ray_units import ray_tasks, run_units
 from pipelines.stage import Stage, StageResult, StageRun
 from pipelines.stage_configs import ImagesConfig
 
@@ -65,7 +66,10 @@ def produce(run: StageRun[ImagesConfig]) -> StageResult:
         for unit in finished:
             counts.update(unit.notes["statuses"])
         try:
-            asyncio.run(_download(run, path, _Tally(progress, counts)))
+            if run.config.workers.ray_address is None:
+                asyncio.run(_download(run, path, _Tally(progress, counts)))
+            else:
+                _download_on_ray(run, path, _Tally(progress, counts))
         except BaseExceptionGroup as group:
             raise _first(group) from group
     seconds = time.monotonic() - start
@@ -103,11 +107,13 @@ class _Tally:
         self._progress = progress
         self._counts = counts
 
-    def add(self, status: FetchStatus) -> None:
-        self._counts[status] += 1
+    def add(self, status: FetchStatus, num_rows: int = 1) -> None:
+        self._counts[status] += num_rows
         failed = Counter({word: count for word, count in self._counts.items() if word != FetchStatus.OK})
         shown = ", ".join(f"{word} {count}" for word, count in failed.most_common(_REASONS_SHOWN))
-        self._progress.advance(ok=self._counts[FetchStatus.OK], failed=f"{failed.total()} ({shown})" if shown else 0)
+        self._progress.advance(
+            num_rows, ok=self._counts[FetchStatus.OK], failed=f"{failed.total()} ({shown})" if shown else 0
+        )
 
 
 async def _download(run: StageRun[ImagesConfig], path: Path, tally: _Tally) -> None:
@@ -135,6 +141,49 @@ async def _download(run: StageRun[ImagesConfig], path: Path, tally: _Tally) -> N
                 shards.create_task(download_shard(name, rows))
 
 
+def _download_on_ray(run: StageRun[ImagesConfig], path: Path, tally: _Tally) -> None:
+    with ray_tasks(run, run.config.workers) as tasks:
+        assert tasks is not None
+
+        def shards() -> Iterator[tuple[str, _Share]]:
+            for name, rows in read_shards(path, run.config.rows_per_shard):
+                # Shards that run at the same time may be on one host all of them.
+                yield name, _Share(rows, max(1, run.config.fetch.connections_per_host // max(1, tasks.num_places)))
+
+        for unit in run_units(run, tasks, shards(), _download_unit):
+            for status, num_rows in unit.notes["statuses"].items():
+                tally.add(FetchStatus(status), num_rows)
+
+
+@dataclass(frozen=True)
+class _Share:
+    """What a process on another node is given of the download: a shard, and its share of the connections to a host."""
+
+    rows: list[Row]
+    connections_per_host: int
+
+
+def _download_unit(run: StageRun[ImagesConfig], name: str, share: _Share) -> None:
+    from pipelines.decode_pool import DecodePool
+    from pipelines.fetch import Fetcher
+
+    config = run.config
+    fetch = config.fetch.model_copy(update={"connections_per_host": share.connections_per_host})
+
+    async def download() -> list[RowOutcome]:
+        async with (
+            DecodePool(max(1, int(config.workers.cpus_per_unit)), config.decode_seconds, config.transform) as pool,
+            Fetcher(fetch, pool.has_room) as fetcher,
+        ):
+            return await _download_shard(run, name, share.rows, fetcher, pool, None)
+
+    try:
+        outcomes = asyncio.run(download())
+    except BaseExceptionGroup as group:
+        raise _first(group) from group
+    _write_shard(run, name, share.rows, outcomes)
+
+
 def read_shards(path: Path, rows_per_shard: int) -> Iterator[tuple[str, list[Row]]]:
     """Yield (unit name, rows) of a subset, whatever its row groups; the last shard may be shorter."""
     import pyarrow as pa
@@ -160,13 +209,14 @@ async def _download_shard(
     rows: list[Row],
     fetcher: "Fetcher",
     pool: "DecodePool",
-    tally: _Tally,
+    tally: _Tally | None,
 ) -> list[RowOutcome]:
     watch = _FailureWatch(f"{run.label} shard {name}", len(rows), run.config)
 
     async def one(index: int, row: Row) -> RowOutcome:
         outcome = _checked_for_drift(row, await _download_row(row, fetcher, pool), run.config)
-        tally.add(outcome.status)
+        if tally is not None:
+            tally.add(outcome.status)
         watch.record(index, outcome)
         return outcome
 

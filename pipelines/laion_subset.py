@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from pipelines.errors import ThroughlineError
 from pipelines.laion_index import Part, read_part
 from pipelines.manifest import SourceFile
+from pipelines.ray_units import ray_tasks, run_units
 from pipelines.source_files import locate_source
 from pipelines.stage import Stage, StageOutput, StageResult, StageRun, Unit
 from pipelines.stage_configs import LaionSubsetConfig
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from pipelines.laion_rules import Rule
 
 ROWS_FILE = "rows.parquet"
+_UNIT = "rows"
 # Rows held in memory at a time, and rows per row group: part of the output's bytes, so no matter of configuration.
 _BATCH_ROWS = 65_536
 
@@ -35,16 +37,22 @@ def produce(run: StageRun[LaionSubsetConfig]) -> StageResult:
     part = read_part(entry)
     if part.part != run.partition:
         raise ThroughlineError(f"laion_subset {run.partition}: the entry of the index is that of part {part.part}")
-    if not run.is_finished("rows"):
-        path = _locate(run.config, entry, part)
-        with run.unit("rows") as unit:
-            _write_subset(run, unit, part, path)
+    if not run.is_finished(_UNIT):
+        path = _locate(run.config, entry, part).absolute()
+        with ray_tasks(run, run.config.workers) as tasks:
+            for _ in run_units(run, tasks, [(_UNIT, path)], _make_rows):
+                pass
     (finished,) = run.finished_units()
     rows_in, rows_out = finished.rows or (0, 0)
     return StageResult(
         summary={"num_rows": rows_in, "num_kept": rows_out, "dropped": finished.dropped},
         sources=[SourceFile(name=part.name, sha256=part.sha256, num_bytes=part.num_bytes)],
     )
+
+
+def _make_rows(run: StageRun[LaionSubsetConfig], name: str, path: Path) -> None:
+    with run.unit(name) as unit:
+        _write_subset(run, unit, read_part(run.input("index")), path)
 
 
 def _locate(config: LaionSubsetConfig, entry: StageOutput, part: Part) -> Path:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from pipelines.errors import ThroughlineError
 from pipelines.manifest import Conservation
+from pipelines.ray_units import ray_tasks, run_units
 from pipelines.stage import Stage, StageOutput, StageResult, StageRun, Unit
 from pipelines.stage_configs import ShardsConfig
 
@@ -28,16 +29,15 @@ _PROVENANCE_COLUMNS = (
 def produce(run: StageRun[ShardsConfig]) -> StageResult:
     from pipelines.image_rows import image_units
 
-    images, captions = run.input("images"), run.input("captions")
-    units = list(image_units(images))
-    captioner = _captioner(captions)
-    with run.progress(sum(unit.num_rows for unit in units), "samples") as progress:
-        for unit in units:
-            if not run.is_finished(unit.name):
-                rows = _captions_of(captions, unit)
-                with run.unit(unit.name) as output:
-                    _write_unit(run, output, unit, rows, captioner)
-            progress.advance(unit.num_rows)
+    units = list(image_units(run.input("images")))
+    _captioner(run.input("captions"))  # what is wrong with it is wrong with all units
+    num_done = sum(unit.num_rows for unit in units if run.is_finished(unit.name))
+    with (
+        ray_tasks(run, run.config.workers) as tasks,
+        run.progress(sum(unit.num_rows for unit in units), "samples", initial=num_done) as progress,
+    ):
+        for made in run_units(run, tasks, ((unit.name, None) for unit in units), _make_unit):
+            progress.advance(made.rows[0] if made.rows else 0)
     finished = run.finished_units()
     return StageResult(
         summary={
@@ -46,6 +46,15 @@ def produce(run: StageRun[ShardsConfig]) -> StageResult:
         },
         conservation=None if finished else Conservation(rows_in=0, rows_out=0),
     )
+
+
+def _make_unit(run: StageRun[ShardsConfig], name: str, _: None) -> None:
+    from pipelines.image_rows import image_unit
+
+    captions, unit = run.input("captions"), image_unit(run.input("images"), name)
+    rows = _captions_of(captions, unit)
+    with run.unit(name) as output:
+        _write_unit(run, output, unit, rows, _captioner(captions))
 
 
 def _captioner(captions: StageOutput) -> dict[str, str] | None:

@@ -3,6 +3,7 @@
 import glob
 import json
 import os
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -112,6 +113,6 @@ class _DigestCache:
         if self._file is not None and self._changed:
             self._file.parent.mkdir(parents=True, exist_ok=True)
             # Parts may be read by several processes at once: each writes a file of its own, the last rename wins.
-            own = self._file.with_name(f"{self._file.name}.{os.getpid()}")
+            own = self._file.with_name(f"{self._file.name}.{os.getpid()}-{threading.get_ident()}")
             write_json(own, self._entries)
             own.replace(self._file)

@@ -287,23 +287,40 @@ class StageRun(Generic[ConfigT]):
 
     def finished_units(self) -> list[FinishedUnit]:
         """Return the journal of all finished units, sorted by name."""
-        units = []
-        for path in sorted(self._units.glob("*.json")):
-            entry = json.loads(path.read_bytes())
-            units.append(
-                FinishedUnit(
-                    name=path.stem,
-                    files=tuple(FileEntry(**item) for item in entry["files"]),
-                    rows=tuple(entry["rows"]) if entry["rows"] else None,
-                    dropped=entry["dropped"],
-                    notes=entry["notes"],
-                )
-            )
-        return units
+        return [_read_journal(path) for path in sorted(self._units.glob("*.json"))]
+
+    def finished_unit(self, name: str) -> FinishedUnit:
+        """Return the journal of one finished unit."""
+        return _read_journal(self._units / f"{name}.json")
+
+    def adopt(self, name: str, work_folder: Path) -> FinishedUnit:
+        """Take over a unit that another process finished in a work folder of its own, on the same file system."""
+        journal = work_folder / "units" / f"{name}.json"
+        unit = _read_journal(journal)
+        moves = [(work_folder / "out" / entry.path, self.out_path(entry.path)) for entry in unit.files]
+        if unit.dropped:
+            moves.append((journal.with_suffix(".dropped"), self._drops_path(name)))
+        for source, target in [*moves, (journal, self._units / journal.name)]:  # as ever, the journal comes last
+            target.parent.mkdir(parents=True, exist_ok=True)
+            source.replace(target)
+            sync_folder(target.parent)
+        shutil.rmtree(work_folder, ignore_errors=True)
+        return unit
 
     def out_path(self, path: str) -> Path:
         """Return where an already written output file lies while the stage runs."""
         return self._out / path
+
+
+def _read_journal(path: Path) -> FinishedUnit:
+    entry = json.loads(path.read_bytes())
+    return FinishedUnit(
+        name=path.stem,
+        files=tuple(FileEntry(**item) for item in entry["files"]),
+        rows=tuple(entry["rows"]) if entry["rows"] else None,
+        dropped=entry["dropped"],
+        notes=entry["notes"],
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,6 +9,22 @@ from pydantic import Field, field_validator, model_validator
 from pipelines.config import FrozenConfig, execution_field
 
 
+class WorkersConfig(FrozenConfig):
+    """Where the units of a stage are computed: in its own process, or on a Ray cluster. Nothing here changes a byte."""
+
+    ray_address: str | None = execution_field(None, min_length=1)
+    """None: in the stage's own process. "local" starts Ray on this machine, "auto" joins the cluster this process runs
+    in, ``host:port`` names one. Every node of a cluster must see the folder of outputs at the same path."""
+    cpus_per_unit: float = execution_field(1.0, gt=0)
+    """Cores that a unit reserves on its node; a unit of `images` has as many decoders."""
+    max_units_in_flight: int | None = execution_field(None, ge=1)
+    """Units handed to Ray at a time, each held in memory until it is done; None: two for each there is room for."""
+    max_deaths_per_unit: int = execution_field(4, ge=0)
+    """Times a unit's worker or node may die (killed, out of memory, lost) before the stage gives up."""
+    room_timeout_seconds: float = execution_field(600.0, gt=0)
+    """Longest wait while no node has room for a unit: an autoscaler takes minutes, a cluster too small for ever."""
+
+
 class SourceContent(FrozenConfig):
     """One metadata file by content: what makes it the same file on another machine."""
 
@@ -113,6 +129,9 @@ class LaionSubsetConfig(FrozenConfig):
     """Where the metadata files lie; empty: where the index found them."""
     digest_cache: str | None = execution_field(None)
     """See `LaionIndexConfig.digest_cache`; empty: the index's."""
+    workers: WorkersConfig = execution_field(WorkersConfig())
+    """A part is one unit: its rows are told apart in their order. Parts run side by side where several are asked for at
+    the same time (`throughline subset --ray`, partitions of Dagster)."""
 
     @model_validator(mode="after")
     def _lengths_in_order(self) -> Self:
@@ -146,7 +165,9 @@ class LaionSelectionConfig(FrozenConfig):
     sample_salt: str = "sample-1"
     """Another salt gives another sample."""
     bucket_rows: int = execution_field(2_000_000, ge=1)
-    """Rows whose hashes are held in memory at a time, at 150 bytes each; the others wait on disk, at 40 bytes each."""
+    """Rows whose hashes are held in memory at a time, at 150 bytes each; the others wait on disk, at 40 bytes each.
+    On a cluster each part has files of its own for all buckets: for hundreds of parts take larger ones."""
+    workers: WorkersConfig = execution_field(WorkersConfig())
 
 
 class ImageFormat(StrEnum):
@@ -225,6 +246,9 @@ class ImagesConfig(FrozenConfig):
     it is recorded either way, and dropped as ``drifted``."""
     shards_in_flight: int = execution_field(4, ge=1)
     """Shards fetched at the same time, so that one slow host doesn't idle the rest; costs their pictures' memory."""
+    workers: WorkersConfig = execution_field(WorkersConfig())
+    """On Ray a shard is fetched by a process with `total_connections` of its own, and `connections_per_host` is divided
+    among the shards there is room for (one at least)."""
 
 
 class ExtraMember(FrozenConfig):
@@ -262,6 +286,7 @@ class ShardsConfig(FrozenConfig):
     image_quality: int = Field(default=90, ge=1, le=100)
     """Quality where pictures are encoded once more."""
     extra_members: tuple[ExtraMember, ...] = ()
+    workers: WorkersConfig = execution_field(WorkersConfig())
 
     @model_validator(mode="after")
     def _suffixes_differ(self) -> Self:
@@ -284,3 +309,5 @@ class DatasetConfig(FrozenConfig):
     """Of samples whose perceptual hashes differ in at most this many of 64 bits one alone stays (``near_duplicate``);
     None is off. 4 finds other sizes and qualities of one picture; time grows steeply with it. The winner, of these and
     of `duplicate_images`, is the one with the most source pixels, then the one with the smallest key."""
+    workers: WorkersConfig = execution_field(WorkersConfig())
+    """For the search for near duplicates."""

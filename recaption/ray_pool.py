@@ -12,22 +12,19 @@ import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from pipelines.digest import digest_json
 from pipelines.errors import ThroughlineError
+from pipelines.ray_cluster import LOCAL_RAY, first_line, join_ray, worker_environment
 from recaption.config import EngineConfig, OpenAIEngineConfig, PoolConfig, VllmEngineConfig
 from recaption.engine import VisionAnswer, VisionLanguageEngine, VisionRequest, load_engine
-from recaption.vllm_environment import RAY_ENVIRONMENT, vllm_environment
+from recaption.vllm_environment import vllm_environment
 
 KeyT = TypeVar("KeyT")
 
 _BATCHES_PER_ACTOR = 2
 """One at work and one waiting beside it, so that an engine never waits for the driver."""
-
-
-_START_ATTEMPTS = 3
 
 
 class EnginePool(Protocol):
@@ -132,7 +129,7 @@ class RayPool:
             num_gpus=pool.num_gpus_per_actor,
             max_restarts=0,
             max_task_retries=0,
-            runtime_env={"env_vars": _worker_environment(engine, pool)},
+            runtime_env={"env_vars": vllm_environment(engine) | worker_environment(pool.ray_address)},
         )
         self._slots = [self._new_slot() for _ in range(pool.max_actors)]
 
@@ -217,7 +214,7 @@ class RayPool:
         task.deaths += 1
         if task.deaths > self._pool.max_actor_restarts:
             raise ThroughlineError(
-                f"batch {task.key!r}: its engine died {task.deaths} times ({_first_line(error)}); lower the "
+                f"batch {task.key!r}: its engine died {task.deaths} times ({first_line(error)}); lower the "
                 "rows per batch or the engine's memory settings, then run again"
             ) from error
 
@@ -254,7 +251,7 @@ class RayPool:
             return
         if slot.restarts >= self._pool.max_actor_restarts:
             raise ThroughlineError(
-                f"{self._engine.model.id}: its engine died {slot.restarts + 1} times ({_first_line(error)}); "
+                f"{self._engine.model.id}: its engine died {slot.restarts + 1} times ({first_line(error)}); "
                 "see Ray's logs, or raise max_actor_restarts"
             ) from error
         logging.getLogger(__name__).warning("an engine of %s died and is started again", self._engine.model.id)
@@ -266,79 +263,22 @@ class RayPool:
 
 def start_ray(pool: PoolConfig) -> None:
     """Start Ray on this machine or join a cluster, unless this process already did."""
-    os.environ.update(RAY_ENVIRONMENT)
-    try:
+    num_cpus = max(1, math.ceil(pool.max_actors * pool.num_cpus_per_actor))
+    started = join_ray(
+        pool.ray_address,
+        ("pipelines", "recaption"),
+        num_cpus=num_cpus,
+        object_store_memory_bytes=pool.object_store_memory_bytes,
+    )
+    if started and pool.ray_address == LOCAL_RAY:
         import ray
-    except ImportError as error:
-        raise ThroughlineError(
-            f"Ray cannot be imported ({error}); install the extra 'cpu' or 'gpu' of this project"
-        ) from error
-    if ray.is_initialized():
-        return
-    if pool.ray_address == "local":
-        _start_local(pool)
+
         num_gpus = ray.cluster_resources().get("GPU", 0.0)
         if num_gpus < pool.num_gpus_per_actor:
             raise ThroughlineError(
                 f"an engine needs {pool.num_gpus_per_actor:g} GPUs, this machine has {num_gpus:g}; choose another "
                 "profile, or name a Ray cluster in the pool's ray_address"
             )
-        return
-    try:
-        ray.init(
-            address=pool.ray_address,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-            runtime_env={"py_modules": [str(_source_root() / package) for package in ("pipelines", "recaption")]},
-        )
-    except ConnectionError as error:
-        raise ThroughlineError(
-            f"no Ray cluster answers at {pool.ray_address!r} ({_first_line(error)}); start one with `ray start "
-            "--head`, or use ray_address 'local'"
-        ) from error
-
-
-def _start_local(pool: PoolConfig) -> None:
-    import ray
-
-    for attempt in range(1, _START_ATTEMPTS + 1):
-        try:
-            ray.init(
-                address="local",
-                num_cpus=max(1, math.ceil(pool.max_actors * pool.num_cpus_per_actor)),
-                object_store_memory=pool.object_store_memory_bytes,
-                include_dashboard=False,
-                log_to_driver=False,
-                logging_level=logging.ERROR,
-                configure_logging=False,
-            )
-        except Exception as error:  # Ray raises the bare type where its processes are not up within 30 s
-            ray.shutdown()
-            if attempt == _START_ATTEMPTS:
-                raise ThroughlineError(
-                    f"Ray did not start on this machine in {_START_ATTEMPTS} tries ({_first_line(error)}); see that it "
-                    "has a core and 2 GiB of memory to spare, then run again: finished shards are kept"
-                ) from error
-            logging.getLogger(__name__).warning("Ray did not start (%s); it is tried again", _first_line(error))
-        else:
-            return
-
-
-def _worker_environment(engine: VllmEngineConfig, pool: PoolConfig) -> dict[str, str]:
-    environment = vllm_environment(engine)
-    if pool.ray_address == "local":
-        # A worker starts outside the working folder; an editable install or a bare checkout must be found all the same.
-        paths = [str(_source_root()), os.environ.get("PYTHONPATH", "")]
-        environment["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
-    return environment
-
-
-def _source_root() -> Path:
-    return Path(__file__).resolve().parent.parent
-
-
-def _first_line(error: BaseException) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def _as_throughline_error(engine: VllmEngineConfig, error: Any) -> ThroughlineError:

@@ -1,16 +1,6 @@
-"""The environment variables that vLLM and Ray read, named in one place; they must be set before either is imported."""
-
-from collections.abc import Mapping
+"""The environment variables that vLLM reads, named in one place; they must be set before it is imported."""
 
 from recaption.config import VllmEngineConfig
-
-RAY_ENVIRONMENT: Mapping[str, str] = {
-    "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-    "RAY_worker_register_timeout_seconds": "300",
-}
-"""For the process that starts or joins Ray: no usage report; GPUs stay visible to actors that reserve none; a worker
-may take its time to come up on a busy machine (Ray's own 60 s were too short beside a few other jobs)."""
 
 
 def vllm_environment(config: VllmEngineConfig) -> dict[str, str]:

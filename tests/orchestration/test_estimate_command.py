@@ -111,7 +111,8 @@ def test_rows_and_shares_come_from_the_profiles_own_outputs(tmp_path: Path) -> N
     profile = _profile(tmp_path / "home", f'source=["{source}"]')
     config = LaionIndexConfig.scan(source)
     index = laion_index.STAGE.run(config, {}, profile.output_root)
-    laion_subset.STAGE.run(profile.laion_subset, {"index": [index]}, profile.output_root, "00000")
+    entry = laion_index.entry_of(index, "0")
+    laion_subset.STAGE.run(profile.laion_subset, {"index": [entry]}, profile.output_root, "0")
     measured = measured_for(profile)
     assert measured["rows"].value == 100 and measured["part_rows"].value == 50
     assert measured["pass_rules"].value == pytest.approx(0.6)

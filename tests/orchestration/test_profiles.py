@@ -67,9 +67,20 @@ def test_fields_are_set_by_path(tmp_path: Path) -> None:
     assert (profile.training.steps, profile.source, profile.name) == (7, ("/data/laion",), "mine")
 
 
+def test_a_cluster_is_named_on_the_command_line_and_changes_no_result(tmp_path: Path) -> None:
+    changes = ["images.workers.ray_address=auto", "images.workers.cpus_per_unit=4", "shards.workers.ray_address=auto"]
+    here, on_ray = load_profile("single_gpu", tmp_path), load_profile("single_gpu", tmp_path, changes)
+    assert (on_ray.images.workers.ray_address, on_ray.images.workers.cpus_per_unit) == ("auto", 4)
+    for name in ("images", "shards"):
+        stage = GRAPH[name].stage
+        assert stage.fingerprint(getattr(on_ray, name), {}) == stage.fingerprint(getattr(here, name), {})
+    assert {load_profile("demo", tmp_path).images.workers.ray_address, here.images.workers.ray_address} == {None}
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        ("images.workers.cpus_per_unit=0", r"images\.workers\.cpus_per_unit: .*greater than 0"),
         ("training.stepz=3", r"training\.stepz: Extra inputs are not permitted"),
         ("training.steps=no", r"training\.steps: .*integer"),
         ("training.steps", "expected field.field=value"),

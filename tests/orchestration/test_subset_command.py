@@ -68,6 +68,25 @@ def test_a_subset_of_several_parts_accounts_for_every_row(tmp_path: Path, capsys
     assert sorted(pq.read_table(file)["sample_key"].to_pylist()) == sorted(keys)
 
 
+@pytest.mark.slow
+def test_a_subset_made_on_ray_is_the_one_made_here(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import ray
+
+    from recaption.ray_pool import close_pools
+
+    for number in range(3):
+        write_part(tmp_path / "in" / f"{number}.parquet", number * 40)
+    words = ["--input", str(tmp_path / "in"), "--limit", "20"]
+    here = subset(capsys, *words, "--out", str(tmp_path / "out"), "--workers", "1")
+    close_pools()
+    try:
+        on_ray = subset(capsys, *words, "--out", str(tmp_path / "ray"), "--ray", "local")
+    finally:
+        ray.shutdown()
+    assert on_ray["dropped"] == here["dropped"]
+    assert Path(on_ray["selection"]).parent.name == Path(here["selection"]).parent.name
+
+
 def test_the_clip_preset_takes_its_threshold_from_the_pool(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_part(tmp_path / "in" / "p.parquet", 0)
     words = ["--input", str(tmp_path / "in"), "--out", str(tmp_path / "out"), "--preset", "datacomp-clip-l14"]
