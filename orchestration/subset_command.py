@@ -160,11 +160,9 @@ def _subsets_on_ray(
     pool = ThreadPoolExecutor(min(len(parts), _RAY_THREADS))
     with Progress("subset", total, "rows", initial=rows_done) as progress:
         try:
+            inputs = {part.part: {"index": [entry_of(index, part.part)]} for part in parts}
             futures = {
-                pool.submit(
-                    laion_subset.STAGE.run, rules, {"index": [entry_of(index, part.part)]}, out, part.part
-                ): part
-                for part in parts
+                pool.submit(laion_subset.STAGE.run, rules, inputs[part.part], out, part.part): part for part in parts
             }
             for future in as_completed(futures):
                 part = futures[future]
