@@ -68,6 +68,8 @@ class Node:
     kinds: frozenset[str] = frozenset()
     is_wanted: "Callable[[Profile], bool]" = lambda profile: True
     """False takes the asset out of the graph; stages that would read it get an empty list."""
+    earlier: "Callable[[FrozenConfig], FrozenConfig | None]" = lambda config: None
+    """The configuration of the asset's own output that a configuration starts from, or None where it starts anew."""
 
     @property
     def stage(self) -> Stage[Any]:

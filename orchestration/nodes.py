@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING
 
 from orchestration.graph import Graph, Group, Input, Node, PartitionKind
 from pipelines.config import FrozenConfig
-from pipelines.stage_configs import LaionIndexConfig
+from pipelines.stage_configs import ImagesConfig, LaionIndexConfig
 from training.config import CheckpointConfig, Strategy
 
 if TYPE_CHECKING:
@@ -13,6 +13,11 @@ if TYPE_CHECKING:
 
 def _index_config(profile: "Profile", _: str | None) -> FrozenConfig:
     return LaionIndexConfig.scan(profile.source, profile.digest_cache)
+
+
+def _earlier_images(config: FrozenConfig) -> FrozenConfig | None:
+    assert isinstance(config, ImagesConfig)
+    return config.model_copy(update={"later_passes": config.later_passes - 1}) if config.later_passes else None
 
 
 def _scores_config(profile: "Profile", partition: str | None) -> FrozenConfig:
@@ -62,6 +67,7 @@ DATA_NODES = (
         configure=lambda profile, _: profile.images,
         partition=PartitionKind.PART,
         inputs=(Input(name="subset", asset="laion_subset"),),
+        earlier=_earlier_images,
         kinds=frozenset({"http", "parquet"}),
     ),
     Node(
