@@ -36,13 +36,12 @@ class Tally:
             self._num_healed += status is FetchStatus.OK
         failed = Counter({word: count for word, count in self._counts.items() if word != FetchStatus.OK and count})
         shown = ", ".join(f"{word} {count}" for word, count in failed.most_common(_REASONS_SHOWN))
-        details: dict[str, float | int | str] = {} if before is None else {"healed": self._num_healed}
-        self._progress.advance(
-            now=self._present_rate(),
-            **details,
-            ok=self._counts[FetchStatus.OK],
-            failed=f"{failed.total()} ({shown})" if shown else 0,
-        )
+        now, ok = self._present_rate(), self._counts[FetchStatus.OK]
+        said = f"{failed.total()} ({shown})" if shown else 0
+        if before is None:
+            self._progress.advance(now=now, ok=ok, failed=said)
+        else:
+            self._progress.advance(now=now, healed=self._num_healed, ok=ok, failed=said)
 
     def _present_rate(self) -> str:
         now = time.monotonic()

@@ -262,6 +262,12 @@ def _bare(bodies: Sequence[bytes]) -> None:
         square.save(io.BytesIO(), "JPEG", quality=_QUALITY)
 
 
+def _encoded(pixels: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "JPEG", quality=_QUALITY)
+    return buffer.getvalue()
+
+
 def _seconds_each(work: Callable[[], object], count: int) -> float:
     start = time.process_time()
     work()
@@ -302,6 +308,11 @@ def _of_decoders(
         f"{name}, pictures per CPU second": round(1 / statistics.median(taken), 1) for name, taken in each.items()
     }
     whole, *others = transforms
+    raw = [np.asarray(Image.open(io.BytesIO(body)).resize((_SIZE_PX, _SIZE_PX))) for body in bodies]
+    encoded = [Image.open(io.BytesIO(_encoded(pixels))) for pixels in raw]
+    measured[f"pixels: JPEG of quality {_QUALITY} against what it encodes, dB"] = _psnr(
+        np.stack(encoded), np.stack(raw)
+    )
     expected = _squares(folder, bodies, transforms[whole])
     for name in others:
         measured[f"pixels: {name} against {whole}, dB"] = _psnr(_squares(folder, bodies, transforms[name]), expected)
