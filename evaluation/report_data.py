@@ -10,6 +10,7 @@ from typing import Any
 
 from evaluation.caption_tables import caption_tables, evenly
 from evaluation.config import Benchmark, parse_partition
+from pipelines.manifest import EARLIER
 from pipelines.stage import StageOutput
 
 Lineage = Mapping[str, Sequence[StageOutput]]
@@ -38,10 +39,20 @@ class FunnelStep:
 
 
 def funnel(lineage: Lineage) -> list[FunnelStep]:
-    """Return the steps from metadata rows to training samples, those that counted rows."""
+    """Return the steps from metadata rows to training samples, those that counted rows.
+
+    An output that another took the place of counts with neither its rows nor its losses.
+    """
+    replaced = {
+        ref.data_version
+        for items in lineage.values()
+        for item in items
+        for ref in item.manifest.inputs.get(EARLIER, ())
+    }
     steps = []
     for stage, label in FUNNEL_STAGES.items():
-        tables = [item.manifest.conservation for item in lineage.get(stage, ()) if item.manifest.conservation]
+        outputs = [item for item in lineage.get(stage, ()) if item.data_version not in replaced]
+        tables = [item.manifest.conservation for item in outputs if item.manifest.conservation]
         if not tables:
             continue
         reasons: Counter[str] = Counter()

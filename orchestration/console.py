@@ -64,7 +64,10 @@ class Console:
             return
         with self._lock:
             width = os.get_terminal_size(self._stream.fileno()).columns or 80
-            self._stream.write("\r\x1b[2K" + ("    " + progress_text(record, bar=True))[: width - 1])
+            text = "    " + progress_text(record, bar=True)
+            if len(text) >= width:  # figures tell more than a bar
+                text = "    " + progress_text(record)
+            self._stream.write("\r\x1b[2K" + text[: width - 1])
             self._stream.flush()
             self._bar_shown = True
 

@@ -85,6 +85,8 @@ class Node:
     reads, as far as it is known before the asset is computed."""
     is_wanted: "Callable[[Profile], bool]" = lambda profile: True
     """False takes the asset out of the graph; stages that would read it get an empty list."""
+    earlier: "Callable[[FrozenConfig], FrozenConfig | None]" = lambda config: None
+    """The configuration of the asset's own output that a configuration starts from, or None where it starts anew."""
 
     @property
     def stage(self) -> Stage[Any]:

@@ -7,7 +7,7 @@ from orchestration.graph import Graph, Group, Input, Node, PartitionKind
 from pipelines.config import FrozenConfig
 from pipelines.laion_index import ENTRY_FILE, known_entries
 from pipelines.laion_selection import PART_ROWS_FILE
-from pipelines.stage_configs import LaionIndexConfig
+from pipelines.stage_configs import ImagesConfig, LaionIndexConfig
 from training.config import CheckpointConfig, PipelineExportConfig, Strategy
 
 if TYPE_CHECKING:
@@ -16,6 +16,11 @@ if TYPE_CHECKING:
 
 def _index_config(profile: "Profile", _: str | None) -> FrozenConfig:
     return LaionIndexConfig.scan(profile.source, profile.digest_cache)
+
+
+def _earlier_images(config: FrozenConfig) -> FrozenConfig | None:
+    assert isinstance(config, ImagesConfig)
+    return config.model_copy(update={"later_passes": config.later_passes - 1}) if config.later_passes else None
 
 
 def _scores_config(profile: "Profile", partition: str | None) -> FrozenConfig:
@@ -107,6 +112,7 @@ DATA_NODES = (
             Input(name="selection", asset="laion_selection", file=PART_ROWS_FILE),
             Input(name="subset", asset="laion_subset", unless="laion_selection"),
         ),
+        earlier=_earlier_images,
         kinds=frozenset({"http", "parquet"}),
     ),
     Node(

@@ -25,7 +25,7 @@ from orchestration.graph import (
 from pipelines.config import FrozenConfig
 from pipelines.errors import ThroughlineError
 from pipelines.laion_index import part_names
-from pipelines.manifest import MANIFEST_NAME, damaged_files
+from pipelines.manifest import EARLIER, MANIFEST_NAME, damaged_files
 from pipelines.stage import StageOutput, StageRequest
 
 if TYPE_CHECKING:
@@ -191,6 +191,7 @@ class Plan:
             )
         try:
             config = self.profile.resolved(node.configure(self.profile, partition))
+            inputs |= self._earlier(node, partition, config, inputs)
         except ThroughlineError as error:
             return Task(node=node, partition=partition, config=None, inputs=None, output=None, blocked_by=(str(error),))
         output = node.stage.find_finished(config, inputs, self.output_root, partition, self.profile.verify)
@@ -212,6 +213,25 @@ class Plan:
             same_code = output.manifest.code_version == node.stage.code_version
             if same_code and not damaged_files(output.folder, output.manifest, read_bytes=False):
                 yield output
+
+    def _earlier(
+        self, node: Node, partition: str | None, config: FrozenConfig, inputs: Mapping[str, list[StageOutput]]
+    ) -> dict[str, list[StageOutput]]:
+        """Return, as one more input, the asset's own output that a configuration starts from, if it starts from one.
+
+        Raises ThroughlineError where that is not finished.
+        """
+        before = node.earlier(config)
+        if before is None:
+            return {}
+        its_inputs = {**inputs, **self._earlier(node, partition, before, inputs)}
+        output = node.stage.find_finished(before, its_inputs, self.output_root, partition, self.profile.verify)
+        if output is None:
+            raise ThroughlineError(
+                f"the output of {label_of(node.name, partition)} that it starts from is not finished; run "
+                f"{node.name} with one later pass less first"
+            )
+        return {EARLIER: [output]}
 
     def _has_other_output(self, task: Task) -> bool:
         for path in (self.output_root / task.node.name).glob(f"*/{MANIFEST_NAME}"):

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from types import TracebackType
 from typing import Self
@@ -23,11 +24,25 @@ Decoder = Callable[[bytes, ImageTransform], DecodeOutcome]
 _log = logging.getLogger(__name__)
 
 
-def _start_worker(parent: int) -> None:
+@dataclass(frozen=True)
+class _Work:
+    """What a worker is told once, so that nothing but bodies travels to it."""
+
+    decoder: Decoder
+    transform: ImageTransform
+    seconds: float
+
+
+_work: _Work | None = None
+
+
+def _start_worker(parent: int, work: _Work) -> None:
     """End this worker when its parent is gone: a killed parent closes no pipe that a worker would notice.
 
     An interrupt from the terminal reaches workers too; their parent is the one to act on it.
     """
+    global _work
+    _work = work
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
     def watch() -> None:
@@ -46,10 +61,8 @@ class DecodePool:
     """
 
     def __init__(self, workers: int, seconds: float, transform: ImageTransform, decoder: Decoder = decode) -> None:
-        self._decoder = decoder
+        self._work = _Work(decoder, transform, seconds)
         self._workers = workers
-        self._seconds = seconds
-        self._transform = transform
         self._slots = asyncio.Semaphore(2 * workers)
         self._alone = asyncio.Lock()
         self._pool: ProcessPoolExecutor | None = None
@@ -87,7 +100,7 @@ class DecodePool:
 
     async def _decode(self, body: bytes) -> DecodeOutcome:
         if self._pool is None:
-            self._pool = _new_pool(self._workers)
+            self._pool = _new_pool(self._workers, self._work)
         pool = self._pool
         try:
             return await self._decode_in(pool, body)
@@ -101,7 +114,7 @@ class DecodePool:
 
     async def _decode_alone(self, body: bytes) -> DecodeOutcome:
         if self._pool_of_one is None:
-            self._pool_of_one = _new_pool(1)
+            self._pool_of_one = _new_pool(1, self._work)
         pool = self._pool_of_one
         try:
             return await self._decode_in(pool, body)
@@ -112,26 +125,27 @@ class DecodePool:
 
     async def _decode_in(self, pool: ProcessPoolExecutor, body: bytes) -> DecodeOutcome:
         try:
-            future = pool.submit(_decode_in_time, self._decoder, body, self._transform, self._seconds)
+            future = pool.submit(_decode_in_time, body)
         except RuntimeError as error:  # it was shut down while this picture waited, because a worker of it died
             raise BrokenProcessPool(str(error)) from error
         # Shielded, because a future that is cancelled while a worker dies ends the executor's own thread (Python 3.11).
         return await asyncio.shield(asyncio.wrap_future(future))
 
 
-def _decode_in_time(decoder: Decoder, body: bytes, transform: ImageTransform, seconds: float) -> DecodeOutcome:
+def _decode_in_time(body: bytes) -> DecodeOutcome:
     """Decode, or be killed by the alarm: nothing milder ends a loop inside a C library."""
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    assert _work is not None
+    signal.setitimer(signal.ITIMER_REAL, _work.seconds)
     try:
-        return decoder(body, transform)
+        return _work.decoder(body, _work.transform)
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
 
 
-def _new_pool(workers: int) -> ProcessPoolExecutor:
+def _new_pool(workers: int, work: _Work) -> ProcessPoolExecutor:
     # Spawned, because this process has threads (name resolution, the executor's own) that a fork would copy halfway.
     context = multiprocessing.get_context("spawn")
-    return ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=(os.getpid(),))
+    return ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=(os.getpid(), work))
 
 
 def _end(pool: ProcessPoolExecutor) -> list[int | None]:

@@ -38,6 +38,7 @@ _INFLATE_WINDOW: dict[str, int | None] = {
 # A bare image/* draws AVIF from servers that choose by what they are told.
 _ACCEPT = "image/jpeg, image/png, image/webp, image/gif, */*;q=0.1"
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
+_HOSTS_REMEMBERED = 10_000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,12 +60,16 @@ def plain_text(text: str) -> str:
     return "".join(char if char.isprintable() else "\N{REPLACEMENT CHARACTER}" for char in text)[:_DETAIL_CHARS]
 
 
-class _HostSlots:
-    """A semaphore per host that exists while someone holds or awaits it, so that memory follows activity."""
+class _Hosts:
+    """What a host is spared: more connections than its limit, requests in quick succession, and those before a time
+    that it asked for. State exists while someone holds or awaits a host, or it is to be left alone, so that memory
+    follows activity."""
 
-    def __init__(self, per_host: int) -> None:
+    def __init__(self, per_host: int, delay_seconds: float) -> None:
         self._per_host = per_host
+        self._delay_seconds = delay_seconds
         self._slots: dict[str, tuple[asyncio.Semaphore, list[None]]] = {}
+        self._free_at: dict[str, float] = {}
 
     @asynccontextmanager
     async def hold(self, host: str) -> AsyncIterator[None]:
@@ -72,11 +77,26 @@ class _HostSlots:
         users.append(None)
         try:
             async with semaphore:
+                await self._wait_for_turn(host)
                 yield
         finally:
             users.pop()
             if not users:
                 del self._slots[host]
+
+    async def _wait_for_turn(self, host: str) -> None:
+        while (wait_seconds := self._free_at.get(host, 0.0) - time.monotonic()) > 0:
+            await asyncio.sleep(wait_seconds)
+        self._free_at.pop(host, None)
+        if self._delay_seconds:
+            self.leave_alone(host, self._delay_seconds)
+
+    def leave_alone(self, host: str, seconds: float) -> None:
+        """Begin no request to a host for so long; a longer time that it asked for before stays."""
+        now = time.monotonic()
+        if len(self._free_at) >= _HOSTS_REMEMBERED:
+            self._free_at = {name: at for name, at in self._free_at.items() if at > now}
+        self._free_at[host] = max(self._free_at.get(host, 0.0), now + seconds)
 
 
 class Fetcher:
@@ -94,7 +114,8 @@ class Fetcher:
         self._inner_resolver = resolver
         self._allowed = frozenset(config.allowed_private_hosts)
         self._total_slots = asyncio.Semaphore(config.total_connections)
-        self._host_slots = _HostSlots(config.connections_per_host)
+        self._hosts = _Hosts(config.connections_per_host, config.host_delay_seconds)
+        self._refusals: dict[str, tuple[float, Fetched]] = {}
 
     async def __aenter__(self) -> Self:
         config = self._config
@@ -122,7 +143,13 @@ class Fetcher:
         await self._session.close()
 
     async def fetch(self, url: str) -> Fetched:
-        """Return the bytes behind `url`, or why there are none; network failures never raise."""
+        """Return the bytes behind `url`, or why there are none; network failures never raise.
+
+        Where its server asked for a longer wait than is waited, the URL is not asked for again before that is over.
+        """
+        until, refusal = self._refusals.get(url, (0.0, None))
+        if refusal is not None and time.monotonic() < until:
+            return refusal
         outcome = await self._attempt(url)
         for retry in range(self._config.retries):
             if not self._is_worth_retrying(outcome):
@@ -130,6 +157,8 @@ class Fetcher:
             backoff = self._config.backoff_seconds * 2**retry * random.uniform(0.5, 1.5)
             await asyncio.sleep(max(backoff, outcome.retry_after_seconds or 0.0))
             outcome = await self._attempt(url)
+        if outcome.status in MAY_HEAL and (outcome.retry_after_seconds or 0.0) > self._config.max_retry_after_seconds:
+            self._refusals[url] = (time.monotonic() + (outcome.retry_after_seconds or 0.0), outcome)
         return outcome
 
     def _is_worth_retrying(self, outcome: Fetched) -> bool:
@@ -154,13 +183,17 @@ class Fetcher:
                 detail = f"more than {self._config.max_redirects}"
                 return Fetched(status=FetchStatus.TOO_MANY_REDIRECTS, detail=detail)
             seen.add(target)
-            async with self._host_slots.hold(target.host or ""), self._total_slots:
+            host = target.host or ""
+            async with self._hosts.hold(host), self._total_slots:
                 if self._has_room is not None:
                     await self._has_room.wait()
                 start = time.monotonic()
                 answer = await self._hop(target, budget_seconds)
                 budget_seconds -= time.monotonic() - start
             if isinstance(answer, Fetched):
+                wait_seconds = answer.retry_after_seconds or 0.0
+                if answer.status in MAY_HEAL and 0 < wait_seconds <= self._config.max_retry_after_seconds:
+                    self._hosts.leave_alone(host, wait_seconds)
                 return answer
             target = answer
 

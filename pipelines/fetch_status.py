@@ -65,6 +65,14 @@ MAY_HEAL = frozenset(
 )
 """Statuses for which another attempt is worth its cost."""
 
+MAY_HEAL_LATER = MAY_HEAL | {
+    FetchStatus.TLS_ERROR,
+    FetchStatus.BAD_HTTP,
+    FetchStatus.HTTP_UNEXPECTED,
+    FetchStatus.BODY_EMPTY,
+}
+"""Statuses for which another attempt on another day is: certificates are renewed, and servers mended."""
+
 TIMEOUTS = frozenset({FetchStatus.CONNECT_TIMEOUT, FetchStatus.READ_TIMEOUT, FetchStatus.TOTAL_TIMEOUT})
 
 NO_FAILURE = frozenset({FetchStatus.OK, FetchStatus.OPTED_OUT})

@@ -128,8 +128,11 @@ def _decode(body: bytes, transform: ImageTransform) -> DecodeOutcome:
         warnings.simplefilter("ignore")  # plug-ins warn about odd metadata; what matters is checked here
         with _open(body, found) as source:
             _check_header(source, transform)
+            source_size = source.size
+            if transform.jpeg_decoding == "scaled" and source.format == "JPEG":
+                source.draft(None, (transform.size_px, transform.size_px))
             _load(source, found)
-            width_px, height_px, square, notes = _finish(source, transform)
+            width_px, height_px, square, notes = _finish(source, source_size, transform)
     buffer = io.BytesIO()
     square.save(buffer, "JPEG", quality=transform.jpeg_quality, subsampling=transform.jpeg_subsampling)
     return DecodeOutcome(
@@ -144,7 +147,9 @@ def _decode(body: bytes, transform: ImageTransform) -> DecodeOutcome:
     )
 
 
-def _finish(picture: Image.Image, transform: ImageTransform) -> tuple[int, int, Image.Image, list[str]]:
+def _finish(
+    picture: Image.Image, source_size: tuple[int, int], transform: ImageTransform
+) -> tuple[int, int, Image.Image, list[str]]:
     """Return the source's size as shown, the finished picture, and notes on metadata that was ignored.
 
     Orientation, profile and transparency are applied to the small picture: on the large one they cost more than all
@@ -153,8 +158,8 @@ def _finish(picture: Image.Image, transform: ImageTransform) -> tuple[int, int, 
     notes: list[str] = []
     profile = picture.info.get("icc_profile")
     turn = _orientation(picture, notes)
-    width_px, height_px = picture.size if turn not in _TURNS_ON_SIDE else picture.size[::-1]
-    square = resize_and_crop(_eight_bit(picture), transform.size_px, transform.resample)
+    width_px, height_px = source_size if turn not in _TURNS_ON_SIDE else source_size[::-1]
+    square = resize_and_crop(_eight_bit(picture), transform.size_px, transform.resample, source_size)
     if turn is not None:
         square = square.transpose(turn)
     return width_px, height_px, _over_white(square, profile, notes), notes
@@ -250,23 +255,28 @@ def _srgb_transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform:
     return ImageCms.ImageCmsTransform(source, _SRGB, mode, "RGB", ImageCms.Intent.PERCEPTUAL)
 
 
-def resize_and_crop(picture: Image.Image, size_px: int, resample: str) -> Image.Image:
+def resize_and_crop(
+    picture: Image.Image, size_px: int, resample: str, source_size: tuple[int, int] | None = None
+) -> Image.Image:
     """Resize the short side to `size_px`, keep the aspect, cut the centre square; sizes round as in torchvision.
 
     Only the source region of the square is resized, so that an extreme aspect costs no more than a square picture;
     the filter still sees the pixels around that region, so that the result is that of resizing all and then cropping.
+    `source_size` is given where the decoder shrank the picture by a whole number, and rounded its sides up.
     """
-    width, height = picture.size
+    width, height = source_size or picture.size
     if (width, height) == (size_px, size_px):
         return picture
+    shrink = round(width / picture.width)
     short = min(width, height)
     resized_width, resized_height = size_px * width // short, size_px * height // short
     left, top = round((resized_width - size_px) / 2), round((resized_height - size_px) / 2)
-    x_scale, y_scale = width / resized_width, height / resized_height
+    width_there, height_there = width / shrink, height / shrink
+    x_scale, y_scale = width_there / resized_width, height_there / resized_height
     box = (
         left * x_scale,
         top * y_scale,
-        min(width, (left + size_px) * x_scale),
-        min(height, (top + size_px) * y_scale),
+        min(width_there, (left + size_px) * x_scale),
+        min(height_there, (top + size_px) * y_scale),
     )
     return picture.resize((size_px, size_px), _RESAMPLE[resample], box=box)

@@ -40,9 +40,11 @@ STATUS_SCHEMA = pa.schema(
         pa.field("status", pa.string(), nullable=False),
         pa.field("http_status", pa.int32()),
         pa.field("detail", pa.string(), nullable=False),
+        pa.field("num_passes", pa.int32(), nullable=False),
     ]
 )
-"""One row per subset row, in its order; `status` is a word of `pipelines.fetch_status.FetchStatus`."""
+"""One row per subset row, in its order; `status` is a word of `pipelines.fetch_status.FetchStatus`; `num_passes` is
+the number of passes that asked for it (attempts within a pass are left out: the same web would give other bytes)."""
 
 
 @dataclass(frozen=True)

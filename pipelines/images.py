@@ -1,97 +1,98 @@
 """Stage ``images``: downloads one part's pictures and makes them square; every row ends as a picture or with a reason.
 
-Fetching is `pipelines.fetch`, decoding is `pipelines.image_decode`; here rows become shards, and shards files.
+Fetching is `pipelines.fetch`, decoding is `pipelines.image_decode`, files are `pipelines.image_outcomes`; here rows
+become shards, and passes over them are made until every row is settled.
 """
 
 import asyncio
 import time
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pipelines.config import identity_of
+from pipelines.download_tally import Tally
 from pipelines.errors import ThroughlineError
-from pipelines.fetch_status import NO_FAILURE, FetchStatus
+from pipelines.failure_watch import FailureWatch
+from pipelines.fetch_status import MAY_HEAL, MAY_HEAL_LATER, FetchStatus
+from pipelines.image_outcomes import Passes, Row, RowOutcome, Standing, images_name, status_name, write_tables
 from pipelines.laion_selection import rows_name
 from pipelines.laion_subset import ROWS_FILE
-from pipelines.manifest import Conservation
+from pipelines.manifest import EARLIER, Conservation
 from pipelines.progress import Progress
 from pipelines.ray_units import ray_tasks, run_units
-from pipelines.stage import Stage, StageResult, StageRun
+from pipelines.stage import Stage, StageOutput, StageResult, StageRun
 from pipelines.stage_configs import ImagesConfig
 
 if TYPE_CHECKING:
-    import pyarrow as pa
-
     from pipelines.decode_pool import DecodePool
     from pipelines.fetch import Fetched, Fetcher
     from pipelines.image_decode import DecodeOutcome
 
-_SMALLEST_WINDOW = 20
-_REASONS_SHOWN = 4
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """One subset row on its way."""
-
-    sample_key: str
-    url: str
-    alt_text: str
-    expected_sha256: str | None = None
-    """What the source table says the bytes hash to, if it does."""
-
-
-@dataclass(frozen=True, slots=True)
-class RowOutcome:
-    """What became of a row; `picture` is there if and only if the status is ok. `fetched` has let go of its body."""
-
-    status: FetchStatus
-    detail: str
-    fetched: "Fetched"
-    source_num_bytes: int = 0
-    picture: "DecodeOutcome | None" = None
-    drifted: bool | None = None
-    """Whether the bytes are not those of the source table's digest; None where it states none."""
-
 
 def produce(run: StageRun[ImagesConfig]) -> StageResult:
-    path, num_rows = _rows_of(run)
-    finished = run.finished_units()
-    num_done = sum(unit.rows[0] for unit in finished if unit.rows)
+    given, name = _rows_given(run)
+    subset = run.input(given)
+    part = _Part(run, subset.path(name), subset.manifest.file(name).num_rows or 0, _earlier(run))
     start = time.monotonic()
-    with run.progress(num_rows, "images", initial=num_done) as progress:
-        counts = Counter[str]()
-        for unit in finished:
-            counts.update(unit.notes["statuses"])
-        try:
-            if run.config.workers.ray_address is None:
-                asyncio.run(_download(run, path, _Tally(progress, counts)))
-            else:
-                _download_on_ray(run, path, _Tally(progress, counts))
-        except BaseExceptionGroup as group:
-            raise _first(group) from group
+    try:
+        num_asked = asyncio.run(_download(part)) if run.config.workers.ray_address is None else _download_on_ray(part)
+    except BaseExceptionGroup as group:
+        raise _first(group) from group
     seconds = time.monotonic() - start
-    statuses, drift = Counter[str](), Counter[str]()
+    statuses, drift, again = Counter[str](), Counter[str](), Counter[str]()
     for unit in run.finished_units():
         statuses.update(unit.notes["statuses"])
         drift.update(unit.notes["drift"])
-    num_ok = statuses[FetchStatus.OK]
-    fetched_now = statuses.total() - num_done
+        again.update(unit.notes["again"])
+    summary = {
+        "num_rows": statuses.total(),
+        "num_ok": statuses[FetchStatus.OK],
+        "statuses": dict(sorted(statuses.items())),
+    }
+    summary |= {"drift": dict(sorted(drift.items()))} if drift else {}
+    summary |= {"asked_again": dict(sorted(again.items()))} if again else {}
     return StageResult(
-        summary={"num_rows": statuses.total(), "num_ok": num_ok, "statuses": dict(sorted(statuses.items()))}
-        | ({"drift": dict(sorted(drift.items()))} if drift else {}),
-        measurements={"seconds": round(seconds, 3), "rows_per_second": round(fetched_now / seconds, 2)},
+        summary=summary,
+        measurements={"seconds": round(seconds, 3), "rows_per_second": round(num_asked / seconds, 2)},
         conservation=None if statuses else Conservation(rows_in=0, rows_out=0),
     )
 
 
-def _rows_of(run: StageRun[ImagesConfig]) -> tuple[Path, int | None]:
-    """Return the table of rows to download and its length: what the selection left of the part, where there is one."""
-    given, name = ("selection", rows_name(run.partition or "")) if "selection" in run.inputs else ("subset", ROWS_FILE)
-    output = run.input(given)
-    return output.path(name), output.manifest.file(name).num_rows
+def _rows_given(run: StageRun[ImagesConfig]) -> tuple[str, str]:
+    """Return the input that holds the rows to download, and the file in it: what a selection left, if there is one."""
+    if "selection" in run.inputs:
+        return "selection", rows_name(run.partition or "")
+    return "subset", ROWS_FILE
+
+
+def _earlier(run: StageRun[ImagesConfig]) -> StageOutput | None:
+    """Return the output that a later pass starts from, and None for a download.
+
+    Raises ThroughlineError where it is missing, or was made from other rows or with another configuration.
+    """
+    if not run.config.later_passes:
+        return None
+    outputs = run.inputs.get(EARLIER, ())
+    if len(outputs) != 1:
+        raise ThroughlineError(
+            f"{run.label}: later_passes {run.config.later_passes} starts from the output of "
+            f"{run.config.later_passes - 1}, which the request has to name as its input {EARLIER!r}"
+        )
+    manifest, (given, _) = outputs[0].manifest, _rows_given(run)
+    expected = run.config.model_copy(update={"later_passes": run.config.later_passes - 1})
+    if (manifest.stage, manifest.partition) != (run.stage_name, run.partition):
+        raise ThroughlineError(
+            f"{run.label}: {EARLIER} is {manifest.stage} {manifest.partition or ''}, not of this part"
+        )
+    if manifest.config != identity_of(expected) or manifest.inputs.get(given) != (run.input(given).ref,):
+        raise ThroughlineError(
+            f"{run.label}: {EARLIER} {manifest.data_version} is of another subset or configuration; a later pass "
+            "changes later_passes alone"
+        )
+    return outputs[0]
 
 
 def _first(group: BaseExceptionGroup) -> BaseException:
@@ -100,66 +101,147 @@ def _first(group: BaseExceptionGroup) -> BaseException:
     return _first(error) if isinstance(error, BaseExceptionGroup) else error
 
 
-class _Tally:
-    """Counts statuses and shows them beside the rate."""
+@dataclass(frozen=True)
+class _Task:
+    """A shard in a pass: which of its rows are asked for, and what the pass before left."""
 
-    def __init__(self, progress: Progress, counts: Counter[str]) -> None:
-        self._progress = progress
-        self._counts = counts
-
-    def add(self, status: FetchStatus, num_rows: int = 1) -> None:
-        self._counts[status] += num_rows
-        failed = Counter({word: count for word, count in self._counts.items() if word != FetchStatus.OK})
-        shown = ", ".join(f"{word} {count}" for word, count in failed.most_common(_REASONS_SHOWN))
-        self._progress.advance(
-            num_rows, ok=self._counts[FetchStatus.OK], failed=f"{failed.total()} ({shown})" if shown else 0
-        )
+    name: str
+    rows: list[Row]
+    asked: list[int]
+    standing: Standing | None
 
 
-async def _download(run: StageRun[ImagesConfig], path: Path, tally: _Tally) -> None:
+class _Part:
+    """The part's shards, and where each of them stands."""
+
+    def __init__(self, run: StageRun[ImagesConfig], path: Path, num_rows: int, earlier: StageOutput | None) -> None:
+        self.run = run
+        self.passes = Passes(run.scratch.absolute())
+        self._path = path
+        self._num_rows = num_rows
+        self._earlier = earlier
+
+    def progress(self, number: int) -> tuple[Progress, Counter[str]]:
+        """Return the progress of a pass at its start, and the statuses that rows have by then."""
+        config, counts = self.run.config, Counter[str]()
+        num_asked, finished = 0, {unit.name: unit.notes["statuses"] for unit in self.run.finished_units()}
+        for index in range(-(-self._num_rows // config.rows_per_shard)):
+            name = shard_name(index)
+            if name in finished:
+                counts.update(finished[name])
+                continue
+            standing = self._standing(name)
+            if standing is not None:
+                outcomes = standing.outcomes()
+                counts.update(outcome.status.value for outcome in outcomes)
+                num_asked += len(_asked(outcomes, standing)) if standing.number < number else 0
+        if number == 1 and self._earlier is None:
+            return self.run.progress(self._num_rows, "images", initial=counts.total()), counts
+        return Progress(f"{self.run.label} pass {number}", num_asked, "failed rows"), counts
+
+    def tasks(self, number: int) -> Iterator[_Task]:
+        """Yield what a pass has to do."""
+        for name, rows in read_shards(self._path, self.run.config.rows_per_shard):
+            if self.run.is_finished(name):
+                continue
+            standing = self._standing(name)
+            if standing is None:
+                yield _Task(name, rows, list(range(len(rows))), None)
+            elif standing.number < number:
+                standing.check_rows(rows)
+                yield _Task(name, rows, _asked(standing.outcomes(), standing), standing)
+
+    def _standing(self, name: str) -> Standing | None:
+        waiting = self.passes.standing(name)
+        if waiting is not None or self._earlier is None:
+            return waiting
+        self._earlier.path(status_name(name))  # raises where the manifest doesn't list it
+        return Standing(self._earlier.folder.absolute(), name)
+
+
+def _asked(outcomes: list[RowOutcome], standing: Standing) -> list[int]:
+    heals = MAY_HEAL if standing.number else MAY_HEAL_LATER
+    return [index for index, outcome in enumerate(outcomes) if outcome.status in heals]
+
+
+async def _download(part: _Part) -> int:
+    """Make all passes over the part; return how many rows were asked for."""
     from pipelines.decode_pool import DecodePool
     from pipelines.fetch import Fetcher
 
-    config = run.config
-    in_flight = asyncio.Semaphore(config.shards_in_flight)
+    config = part.run.config
+    num_asked = 0
     async with (
         DecodePool(config.decode_workers, config.decode_seconds, config.transform) as pool,
         Fetcher(config.fetch, pool.has_room) as fetcher,
-        asyncio.TaskGroup() as shards,
     ):
+        for number in range(1, config.retry_passes + 2):
+            if number > 1:
+                if next(part.tasks(number), None) is None:
+                    break
+                await asyncio.sleep(config.retry_pass_seconds)
+            progress, counts = part.progress(number)
+            with progress:
+                tally = Tally(progress, counts)
+                await _make_pass(part, number, fetcher, pool, tally)
+            num_asked += tally.num_asked
+    return num_asked
 
-        async def download_shard(name: str, rows: list[Row]) -> None:
-            try:
-                outcomes = await _download_shard(run, name, rows, fetcher, pool, tally)
-                await asyncio.to_thread(_write_shard, run, name, rows, outcomes)
-            finally:
-                in_flight.release()
 
-        for name, rows in read_shards(path, config.rows_per_shard):
-            if not run.is_finished(name):
-                await in_flight.acquire()
-                shards.create_task(download_shard(name, rows))
+async def _make_pass(part: _Part, number: int, fetcher: "Fetcher", pool: "DecodePool", tally: Tally) -> None:
+    run = part.run
+    in_flight = asyncio.Semaphore(run.config.shards_in_flight)
+    goes_on = number <= run.config.retry_passes
+
+    async def download_shard(task: _Task) -> None:
+        try:
+            outcomes = await _download_shard(run, task, fetcher, pool, tally)
+            if goes_on and any(outcome.status in MAY_HEAL for outcome in outcomes):
+                await asyncio.to_thread(part.passes.leave, number, task.name, task.rows, outcomes, task.standing)
+            else:
+                await asyncio.to_thread(_write_shard, run, task, outcomes)
+                await asyncio.to_thread(part.passes.finish, task.name)
+        finally:
+            in_flight.release()
+
+    async with asyncio.TaskGroup() as shards:
+        for task in part.tasks(number):
+            await in_flight.acquire()
+            shards.create_task(download_shard(task))
 
 
-def _download_on_ray(run: StageRun[ImagesConfig], path: Path, tally: _Tally) -> None:
-    with ray_tasks(run, run.config.workers) as tasks:
+def shard_name(index: int) -> str:
+    """Return the name of the unit that a subset's shard becomes."""
+    return f"{index:05d}"
+
+
+def _download_on_ray(part: _Part) -> int:
+    """Let other nodes download the part shard by shard, each making all its passes; return how many rows were asked."""
+    run, sent = part.run, dict[str, _Task]()
+    progress, counts = part.progress(1)
+    with ray_tasks(run, run.config.workers) as tasks, progress:
         assert tasks is not None
+        # Shards that run at the same time may be on one host all of them.
+        connections = max(1, run.config.fetch.connections_per_host // max(1, tasks.num_places))
 
         def shards() -> Iterator[tuple[str, _Share]]:
-            for name, rows in read_shards(path, run.config.rows_per_shard):
-                # Shards that run at the same time may be on one host all of them.
-                yield name, _Share(rows, max(1, run.config.fetch.connections_per_host // max(1, tasks.num_places)))
+            for task in part.tasks(run.config.retry_passes + 1):
+                sent[task.name] = task
+                yield task.name, _Share(task, connections)
 
+        tally = Tally(progress, counts)
         for unit in run_units(run, tasks, shards(), _download_unit):
-            for status, num_rows in unit.notes["statuses"].items():
-                tally.add(FetchStatus(status), num_rows)
+            task = sent.pop(unit.name)
+            before = task.standing.outcomes() if task.standing is not None else []
+            tally.add_shard(unit.notes["statuses"], Counter(item.status.value for item in before), len(task.asked))
+    return tally.num_asked
 
 
 @dataclass(frozen=True)
 class _Share:
     """What a process on another node is given of the download: a shard, and its share of the connections to a host."""
 
-    rows: list[Row]
+    task: _Task
     connections_per_host: int
 
 
@@ -170,18 +252,28 @@ def _download_unit(run: StageRun[ImagesConfig], name: str, share: _Share) -> Non
     config = run.config
     fetch = config.fetch.model_copy(update={"connections_per_host": share.connections_per_host})
 
-    async def download() -> list[RowOutcome]:
+    async def download() -> None:
+        task, passes = share.task, Passes(run.scratch)
         async with (
             DecodePool(max(1, int(config.workers.cpus_per_unit)), config.decode_seconds, config.transform) as pool,
             Fetcher(fetch, pool.has_room) as fetcher,
         ):
-            return await _download_shard(run, name, share.rows, fetcher, pool, None)
+            while True:
+                outcomes = await _download_shard(run, task, fetcher, pool, None)
+                number = task.standing.number + 1 if task.standing is not None else 1
+                if number > config.retry_passes or not any(outcome.status in MAY_HEAL for outcome in outcomes):
+                    break
+                passes.leave(number, name, task.rows, outcomes, task.standing)
+                standing = passes.standing(name)
+                assert standing is not None, "it was left just now"
+                task = _Task(name, task.rows, _asked(standing.outcomes(), standing), standing)
+                await asyncio.sleep(config.retry_pass_seconds)
+        _write_shard(run, task, outcomes)
 
     try:
-        outcomes = asyncio.run(download())
+        asyncio.run(download())
     except BaseExceptionGroup as group:
         raise _first(group) from group
-    _write_shard(run, name, share.rows, outcomes)
 
 
 def read_shards(path: Path, rows_per_shard: int) -> Iterator[tuple[str, list[Row]]]:
@@ -196,162 +288,102 @@ def read_shards(path: Path, rows_per_shard: int) -> Iterator[tuple[str, list[Row
         for batch in rows.iter_batches(max(rows_per_shard, 8192), columns=names):
             pending.extend(Row(**row) for row in pa.Table.from_batches([batch]).to_pylist())
             while len(pending) >= rows_per_shard:
-                yield f"{number:05d}", pending[:rows_per_shard]
+                yield shard_name(number), pending[:rows_per_shard]
                 pending = pending[rows_per_shard:]
                 number += 1
     if pending:
-        yield f"{number:05d}", pending
+        yield shard_name(number), pending
 
 
 async def _download_shard(
-    run: StageRun[ImagesConfig],
-    name: str,
-    rows: list[Row],
-    fetcher: "Fetcher",
-    pool: "DecodePool",
-    tally: _Tally | None,
+    run: StageRun[ImagesConfig], task: _Task, fetcher: "Fetcher", pool: "DecodePool", tally: Tally | None
 ) -> list[RowOutcome]:
-    watch = _FailureWatch(f"{run.label} shard {name}", len(rows), run.config)
+    """Ask for the rows of a task; return what became of all rows of its shard."""
+    outcomes = task.standing.outcomes() if task.standing is not None else []
+    # What an earlier pass left are failures: only among rows that nobody asked for do failures tell of the network.
+    watch = None if outcomes else FailureWatch(f"{run.label} shard {task.name}", len(task.rows), run.config)
 
-    async def one(index: int, row: Row) -> RowOutcome:
-        outcome = _checked_for_drift(row, await _download_row(row, fetcher, pool), run.config)
+    async def one(index: int) -> RowOutcome:
+        outcome, num_bytes = await _download_row(task.rows[index], fetcher, pool, run.config)
+        before = outcomes[index] if outcomes else None
         if tally is not None:
-            tally.add(outcome.status)
-        watch.record(index, outcome)
-        return outcome
+            tally.add(outcome.status, num_bytes, before.status if before else None)
+        if watch is not None:
+            watch.record(index, outcome)
+        return replace(outcome, num_passes=before.num_passes + 1) if before else outcome
 
     async with asyncio.TaskGroup() as group:
-        tasks = [group.create_task(one(index, row)) for index, row in enumerate(rows)]
-    return [task.result() for task in tasks]
+        running = [group.create_task(one(index)) for index in task.asked]
+    found = [item.result() for item in running]
+    if not outcomes:
+        return found
+    for index, outcome in zip(task.asked, found, strict=True):
+        outcomes[index] = outcome
+    return outcomes
 
 
-async def _download_row(row: Row, fetcher: "Fetcher", pool: "DecodePool") -> RowOutcome:
+async def _download_row(
+    row: Row, fetcher: "Fetcher", pool: "DecodePool", config: ImagesConfig
+) -> tuple[RowOutcome, int]:
+    """Return what became of a row, and the bytes that came."""
     fetched = await fetcher.fetch(row.url)
     if fetched.status is not FetchStatus.OK:
-        return RowOutcome(fetched.status, fetched.detail, fetched)
-    picture = await pool.decode(fetched.body)
-    ok = picture.status is FetchStatus.OK
-    return RowOutcome(
-        picture.status, picture.detail, replace(fetched, body=b""), len(fetched.body), picture if ok else None
-    )
+        return RowOutcome(fetched.status, fetched.detail, fetched.http_status), 0
+    num_bytes = len(fetched.body)
+    decoded = await pool.decode(fetched.body)
+    status, detail, drifted = decoded.status, decoded.detail, None
+    if status is FetchStatus.OK and row.expected_sha256 is not None:
+        drifted = decoded.source_sha256 != row.expected_sha256.strip().lower()
+        if drifted:
+            said = f"SHA-256 {decoded.source_sha256[:16]}..., the source table states {row.expected_sha256[:16]}..."
+            if config.drift == "drop":
+                status, detail = FetchStatus.DRIFTED, said
+            else:
+                detail = ", ".join(filter(None, (detail, said)))
+    picture = _picture(row, fetched, decoded, drifted) if status is FetchStatus.OK else None
+    return RowOutcome(status, detail, fetched.http_status, picture=picture), num_bytes
 
 
-def _checked_for_drift(row: Row, outcome: RowOutcome, config: ImagesConfig) -> RowOutcome:
-    if outcome.picture is None or row.expected_sha256 is None:
-        return outcome
-    found = outcome.picture.source_sha256
-    if found == row.expected_sha256.strip().lower():
-        return replace(outcome, drifted=False)
-    detail = f"SHA-256 {found[:16]}..., the source table states {row.expected_sha256[:16]}..."
-    if config.drift == "drop":
-        return replace(outcome, status=FetchStatus.DRIFTED, detail=detail, picture=None, drifted=True)
-    return replace(outcome, detail=", ".join(filter(None, (outcome.detail, detail))), drifted=True)
-
-
-class _FailureWatch:
-    """Stops the stage when nearly all of many neighbouring rows failed: then it isn't the rows that are wrong.
-
-    Rows are looked at in their order, not in the order they finish in (failures are faster than pictures), so that
-    the verdict depends on the outcomes alone.
-    """
-
-    def __init__(self, label: str, num_rows: int, config: ImagesConfig) -> None:
-        self._label = label
-        self._share = config.max_failure_share
-        self._window = min(config.failure_window, num_rows) if num_rows >= _SMALLEST_WINDOW else 0
-        self._recent: deque[RowOutcome] = deque(maxlen=self._window)
-        self._early: dict[int, RowOutcome] = {}
-        self._next = 0
-        self._num_failed = 0
-
-    def record(self, index: int, outcome: RowOutcome) -> None:
-        """Take note of a row; raises ThroughlineError where failures exceed the configured share."""
-        if not self._window:
-            return
-        self._early[index] = outcome
-        while self._next in self._early:
-            self._push(self._early.pop(self._next))
-            self._next += 1
-
-    def _push(self, outcome: RowOutcome) -> None:
-        if len(self._recent) == self._window:
-            self._num_failed -= self._recent[0].status not in NO_FAILURE
-        self._recent.append(outcome)
-        self._num_failed += outcome.status not in NO_FAILURE
-        if len(self._recent) == self._window and self._num_failed > self._share * self._window:
-            raise ThroughlineError(self._sentence())
-
-    def _sentence(self) -> str:
-        failures = [item for item in self._recent if item.status not in NO_FAILURE]
-        (status, detail), count = Counter((item.status, item.detail) for item in failures).most_common(1)[0]
-        return (
-            f"{self._label}: {len(failures)} of {self._window} rows in a row failed, more than the allowed share "
-            f"{self._share:g}; most often {status}{f' ({detail})' if detail else ''}, {count} times; check the network "
-            "and that host, then run again: it goes on at the first unfinished shard"
-        )
-
-
-def _write_shard(run: StageRun[ImagesConfig], name: str, rows: list[Row], outcomes: list[RowOutcome]) -> None:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    from pipelines.image_rows import IMAGES_SCHEMA, PREFIX, STATUS_SCHEMA
-
-    pictures = [_picture(row, outcome) for row, outcome in zip(rows, outcomes, strict=True) if outcome.picture]
-    statuses = [
-        {
-            "sample_key": row.sample_key,
-            "url": row.url,
-            "status": outcome.status.value,
-            "http_status": outcome.fetched.http_status,
-            "detail": outcome.detail,
-        }
-        for row, outcome in zip(rows, outcomes, strict=True)
-    ]
-    with run.unit(name) as unit:
-        if pictures:
-            table = pa.Table.from_pylist(pictures, IMAGES_SCHEMA)
-            with unit.open(f"{PREFIX}{name}.parquet", num_rows=len(pictures)) as stream:
-                pq.write_table(table, stream, **_table_options(table))
-        with unit.open(f"status-{name}.parquet", num_rows=len(rows)) as stream:
-            pq.write_table(pa.Table.from_pylist(statuses, STATUS_SCHEMA), stream, compression="zstd")
-        for row, outcome in zip(rows, outcomes, strict=True):
-            if outcome.picture is None:
-                unit.drop(row.sample_key, outcome.status.value, outcome.detail)
-        unit.account(rows_in=len(rows), rows_out=len(pictures))
-        drift = Counter(outcome.drifted for outcome in outcomes)
-        unit.notes["drift"] = {word: drift[flag] for flag, word in ((False, "same"), (True, "drifted")) if drift[flag]}
-        unit.notes["statuses"] = dict(sorted(Counter(outcome.status.value for outcome in outcomes).items()))
-
-
-def _picture(row: Row, outcome: RowOutcome) -> dict[str, Any]:
-    fetched, picture = outcome.fetched, outcome.picture
-    assert picture is not None
+def _picture(row: Row, fetched: "Fetched", decoded: "DecodeOutcome", drifted: bool | None) -> dict[str, Any]:
     return {
         "sample_key": row.sample_key,
         "url": row.url,
         "alt_text": row.alt_text,
-        "image": picture.image,
-        "format": picture.format,
-        "width_px": picture.width_px,
-        "height_px": picture.height_px,
-        "source_sha256": picture.source_sha256,
-        "source_num_bytes": outcome.source_num_bytes,
-        "perceptual_hash": picture.perceptual_hash,
-        "drifted": outcome.drifted,
+        "image": decoded.image,
+        "format": decoded.format,
+        "width_px": decoded.width_px,
+        "height_px": decoded.height_px,
+        "source_sha256": decoded.source_sha256,
+        "source_num_bytes": len(fetched.body),
+        "perceptual_hash": decoded.perceptual_hash,
+        "drifted": drifted,
         "content_type": fetched.content_type,
         "final_url": fetched.final_url,
     }
 
 
-def _table_options(table: "pa.Table") -> dict[str, Any]:
-    """Leave the pictures as they are: they don't compress, and statistics over them would double the footer."""
-    others = [name for name in table.column_names if name != "image"]
-    codecs = dict.fromkeys(others, "zstd") | {"image": "none"}
-    return {"compression": codecs, "use_dictionary": False, "write_statistics": others}
+def _write_shard(run: StageRun[ImagesConfig], task: _Task, outcomes: list[RowOutcome]) -> None:
+    import pyarrow.parquet as pq
+
+    rows, name = task.rows, task.name
+    num_ok = sum(outcome.status is FetchStatus.OK for outcome in outcomes)
+    with run.unit(name) as unit:
+        write_tables(lambda path, count: unit.open(path, num_rows=count), name, rows, outcomes, task.standing)
+        for row, outcome in zip(rows, outcomes, strict=True):
+            if outcome.status is not FetchStatus.OK:
+                unit.drop(row.sample_key, outcome.status.value, outcome.detail)
+        unit.account(rows_in=len(rows), rows_out=num_ok)
+        drift = Counter[bool | None]({True: sum(outcome.status is FetchStatus.DRIFTED for outcome in outcomes)})
+        if num_ok:
+            drift.update(pq.read_table(run.out_path(images_name(name)), columns=["drifted"])["drifted"].to_pylist())
+        again = [outcome for outcome in outcomes if outcome.num_passes > 1]
+        healed = sum(outcome.status is FetchStatus.OK for outcome in again)
+        unit.notes["drift"] = {word: drift[flag] for flag, word in ((False, "same"), (True, "drifted")) if drift[flag]}
+        unit.notes["again"] = {"rows": len(again), "healed": healed} if again else {}
+        unit.notes["statuses"] = dict(sorted(Counter(outcome.status.value for outcome in outcomes).items()))
 
 
-STAGE = Stage(name="images", code_version="2", config_type=ImagesConfig, produce=produce)
+STAGE = Stage(name="images", code_version="3", config_type=ImagesConfig, produce=produce)
 
 if __name__ == "__main__":
     from pipelines.images import STAGE as stage

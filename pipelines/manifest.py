@@ -12,6 +12,8 @@ from pipelines.errors import ThroughlineError
 
 MANIFEST_NAME = "manifest.json"
 DROPPED_NAME = "dropped.parquet"
+EARLIER = "earlier"
+"""Name of the input by which a stage starts from an earlier output of its own: what it makes takes that one's place."""
 
 
 class _Record(BaseModel):

@@ -70,18 +70,24 @@ class Progress:
             record = {"label": self.label, "done": self.done, "total": self.total, "noun": self.noun}
             line = json.dumps({"progress": record | {"rate": round(self.rate, 3), "details": self._details}}) + "\n"
         elif self._bar:
-            line = "\r\x1b[2K" + self._text()
+            line = "\r\x1b[2K" + self._fitted_text()
         else:
             line = self._text() + "\n"
         self._stream.write(line)
         self._stream.flush()
 
-    def _text(self) -> str:
+    def _fitted_text(self) -> str:
+        """Return the text cut to the terminal: what wraps is not overwritten by the next. The bar goes first."""
+        columns = os.get_terminal_size(self._stream.fileno()).columns or 80
+        text = self._text(bar=True)
+        return (text if len(text) < columns else self._text())[: columns - 1]
+
+    def _text(self, *, bar: bool = False) -> str:
         rate = self.rate
         parts = [self.label]
         if self.total:
             share = min(self.done / self.total, 1.0)
-            if self._bar:
+            if bar:
                 filled = int(share * _BAR_CELLS)
                 parts.append("█" * filled + "░" * (_BAR_CELLS - filled))
             parts.append(f"{self.done}/{self.total} {self.noun}")

@@ -200,7 +200,8 @@ class FetchConfig(FrozenConfig):
     backoff_seconds: float = execution_field(0.5, ge=0)
     """Mean wait before the first retry, doubled for each further one; jitter is half to one and a half of it."""
     max_retry_after_seconds: float = Field(default=30.0, ge=0)
-    """A server that asks for a longer wait (Retry-After) is not asked again."""
+    """Longest wait a server may ask for (Retry-After): its whole host is left alone for that time. A URL whose server
+    asks for more is not asked for again until then."""
     max_redirects: int = Field(default=5, ge=0)
     max_body_bytes: int = Field(default=20 << 20, ge=1)
     """Limit while streaming, after content decoding."""
@@ -208,6 +209,8 @@ class FetchConfig(FrozenConfig):
     """``host:port`` pairs that may resolve to private or loopback addresses; for the demo's web alone."""
     total_connections: int = execution_field(64, ge=1)
     connections_per_host: int = execution_field(16, ge=1)
+    host_delay_seconds: float = execution_field(0.0, ge=0)
+    """Least time between the starts of two requests to one host."""
 
 
 class ImageTransform(FrozenConfig):
@@ -223,6 +226,10 @@ class ImageTransform(FrozenConfig):
     size_px: int = Field(default=256, ge=8)
     resample: Literal["bilinear", "bicubic", "lanczos", "box"] = "bicubic"
     """Filter of the resize; Pillow's filters widen their support when they shrink, so none of them aliases."""
+    jpeg_decoding: Literal["whole", "scaled"] = "whole"
+    """``scaled`` lets the JPEG decoder itself shrink a picture to a half, a quarter or an eighth while both sides stay
+    at least `size_px`, and the filter does the rest. It saves a third of the time, and moves pixels as far as another
+    filter would (`tests.benchmarks.download`)."""
     jpeg_quality: int = Field(default=95, ge=1, le=100)
     jpeg_subsampling: Literal["4:4:4", "4:2:0"] = "4:2:0"
 
@@ -249,6 +256,15 @@ class ImagesConfig(FrozenConfig):
     workers: WorkersConfig = execution_field(WorkersConfig())
     """On Ray a shard is fetched by a process with `total_connections` of its own, and `connections_per_host` is divided
     among the shards there is room for (one at least)."""
+    retry_passes: int = Field(default=0, ge=0, le=10)
+    """Further passes over the part, once all of it was asked for: each asks again for the rows whose failure can heal
+    (see `FetchConfig.retries`), whatever their attempts within a pass came to."""
+    retry_pass_seconds: float = execution_field(60.0, ge=0)
+    """Rest between the end of a pass and the next; on Ray each shard makes its passes by itself."""
+    later_passes: int = Field(default=0, ge=0)
+    """0 downloads. n starts from the finished output of n - 1, asks for its failed rows that may have healed since,
+    and takes over the rest as it is: raise it by one on a later day, and all else stays as it was. Of failures that
+    last (bad certificates, broken HTTP, empty bodies) those are asked for too."""
 
 
 class ExtraMember(FrozenConfig):

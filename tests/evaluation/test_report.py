@@ -21,10 +21,11 @@ from evaluation.fusion_analysis import STAGE as FUSION_ANALYSIS
 from evaluation.judge_calibration import STAGE as JUDGE_CALIBRATION
 from evaluation.lineage import collect
 from evaluation.report import STAGE, grouped, show
+from evaluation.report_data import funnel
 from evaluation.results import STAGE as RESULTS
 from evaluation.scores import STAGE as SCORES
 from pipelines.errors import ThroughlineError
-from pipelines.manifest import MANIFEST_NAME
+from pipelines.manifest import MANIFEST_NAME, Conservation, InputRef, Manifest
 from pipelines.stage import StageOutput, StageResult, StageRun
 from tests.evaluation.worlds import (
     JUDGE,
@@ -226,3 +227,18 @@ def test_numbers_are_set_with_care(value: float | None, digits: int, signed: boo
 def test_counts_are_grouped_with_thin_spaces() -> None:
     assert grouped(1234567) == "1\u202f234\u202f567"
     assert grouped(None) == "–"
+
+
+def test_an_output_that_another_took_the_place_of_counts_no_rows(tmp_path: Path) -> None:
+    def output(rows_out: int, **inputs: tuple[InputRef, ...]) -> StageOutput:
+        conservation = Conservation(rows_in=10, rows_out=rows_out, dropped={"http_server_error": 10 - rows_out})
+        manifest = Manifest(
+            stage="images", partition="00000", code_version="1", fingerprint="", config={}, inputs=inputs,
+            conservation=conservation,
+        )  # fmt: skip
+        return StageOutput(tmp_path, manifest.sealed())
+
+    first = output(6)
+    second = output(9, earlier=(first.ref,))
+    (step,) = funnel({"images": [first, second]})
+    assert (step.rows_in, step.rows_out, list(step.dropped)) == (10, 9, [("http_server_error", 1)])

@@ -5,12 +5,14 @@ from dataclasses import replace
 
 import pytest
 
+from orchestration.audit import Auditor
 from orchestration.execution import Execution
 from orchestration.graph import Graph, Group, Input, Node
 from orchestration.plan import Plan, State
+from pipelines.config import FrozenConfig
 from pipelines.errors import ThroughlineError
 from tests.orchestration.conftest import NUMBERS, Recorder, execution_of, plan_of
-from tests.orchestration.small.stages import IndexConfig, KeepConfig, SmallProfile
+from tests.orchestration.small.stages import SMALL_GRAPH, IndexConfig, KeepConfig, SmallProfile
 
 Carry = Callable[[], Execution]
 
@@ -56,6 +58,35 @@ def test_a_changed_configuration_makes_stale_what_is_made_from_it_and_nothing_el
     assert plan.state(plan.task("laion_index")) is State.FINISHED
     assert plan.state(plan.task("kept", "00000")) is State.STALE
     assert plan.state(plan.task("table")) is State.STALE
+
+
+def test_a_configuration_that_starts_from_an_earlier_output_gets_it_as_an_input(
+    profile: SmallProfile, materialize_all: Carry
+) -> None:
+    materialize_all()  # drop_below 3
+
+    def earlier(config: FrozenConfig) -> FrozenConfig | None:
+        assert isinstance(config, KeepConfig)
+        return KeepConfig(drop_below=config.drop_below - 1) if config.drop_below > 3 else None
+
+    nodes = (replace(node, earlier=earlier) if node.name == "kept" else node for node in SMALL_GRAPH.nodes.values())
+    graph = Graph(tuple(nodes))
+    first = Plan(graph, profile, profile.output_root).task("kept", "00000")
+    assert first.output is not None
+    profile.keep = KeepConfig(drop_below=4)
+    plan = Plan(graph, profile, profile.output_root)
+    task = plan.task("kept", "00000")
+    assert task.inputs is not None
+    assert [item.ref for item in task.inputs["earlier"]] == [first.output.ref]
+    execution = Execution(plan, profile.log_folder)
+    (outcome,) = execution.materialize("kept", ["00000"], Recorder())
+    assert outcome.task.output is not None
+    assert outcome.task.output.manifest.inputs["earlier"] == (first.output.ref,)
+    assert Auditor(profile.output_root).audit([outcome.task.output.ref]).passed
+    profile.keep = KeepConfig(drop_below=6)
+    blocked = Plan(graph, profile, profile.output_root).task("kept", "00000")
+    assert blocked.output is None
+    assert "the output of kept 00000 that it starts from is not finished" in blocked.blocked_by[0]
 
 
 def test_a_new_part_is_known_once_the_index_is_computed_again(profile: SmallProfile, materialize_all: Carry) -> None:

@@ -68,6 +68,17 @@ def _text_bomb_png() -> bytes:
     return encode(picture(64, 64), "PNG", pnginfo=info)
 
 
+def bomb_gif() -> bytes:
+    """A GIF whose screen is 60,000 pixels a side."""
+    data = _gif(1)
+    return data[:6] + (60_000).to_bytes(2, "little") * 2 + data[10:]
+
+
+def _apng() -> bytes:
+    images = [picture(64, 64, seed=seed) for seed in range(3)]
+    return encode(images[0], "PNG", save_all=True, append_images=images[1:])
+
+
 # path -> the whole answer
 FIXED: dict[str, bytes] = {
     "/jpeg": response(JPEG),
@@ -81,6 +92,10 @@ FIXED: dict[str, bytes] = {
     "/no-type": response(JPEG, content_type=""),
     "/gzipped": response(gzip.compress(JPEG), Content_Encoding="gzip"),
     "/gzip-bomb": response(gzip.compress(bytes(30_000_000)), Content_Encoding="gzip"),
+    "/gzip-twice": response(gzip.compress(gzip.compress(JPEG)), Content_Encoding="gzip"),
+    "/deflated": response(zlib.compress(JPEG), Content_Encoding="deflate"),
+    "/zstd": response(JPEG, Content_Encoding="zstd"),
+    "/two-encodings": response(JPEG, Content_Encoding="gzip, br"),
     "/gzip-lie": response(JPEG, Content_Encoding="gzip"),
     "/gzip-cut": response(gzip.compress(JPEG)[:-200], Content_Encoding="gzip"),
     "/brotli": response(JPEG, Content_Encoding="br"),
@@ -88,16 +103,32 @@ FIXED: dict[str, bytes] = {
     "/410": response(b"gone", "410 Gone"),
     "/403": response(b"no", "403 Forbidden"),
     "/400": response(b"no", "400 Bad Request"),
+    "/401": response(b"no", "401 Unauthorized", WWW_Authenticate="Basic"),
+    "/407": response(b"no", "407 Proxy Authentication Required"),
+    "/408": response(b"no", "408 Request Timeout"),
+    "/502": response(b"<html>bad gateway</html>", "502 Bad Gateway"),
+    "/504": response(b"", "504 Gateway Timeout"),
+    "/300": response(b"choose", "300 Multiple Choices"),
     "/418": response(b"no", "418 I'm a teapot"),
     "/451": response(b"no", "451 Unavailable For Legal Reasons"),
     "/500": response(b"oops", "500 Internal Server Error"),
     "/503-long": response(b"later", "503 Service Unavailable", Retry_After="86400"),
     "/429": response(b"slow down", "429 Too Many Requests", Retry_After="0"),
+    "/busy": response(b"slow down", "429 Too Many Requests", Retry_After="1"),
     "/204": b"HTTP/1.1 204 No Content\r\n\r\n",
     "/206": response(JPEG[:100], "206 Partial Content"),
     "/304": b"HTTP/1.1 304 Not Modified\r\n\r\n",
     "/999": response(JPEG, "999 Denied"),
     "/empty": response(b""),
+    "/html-after-mark": response(b"\xef\xbb\xbf<!doctype html><title>login</title>"),
+    "/html-wide": response("<html>soft 404</html>".encode("utf-16")),
+    "/xml-error": response(b'<?xml version="1.0"?><Error><Code>AccessDenied</Code></Error>'),
+    "/script-in-gif": response(b"GIF89a/*<script>alert(1)</script>*/"),
+    "/zip": response(b"PK\x03\x04" + bytes(60), content_type="application/zip"),
+    "/heic": response(b"\x00\x00\x00\x18ftypheic" + bytes(60), content_type="image/heic"),
+    "/jxl": response(b"\xff\x0a" + bytes(60), content_type="image/jxl"),
+    "/blank-then-jpeg": response(b"\n" + JPEG),
+    "/jpeg-then-junk": response(JPEG + b"<html>" * 50),
     "/html": response(b"\n <!DOCTYPE html><html><body>not here</body></html>"),
     "/html-comment": response(b"<!-- hi --><HTML><body>soft 404</body></html>"),
     "/text": response(b"hello, I am text"),
@@ -115,6 +146,9 @@ FIXED: dict[str, bytes] = {
     "/corrupt.png": response(PNG[:60] + bytes(100) + PNG[160:]),
     "/corrupt.webp": response(b"RIFF\x10\x00\x00\x00WEBPVP8 " + bytes(8)),
     "/bomb.png": response(bomb_png()),
+    "/bomb.gif": response(bomb_gif(), content_type="image/gif"),
+    "/apng": response(_apng(), content_type="image/png"),
+    "/pixel": response(encode(picture(1, 1), "GIF"), content_type="image/gif"),
     "/text-bomb.png": response(_text_bomb_png()),
     "/tiny": response(encode(picture(3, 3), "PNG")),
     "/wide": response(encode(picture(900, 12), "PNG")),
@@ -124,6 +158,8 @@ FIXED: dict[str, bytes] = {
     "/noimageai": response(JPEG, X_Robots_Tag="nosnippet, NoImageAI"),
     "/noai-other": response(JPEG, X_Robots_Tag="otherbot: noai"),
     "/noai-agent": response(JPEG, X_Robots_Tag="otherbot: nofollow, testbot: noai"),
+    "/noai-404": response(b"gone", "404 Not Found", X_Robots_Tag="noai"),
+    "/noai-second-line": response(JPEG, X_Robots_Tag="nofollow\r\nX-Robots-Tag: NoAI"),
     "/noai-redirect": response(b"", "302 Found", Location="/jpeg", X_Robots_Tag="noai"),
     "/redirect": redirect("/redirect-2", "301 Moved Permanently"),
     "/redirect-2": redirect("/jpeg"),
@@ -134,6 +170,14 @@ FIXED: dict[str, bytes] = {
     "/redirect-private": redirect("http://10.0.0.1/x.jpg"),
     "/redirect-localhost": redirect("http://localhost:1/x.jpg"),
     "/redirect-mapped": redirect("http://[::ffff:127.0.0.1]:1/x.jpg"),
+    "/redirect-self": redirect("/redirect-self", "307 Temporary Redirect"),
+    "/redirect-to-404": redirect("/404", "308 Permanent Redirect"),
+    "/redirect-to-html": redirect("/html", "303 See Other"),
+    "/redirect-script": redirect("javascript:alert(1)"),
+    "/redirect-data": redirect("data:image/png;base64,AAAA"),
+    "/redirect-same-scheme": redirect("//169.254.169.254/latest/meta-data/"),
+    "/redirect-loopback-6": redirect("http://[::1]:1/x.jpg"),
+    "/redirect-user": redirect("http://user:secret@10.0.0.1/x.jpg"),
     "/redirect-garbage": redirect("http://[broken/"),
     "/loop-a": redirect("/loop-b"),
     "/loop-b": redirect("/loop-a"),
@@ -141,6 +185,11 @@ FIXED: dict[str, bytes] = {
     "/short-body": response(JPEG).replace(f"Content-Length: {len(JPEG)}".encode(), b"Content-Length: 999999"),
     "/not-http": b"SSH-2.0-OpenSSH_9.6\r\n",
     "/bad-length": b"HTTP/1.1 200 OK\r\nContent-Length: minus one\r\n\r\n" + JPEG,
+    "/two-lengths": b"HTTP/1.1 200 OK\r\nContent-Length: 4\r\nContent-Length: 5\r\n\r\n" + JPEG,
+    "/huge-length": b"HTTP/1.1 200 OK\r\nContent-Length: 99999999999\r\n\r\n" + JPEG,
+    "/no-status": JPEG,
+    "/half-a-head": b"HTTP/1.1 200 OK\r\nContent-Type: image/jp",
+    "/early-hints": b"HTTP/1.1 103 Early Hints\r\nLink: </x>\r\n\r\n" + response(JPEG),
     "/long-header": b"HTTP/1.1 200 OK\r\nX-A: " + b"a" * 100_000 + b"\r\nContent-Length: 0\r\n\r\n",
     "/many-headers": b"HTTP/1.1 200 OK\r\n" + b"X-A: 1\r\n" * 5000 + b"Content-Length: 0\r\n\r\n",
     "/bad-chunks": b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\nxx\r\n",
@@ -224,6 +273,9 @@ class HostileServer:
         elif path.startswith("/slow-scene/"):
             await asyncio.sleep(0.15)
             writer.write(response(JPEG))
+        elif path.startswith("/heals/"):  # /heals/<failures>/<anything>
+            failures = int(path.split("/")[2])
+            writer.write(FIXED["/500"] if self.requests[path] <= failures else FIXED["/jpeg"])
         elif path == "/flaky":
             writer.write(FIXED["/500"] if self.requests[path] % 3 else FIXED["/jpeg"])
         elif path == "/flaky-reset":
@@ -232,6 +284,10 @@ class HostileServer:
             else:
                 writer.write(FIXED["/jpeg"])
         elif path == "/stall":
+            await asyncio.sleep(30)
+        elif path == "/stall-head":
+            writer.write(b"HTTP/1.1 200 OK\r\nContent-")
+            await writer.drain()
             await asyncio.sleep(30)
         elif path == "/stall-body":
             writer.write(FIXED["/jpeg"][:400])

@@ -180,3 +180,30 @@ def test_no_flipped_byte_raises(kind: str, data: st.DataObject) -> None:
 def test_a_png_that_lies_about_its_chunks_is_an_outcome() -> None:
     chunk = struct.pack(">I", 2**31 - 1) + b"IDAT" + zlib.compress(b"") + b"\0\0\0\0"
     assert decode(PNG[:33] + chunk, TRANSFORM).status in (FetchStatus.IMAGE_TRUNCATED, FetchStatus.IMAGE_CORRUPT)
+
+
+@pytest.mark.parametrize("size", [(1024, 768), (515, 777), (2060, 4100), (600, 400), (511, 900)])
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_scaled_decoding_gives_the_same_picture_but_for_fine_detail(size: tuple[int, int], orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    body = encode(picture(*size, seed=5), "JPEG", quality=95, exif=exif)
+    scaled = TRANSFORM.model_copy(update={"jpeg_decoding": "scaled"})
+    whole, quick = decode(body, TRANSFORM), decode(body, scaled)
+    assert (quick.width_px, quick.height_px, quick.source_sha256) == (
+        whole.width_px, whole.height_px, whole.source_sha256
+    )  # fmt: skip
+    assert (quick.width_px, quick.height_px) == (size if orientation == 1 else size[::-1])
+    difference = np.abs(decoded(body) - decoded(body, scaled))
+    assert difference.mean() < 1  # a shift by a pixel would be 3 and more
+    # At less than twice the size there is nothing that the decoder could shrink.
+    assert (quick.image == whole.image) == (min(size) < 2 * TRANSFORM.size_px)
+
+
+def test_scaled_decoding_never_goes_below_the_size_and_leaves_other_formats_alone() -> None:
+    scaled = TRANSFORM.model_copy(update={"jpeg_decoding": "scaled"})
+    with_detail = Image.effect_noise((512, 512), 60).convert("RGB")
+    kept = decoded(encode(with_detail, "JPEG", quality=95), scaled)
+    assert kept.std() > 15  # a picture shrunk to 128 px and enlarged again would have lost it
+    body = encode(picture(1024, 1024), "PNG")
+    assert decode(body, scaled) == decode(body, TRANSFORM)

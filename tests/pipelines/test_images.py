@@ -1,10 +1,13 @@
 import json
+import re
 import signal
 import socket
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -154,6 +157,131 @@ def _processes_of_session(session: int) -> list[int]:
     return found
 
 
+def rows_of(output: StageOutput) -> list[dict[str, Any]]:
+    """Return the status of every row, in order."""
+    return [row for path in output.files(".parquet") if path.name.startswith("status-") for row in read(path)]
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    return pq.read_table(path).to_pylist()
+
+
+def no_retries(server: HostileServer) -> FetchConfig:
+    return images_config(server).fetch.model_copy(update={"retries": 0})
+
+
+def test_a_second_pass_asks_again_for_what_can_heal_and_for_nothing_else(server: HostileServer, tmp_path: Path) -> None:
+    paths = ["/heals/1/a", "/scene/1", "/heals/9/b", "/404", "/scene/2", "/heals/1/c", "/scene/3", "/scene/4", "/noai"]
+    subset = subset_of([server.url(path) for path in paths], tmp_path)
+    server.requests.clear()
+    output = run_images(
+        server, subset, tmp_path, fetch=no_retries(server), retry_passes=1, retry_pass_seconds=0.0, rows_per_shard=3
+    )
+    assert server.requests == Counter([*paths, "/heals/1/a", "/heals/9/b", "/heals/1/c"])
+    assert [(row["status"], row["num_passes"]) for row in rows_of(output)] == [
+        ("ok", 2), ("ok", 1), ("http_server_error", 2), ("http_not_found", 1), ("ok", 1), ("ok", 2), ("ok", 1),
+        ("ok", 1), ("opted_out", 1),
+    ]  # fmt: skip
+    assert output.manifest.conservation == Conservation(
+        rows_in=9, rows_out=6, dropped={"http_not_found": 1, "http_server_error": 1, "opted_out": 1}
+    )
+    assert output.manifest.summary["asked_again"] == {"rows": 3, "healed": 2}
+    pictures = [row["url"] for unit in image_units(output) for row in unit.read().to_pylist()]
+    assert pictures == [server.url(path) for path in paths if path not in ("/heals/9/b", "/404", "/noai")]
+    assert not damaged_files(output.folder, output.manifest, read_bytes=True)
+    # A web that was well from the start gives the same pictures, byte by byte.
+    well = run_images(server, subset, tmp_path, fetch=no_retries(server), rows_per_shard=3)
+    assert [unit.read() for unit in image_units(well)] == [unit.read() for unit in image_units(output)]
+
+
+def test_passes_end_with_the_last_row_that_can_heal(server: HostileServer, tmp_path: Path) -> None:
+    subset = subset_of([server.url(path) for path in ("/scene/1", "/heals/2/d")], tmp_path)
+    output = run_images(
+        server, subset, tmp_path, fetch=no_retries(server), retry_passes=10, retry_pass_seconds=0.0, rows_per_shard=1
+    )
+    assert [(row["status"], row["num_passes"]) for row in rows_of(output)] == [("ok", 1), ("ok", 3)]
+
+
+@pytest.mark.slow
+def test_a_download_killed_between_passes_goes_on_with_the_second(server: HostileServer, tmp_path: Path) -> None:
+    paths = ["/scene/1", "/heals/1/e", "/scene/2", "/heals/1/f", "/heals/9/g", "/scene/3"]
+    subset = subset_of([server.url(path) for path in paths], tmp_path)
+    options = {"fetch": no_retries(server), "retry_passes": 1, "rows_per_shard": 2}
+    server.requests.clear()
+    expected = run_images(server, subset, tmp_path / "undisturbed", retry_pass_seconds=0.0, **options)
+    server.requests.clear()
+    request = StageRequest(
+        stage="images",
+        partition="00000",
+        config=images_config(server, retry_pass_seconds=60.0, **options).model_dump(mode="json"),
+        inputs={"subset": [str(subset.manifest_path)]},
+        output_root=str(tmp_path / "killed"),
+    )
+    write_request(tmp_path / "request.json", request)
+    command = [sys.executable, "-m", "pipelines.images", "--config", str(tmp_path / "request.json")]
+    process = subprocess.Popen(command, cwd=REPOSITORY, stderr=subprocess.PIPE)
+    try:
+        deadline = time.monotonic() + 60
+        while len(list(tmp_path.glob("killed/images/unfinished/*/scratch/pass-1/status-*.parquet"))) < 3:
+            assert time.monotonic() < deadline
+            assert process.poll() is None
+            time.sleep(0.01)
+    finally:
+        process.kill()
+        process.communicate()
+    assert server.requests == Counter(paths)
+    resumed = run_images(server, subset, tmp_path / "killed", retry_pass_seconds=0.0, **options)
+    assert server.requests == Counter([*paths, "/heals/1/e", "/heals/1/f", "/heals/9/g"])
+    assert resumed.data_version == expected.data_version
+
+
+def run_later(
+    server: HostileServer, subset: StageOutput, earlier: StageOutput, root: Path, later_passes: int = 1, **changes: Any
+) -> StageOutput:
+    config = images_config(server, later_passes=later_passes, **changes)
+    return images.STAGE.run(config, {"subset": [subset], "earlier": [earlier]}, root, subset.manifest.partition)
+
+
+def test_a_later_pass_fetches_failed_rows_alone_and_takes_over_the_rest(server: HostileServer, tmp_path: Path) -> None:
+    paths = ["/scene/1", "/scene/2", "/heals/1/h", "/scene/3", "/heals/9/i", "/404", "/no-status", "/scene/4"]
+    subset = subset_of([server.url(path) for path in paths], tmp_path)
+    options = {"fetch": no_retries(server), "rows_per_shard": 2}
+    server.requests.clear()
+    first = run_images(server, subset, tmp_path, **options)
+    assert server.requests == Counter(paths)
+    asked_before = server.requests.copy()
+    second = run_later(server, subset, first, tmp_path, **options)
+    assert server.requests - asked_before == {"/heals/1/h": 1, "/heals/9/i": 1, "/no-status": 1}
+    assert second.manifest.inputs["earlier"] == (first.ref,)
+    assert second.manifest.conservation == Conservation(
+        rows_in=8, rows_out=5, dropped={"bad_http": 1, "http_not_found": 1, "http_server_error": 1}
+    )
+    assert second.manifest.summary["asked_again"] == {"rows": 3, "healed": 1}
+    assert [row["num_passes"] for row in rows_of(second)] == [1, 1, 2, 1, 2, 1, 2, 1]
+    files = {entry.path: entry.sha256 for entry in second.manifest.files}
+    same = {entry.path for entry in first.manifest.files if files.get(entry.path) == entry.sha256}
+    # In the last shard a row was asked for in vain: its pictures stay as they are, its statuses count the attempt.
+    assert same == {"images-00000.parquet", "status-00000.parquet", "images-00003.parquet"}
+    before = {row["url"]: row for unit in image_units(first) for row in unit.read().to_pylist()}
+    after = {row["url"]: row for unit in image_units(second) for row in unit.read().to_pylist()}
+    assert list(after) == [server.url(path) for path in paths if path.startswith(("/scene", "/heals/1"))]
+    assert {url: after[url] for url in before} == before
+    third = run_later(server, subset, second, tmp_path, later_passes=2, **options)
+    assert [row["num_passes"] for row in rows_of(third)] == [1, 1, 2, 1, 3, 1, 3, 1]
+
+
+def test_a_later_pass_starts_from_the_same_rows_and_configuration_alone(server: HostileServer, tmp_path: Path) -> None:
+    subset = subset_of([server.url("/scene/1")], tmp_path)
+    other = subset_of([server.url("/scene/2")], tmp_path / "other")
+    first = run_images(server, subset, tmp_path)
+    with pytest.raises(ThroughlineError, match="another subset or configuration"):
+        run_later(server, other, first, tmp_path)
+    with pytest.raises(ThroughlineError, match="another subset or configuration"):
+        run_later(server, subset, first, tmp_path, later_passes=2)
+    with pytest.raises(ThroughlineError, match="starts from the output of 0, which the request has to name"):
+        run_images(server, subset, tmp_path, later_passes=1)
+
+
 @pytest.mark.slow
 def test_another_order_of_completion_changes_nothing(server: HostileServer, tmp_path: Path) -> None:
     paths = [f"/slow-scene/{index}" if index % 3 == 0 else f"/scene/{index}" for index in range(20)]
@@ -221,4 +349,5 @@ def test_progress_tells_failures_by_reason(
     run_images(server, subset, tmp_path)
     last = json.loads(capfd.readouterr().err.splitlines()[-1])["progress"]
     assert (last["done"], last["total"]) == (2, 2)
+    assert re.fullmatch(r"\d+/s \d+\.\d MB/s", last["details"].pop("now"))
     assert last["details"] == {"ok": 1, "failed": "1 (http_not_found 1)"}
