@@ -16,7 +16,7 @@ from dagster._core.storage.tags import EXTERNALLY_MANAGED_ASSETS_TAG
 
 from orchestration.console import progress_text
 from orchestration.execution import Execution, Outcome
-from orchestration.findings import Check, checks_of
+from orchestration.findings import Check, checks_of, look
 from orchestration.graph import (
     PART_PARTITIONS,
     Coverage,
@@ -202,7 +202,7 @@ def _provenance_tags(instance: dg.DagsterInstance, plan: Plan, node: Node, parti
 
 def check_result(plan: Plan, asset: str, check: Check, outcomes: list[Outcome]) -> dg.AssetCheckResult:
     """Return what a check found in some partitions of an asset."""
-    findings = {outcome.task.partition or asset: check.look(plan, outcome.task) for outcome in outcomes}
+    findings = {outcome.task.partition or asset: look(check, plan, outcome.task) for outcome in outcomes}
     failed = {name: finding for name, finding in findings.items() if not finding.passed}
     said = next(iter((failed or findings).values())).sentence
     metadata: dict[str, Any] = {}

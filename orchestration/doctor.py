@@ -16,6 +16,7 @@ from orchestration.console import CROSS, TICK
 from orchestration.profiles import Profile
 from pipelines.config import ModelRef
 from pipelines.errors import ThroughlineError
+from pipelines.object_store import ObjectStore
 
 _IMPORT_SECONDS = 180
 _GIB = 1 << 30
@@ -60,6 +61,7 @@ def _symptoms(profile: Profile) -> Iterator[Symptom]:
     yield from _hardware(profile)
     yield from _models(profile)
     yield from _source(profile)
+    yield from _store(profile)
     yield from _ports(profile)
     for warning in profile.warnings():
         yield Symptom(Verdict.NOTE, warning)
@@ -216,6 +218,17 @@ def _hub_model(model: ModelRef) -> Symptom:
         f"{model.id} is not in the hub cache; the first run downloads it",
         f"hf download {model.id} --revision {model.revision}",
     )
+
+
+def _store(profile: Profile) -> Iterator[Symptom]:
+    if profile.store is None:
+        return
+    try:
+        ObjectStore(profile.store).check()
+    except ThroughlineError as error:
+        yield Symptom(Verdict.BAD, str(error))
+    else:
+        yield Symptom(Verdict.GOOD, f"outputs in {profile.store.url}, which answers")
 
 
 def _source(profile: Profile) -> Iterator[Symptom]:

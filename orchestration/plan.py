@@ -26,6 +26,7 @@ from pipelines.config import FrozenConfig
 from pipelines.errors import ThroughlineError
 from pipelines.manifest import MANIFEST_NAME
 from pipelines.stage import StageOutput, StageRequest
+from pipelines.storage import know_outputs, store_of
 
 if TYPE_CHECKING:
     from orchestration.profiles import Profile
@@ -74,6 +75,7 @@ class Task:
             config=self.config.model_dump(mode="json"),
             inputs={name: [str(item.manifest_path) for item in items] for name, items in self.inputs.items()},
             output_root=str(output_root),
+            store=None if (store := store_of(output_root)) is None else store.config,
             verify="digest" if verify == "digest" else "size",
         )
 
@@ -91,6 +93,7 @@ class Plan:
         self.profile = profile
         self.output_root = output_root
         self._finished: dict[tuple[str, str | None], Task] = {}
+        self._listed: set[str] = set()
 
     def partitions(self, asset: str) -> tuple[str | None, ...]:
         """Return the partition keys of an asset in order: (None,) where it is not divided, and nothing where the index
@@ -175,6 +178,9 @@ class Plan:
         return Task(node=node, partition=partition, config=config, inputs=inputs, output=output)
 
     def _has_other_output(self, task: Task) -> bool:
+        if task.node.name not in self._listed:
+            know_outputs(self.output_root, task.node.name)
+            self._listed.add(task.node.name)
         for path in (self.output_root / task.node.name).glob(f"*/{MANIFEST_NAME}"):
             try:
                 if json.loads(path.read_bytes()).get("partition") == task.partition:
