@@ -133,7 +133,7 @@ class _DigestCache:
     def digest(self, place: SourcePlace) -> str:
         if isinstance(place, Path):
             stat = place.stat()
-            state = [stat.st_size, stat.st_mtime_ns, stat.st_ino]
+            state: list[int | str] = [stat.st_size, stat.st_mtime_ns, stat.st_ino]
         else:
             state = [place.num_bytes, place.etag, "on a server"]
         entry = self._entries.get(str(place))

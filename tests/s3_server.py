@@ -15,11 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
+from pipelines.errors import ThroughlineError
 from pipelines.object_store import ObjectStore, StoreConfig, TransferConfig
 
 ACCESS_KEY, SECRET_KEY = "THROUGHLINETEST", "a-secret-of-the-tests"
 PART_BYTES = 5 << 20
-TRANSFER = TransferConfig(connect_seconds=2, read_seconds=2, attempts=3, part_bytes=PART_BYTES, threads=3)
+TRANSFER = TransferConfig(connect_seconds=2, read_seconds=15, attempts=3, part_bytes=PART_BYTES, threads=3)
 _BUSY = b"<?xml version='1.0'?><Error><Code>SlowDown</Code><Message>Reduce your request rate</Message></Error>"
 
 
@@ -30,8 +31,13 @@ class S3Server:
         self.folder = folder
         self.port = _free_port()
         self._buckets = 0
+        self._health = self.new_bucket()
 
     def __enter__(self) -> Self:
+        self._start()
+        return self
+
+    def _start(self) -> None:
         program = Path(sys.executable).parent / "rclone"
         assert program.exists(), "rclone is in requirements/dev.lock; run `make setup`"
         command = [str(program), "serve", "s3", "--config", "", "--auth-key", f"{ACCESS_KEY},{SECRET_KEY}"]
@@ -41,7 +47,14 @@ class S3Server:
         while not _answers(self.endpoint):
             assert self._process.poll() is None and time.monotonic() < deadline, "rclone serve s3 did not start"
             time.sleep(0.05)
-        return self
+
+    def revive(self) -> None:
+        """Start anew where the server has stopped answering, which rclone does at times when many clients hang up."""
+        try:
+            object_store(self._health, read_seconds=5, attempts=1).check()
+        except ThroughlineError:
+            self.__exit__()
+            self._start()
 
     def __exit__(self, *_: object) -> None:
         self._process.kill()  # asked to end, it would wait for its clients

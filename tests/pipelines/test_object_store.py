@@ -29,6 +29,11 @@ def large(tmp_path: Path) -> ObjectFile:
     return file_of(tmp_path / "large.bin", 2 * PART_BYTES + 12_345)
 
 
+def patience(kind: str) -> dict[str, float]:
+    """Return how long to wait for an answer: a short while for one that will not come."""
+    return {"read_seconds": 2} if kind == "stall" else {}
+
+
 def arrives(store: ObjectStore, file: ObjectFile) -> bool:
     """Whether the object is the file, and no upload was left behind."""
     return store.holds(file, read_bytes=True) and store.unfinished_uploads("") == []
@@ -64,7 +69,7 @@ UPLOAD_FAULTS = [
 
 @pytest.mark.parametrize("fault", UPLOAD_FAULTS, ids=lambda fault: f"{fault.kind} at {fault.where}")
 def test_an_upload_survives_a_fault(s3: FaultyProxy, bucket: str, large: ObjectFile, fault: Fault) -> None:
-    store = object_store(bucket)
+    store = object_store(bucket, **patience(fault.kind))
     s3.faults = [Fault(**vars(fault))]
     store.upload([large])
     assert s3.faults[0].times == 0, "the fault was met"
@@ -73,7 +78,7 @@ def test_an_upload_survives_a_fault(s3: FaultyProxy, bucket: str, large: ObjectF
 
 @pytest.mark.parametrize("kind", ["busy", "stall", "reset upload", "corrupt upload", "lose answer"])
 def test_a_small_file_survives_a_fault(s3: FaultyProxy, bucket: str, tmp_path: Path, kind: str) -> None:
-    store, file = object_store(bucket), file_of(tmp_path / "small", 300_000)
+    store, file = object_store(bucket, **patience(kind)), file_of(tmp_path / "small", 300_000)
     s3.faults = [Fault("PUT ", kind)]
     store.upload([file])
     assert s3.faults[0].times == 0
@@ -82,7 +87,7 @@ def test_a_small_file_survives_a_fault(s3: FaultyProxy, bucket: str, tmp_path: P
 
 @pytest.mark.parametrize("kind", ["busy", "stall", "reset download", "cut download", "corrupt download"])
 def test_a_download_survives_a_fault(s3: FaultyProxy, bucket: str, large: ObjectFile, kind: str) -> None:
-    store = object_store(bucket)
+    store = object_store(bucket, **patience(kind))
     store.upload([large])
     s3.faults = [Fault("GET .*file.bin", kind, after_bytes=4_000_000), Fault("GET .*file.bin", kind)]
     back = ObjectFile(large.key, large.path.with_name("back"), large.sha256, large.num_bytes)
@@ -105,7 +110,7 @@ def test_a_download_survives_a_fault(s3: FaultyProxy, bucket: str, large: Object
 def test_an_upload_that_goes_on_failing_leaves_nothing(
     s3: FaultyProxy, bucket: str, large: ObjectFile, kind: str, said: str
 ) -> None:
-    store = object_store(bucket, attempts=2)
+    store = object_store(bucket, attempts=2, **patience(kind))
     s3.faults = [Fault("PUT .*partNumber=2", kind, FOREVER)]
     with pytest.raises(StorageError) as caught:
         store.upload([large])
@@ -119,7 +124,7 @@ def test_an_upload_that_goes_on_failing_leaves_nothing(
 def test_a_download_that_goes_on_failing_leaves_nothing(
     s3: FaultyProxy, bucket: str, tmp_path: Path, kind: str
 ) -> None:
-    store, file = object_store(bucket, attempts=2), file_of(tmp_path / "file", 200_000)
+    store, file = object_store(bucket, attempts=2, **patience(kind)), file_of(tmp_path / "file", 200_000)
     store.upload([file])
     s3.faults = [Fault("GET .*file.bin", kind, FOREVER, after_bytes=0)]
     back = ObjectFile(file.key, tmp_path / "back" / "file", file.sha256, file.num_bytes)

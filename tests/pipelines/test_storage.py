@@ -71,7 +71,7 @@ def test_another_machine_finds_everything_and_fetches_what_it_asks_for(
 
 @pytest.mark.slow
 def test_half_an_output_is_never_found(s3: FaultyProxy, bucket: str, tmp_path: Path) -> None:
-    here, there = (mirrored(tmp_path / name, bucket, attempts=2, read_seconds=20) for name in ("here", "there"))
+    here, there = (mirrored(tmp_path / name, bucket, attempts=2) for name in ("here", "there"))
     for where in ("PUT .*first.bin", "PUT .*partNumber=3", "POST .*uploadId", "PUT .*fingerprints", "PUT .*manifest"):
         s3.faults = [Fault(where, "busy", FOREVER)]
         with pytest.raises(StorageError, match="503 SlowDown"):
