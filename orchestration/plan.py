@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from orchestration.profiles import Profile
 
 INDEX = "laion_index"
+_ABSENCE_SECONDS = 2.0
+"""Unfinished tasks are looked up once for each that is made from them; an object store is not asked as often."""
 PARTS_FILE = "parts.json"
 
 
@@ -94,6 +96,9 @@ class Plan:
         self.output_root = output_root
         self._finished: dict[tuple[str, str | None], Task] = {}
         self._listed: set[str] = set()
+        store = store_of(output_root)
+        if store is not None:
+            store.absence_seconds = _ABSENCE_SECONDS
 
     def partitions(self, asset: str) -> tuple[str | None, ...]:
         """Return the partition keys of an asset in order: (None,) where it is not divided, and nothing where the index

@@ -8,6 +8,7 @@ The folder is a cache: any finished output in it may be deleted while nothing ru
 """
 
 import re
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -111,6 +112,9 @@ class OutputStore:
         self.root = root
         self.config = config
         self.objects = ObjectStore(config)
+        self.absence_seconds = 0.0
+        """How long an answer that there is no output is relied upon; the plan asks for the same ones over and over."""
+        self._absent_until: dict[tuple[str, str], float] = {}
         self._swept: set[str] = set()
 
     def check(self) -> None:
@@ -126,8 +130,11 @@ class OutputStore:
         version = pointer.read_text().strip() if pointer.is_file() else None
         if version and self._is_stored(stage, version) and self._has_manifest(stage, version):
             return self.root / stage / version
+        if time.monotonic() < self._absent_until.get((stage, fingerprint), 0.0):
+            return None
         stated = self.objects.read(f"{stage}/{POINTERS}/{fingerprint}")
         if stated is None or not self.fetch_manifest(stage, stated.decode().strip()):
+            self._absent_until[stage, fingerprint] = time.monotonic() + self.absence_seconds
             return None
         version = stated.decode().strip()
         pointer.parent.mkdir(parents=True, exist_ok=True)

@@ -45,6 +45,7 @@ def test_run_status_and_audit_on_an_s3_url(
     said = capfd.readouterr().err
     assert f"outputs in s3://{bucket}/runs (working folder {tmp_path}/one/stores/" in said
     assert "2 computed, 0 reused" in said
+    assert sum("fingerprints" in line for line in s3.seen) < 60, "an unfinished output is not asked for over and over"
 
     capfd.readouterr()
     on_machine("two")
