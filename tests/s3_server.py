@@ -21,6 +21,9 @@ from pipelines.object_store import ObjectStore, StoreConfig, TransferConfig
 ACCESS_KEY, SECRET_KEY = "THROUGHLINETEST", "a-secret-of-the-tests"
 PART_BYTES = 5 << 20
 TRANSFER = TransferConfig(connect_seconds=2, read_seconds=15, attempts=3, part_bytes=PART_BYTES, threads=3)
+_MOST_BUCKETS = 200
+_REMEMBERS_SECONDS = 1
+"""How long rclone trusts its list of a folder; with 0 its locks block each other and it stops answering."""
 _BUSY = b"<?xml version='1.0'?><Error><Code>SlowDown</Code><Message>Reduce your request rate</Message></Error>"
 
 
@@ -31,6 +34,9 @@ class S3Server:
         self.folder = folder
         self.port = _free_port()
         self._buckets = 0
+        # All before the start: the server looks at a folder once, and then not for a while.
+        for number in range(1, _MOST_BUCKETS + 1):
+            (folder / f"bucket-{number}").mkdir()
         self._health = self.new_bucket()
 
     def __enter__(self) -> Self:
@@ -41,7 +47,14 @@ class S3Server:
         program = Path(sys.executable).parent / "rclone"
         assert program.exists(), "rclone is in requirements/dev.lock; run `make setup`"
         command = [str(program), "serve", "s3", "--config", "", "--auth-key", f"{ACCESS_KEY},{SECRET_KEY}"]
-        command += ["--addr", f"127.0.0.1:{self.port}", "--dir-cache-time", "0s", "--log-level", "ERROR"]
+        command += [
+            "--addr",
+            f"127.0.0.1:{self.port}",
+            "--dir-cache-time",
+            f"{_REMEMBERS_SECONDS}s",
+            "--log-level",
+            "ERROR",
+        ]
         self._process = subprocess.Popen([*command, str(self.folder)])
         deadline = time.monotonic() + 30
         while not _answers(self.endpoint):
@@ -49,7 +62,7 @@ class S3Server:
             time.sleep(0.05)
 
     def revive(self) -> None:
-        """Start anew where the server has stopped answering, which rclone does at times when many clients hang up."""
+        """Start anew where the server has stopped answering."""
         try:
             object_store(self._health, read_seconds=5, attempts=1).check()
         except ThroughlineError:
@@ -65,11 +78,14 @@ class S3Server:
         return f"http://127.0.0.1:{self.port}"
 
     def new_bucket(self) -> str:
-        """Make a bucket and return its name."""
+        """Return the name of a bucket that nobody has used."""
         self._buckets += 1
-        name = f"bucket-{self._buckets}"
-        (self.folder / name).mkdir()
-        return name
+        assert self._buckets <= _MOST_BUCKETS, "more buckets are needed"
+        return f"bucket-{self._buckets}"
+
+    def notice(self) -> None:
+        """Wait until the server knows what was changed in its folder behind its back."""
+        time.sleep(1.5 * _REMEMBERS_SECONDS)
 
 
 @dataclass

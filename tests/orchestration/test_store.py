@@ -64,6 +64,7 @@ def test_run_status_and_audit_on_an_s3_url(
     data = bytearray(rows.read_bytes())
     data[100] ^= 1
     rows.write_bytes(data)
+    s3_server.notice()
     capfd.readouterr()
     on_machine("three")
     assert throughline("audit", *options, version[:10]) == 1

@@ -133,6 +133,7 @@ def test_damage_in_the_store_is_named_never_fetched_and_mended(
     else:
         data[1] ^= 1
         (folder / name).write_bytes(data[:-1] if harm == "shorten" else data)
+    s3_server.notice()
     (problem,) = store_at(here).damaged(output.manifest)
     assert problem.startswith(f"s3://{bucket}/team/runs/stored/{output.data_version}/{name}: ")
 
