@@ -22,7 +22,7 @@ from orchestration.file_events import (
     input_tags,
     unrecorded_files,
 )
-from orchestration.findings import Check, checks_of
+from orchestration.findings import Check, checks_of, look
 from orchestration.graph import (
     PART_PARTITIONS,
     Coverage,
@@ -268,7 +268,7 @@ def build_files_asset(node: Node, execution: Execution) -> "dg.AssetsDefinition 
 
 def check_result(plan: Plan, asset: str, check: Check, outcomes: list[Outcome]) -> dg.AssetCheckResult:
     """Return what a check found in some partitions of an asset."""
-    findings = {outcome.task.partition or asset: check.look(plan, outcome.task) for outcome in outcomes}
+    findings = {outcome.task.partition or asset: look(check, plan, outcome.task) for outcome in outcomes}
     failed = {name: finding for name, finding in findings.items() if not finding.passed}
     said = next(iter((failed or findings).values())).sentence
     metadata: dict[str, Any] = {}

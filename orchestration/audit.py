@@ -16,8 +16,9 @@ from orchestration.graph import FILE_TAG, STAGE_TAG
 from pipelines.digest import digest_json
 from pipelines.errors import ThroughlineError
 from pipelines.input_refs import find_input
-from pipelines.manifest import MANIFEST_NAME, InputRef, Manifest, damaged_files
+from pipelines.manifest import MANIFEST_NAME, InputRef, Manifest
 from pipelines.stage import StageOutput
+from pipelines.storage import know_outputs, location_of, store_of
 
 if TYPE_CHECKING:
     from dagster import AssetMaterialization
@@ -154,7 +155,9 @@ class Auditor:
         node.problems += _identity_problems(manifest, ref)
         if not node.problems:
             self._outputs.append(output)
-        damaged = damaged_files(folder, manifest, read_bytes=True)
+        damaged = output.damaged(read_bytes=True)
+        if output.store is not None:
+            damaged += output.store.damaged(manifest)
         node.problems += damaged
         if manifest.conservation is not None:
             node.rows = f"{manifest.conservation.rows_in:,} rows in, {manifest.conservation.rows_out:,} out"
@@ -202,9 +205,14 @@ def find_output(output_root: Path, prefix: str) -> list[InputRef]:
     """
     if len(prefix) < _MIN_PREFIX:
         raise ThroughlineError(f"{prefix!r}: give at least {_MIN_PREFIX} digits of a data version")
+    store = store_of(output_root)
+    for stage in store.stages() if store is not None else ():
+        know_outputs(output_root, stage, prefix)
     found = sorted(output_root.glob(f"*/{prefix}*/{MANIFEST_NAME}"))
     if not found:
-        raise ThroughlineError(f"no output under {output_root} has a data version that starts with {prefix}")
+        raise ThroughlineError(
+            f"no output under {location_of(output_root)} has a data version that starts with {prefix}"
+        )
     refs = [_ref_of(path) for path in found]
     if len({ref.data_version for ref in refs}) > 1:
         raise ThroughlineError(f"{prefix}: {len(refs)} outputs start with it; give more digits")

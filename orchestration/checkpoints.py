@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 from pipelines.errors import ThroughlineError
 from pipelines.manifest import MANIFEST_NAME, damaged_files
 from pipelines.stage import StageOutput
+from pipelines.storage import know_outputs, location_of
 from training.config import Strategy
 from training.saved_model import read_conditioning
 
@@ -31,7 +32,9 @@ def newest_checkpoint(profile: "Profile", strategy: Strategy, profile_argument: 
     profile.
     """
     found = []
-    for path in (profile.output_root / _STAGE).glob(f"*/{MANIFEST_NAME}"):
+    root = profile.open_output_root()
+    know_outputs(root, _STAGE)
+    for path in (root / _STAGE).glob(f"*/{MANIFEST_NAME}"):
         checkpoint = StageOutput.load(path)
         made_with = read_conditioning(checkpoint) if checkpoint.manifest.partition == strategy.value else None
         if made_with is None or made_with.text_encoder_id != profile.text_encoder.id:
@@ -40,7 +43,7 @@ def newest_checkpoint(profile: "Profile", strategy: Strategy, profile_argument: 
         found.append((environment.ended_at if environment else "", checkpoint.data_version, checkpoint))
     if not found:
         raise ThroughlineError(
-            f"no finished checkpoint of {strategy.value} in {profile.output_root / _STAGE}; make one with "
+            f"no finished checkpoint of {strategy.value} in {location_of(root)}; make one with "
             f"`throughline run --profile {profile_argument or profile.name} --select +checkpoint`"
         )
     return _whole(max(found)[2])
@@ -60,6 +63,7 @@ def strategy_of(checkpoint: StageOutput) -> Strategy:
 
 
 def _whole(checkpoint: StageOutput) -> StageOutput:
+    checkpoint.fetch()
     problems = damaged_files(checkpoint.folder, checkpoint.manifest, read_bytes=False)
     if problems:
         raise ThroughlineError(problems[0])

@@ -120,6 +120,15 @@ def _add_profile(parser: argparse.ArgumentParser) -> None:
         "--set", dest="changes", action="append", default=[], metavar="FIELD=VALUE",
         help="change a field of the profile, such as training.steps=50; may be given several times",
     )  # fmt: skip
+    parser.add_argument(
+        "--output-root", dest="changes", action="append", type=_output_root, metavar="FOLDER|s3://BUCKET/PREFIX",
+        help="where outputs are kept; default: `outputs` under THROUGHLINE_HOME",
+    )  # fmt: skip
+
+
+def _output_root(location: str) -> str:
+    """Return the change of a profile that keeps its outputs there."""
+    return f"outputs={json.dumps(location if '://' in location else str(Path(location).absolute()))}"
 
 
 def _load(name: str | None, changes: Sequence[str]) -> "Profile":
@@ -134,10 +143,15 @@ def _execution(arguments: argparse.Namespace) -> "Execution":
     from orchestration.nodes import GRAPH
     from orchestration.plan import Plan
     from orchestration.surroundings import surroundings_of
+    from pipelines.storage import store_of
 
     profile = _load(arguments.profile, arguments.changes)
+    root = profile.open_output_root()
+    store = store_of(root)
+    if store is not None:
+        store.check()
     return Execution(
-        plan=Plan(GRAPH, profile, profile.output_root),
+        plan=Plan(GRAPH, profile, root),
         log_folder=profile.log_folder,
         surroundings=surroundings_of(profile),
     )
@@ -146,13 +160,14 @@ def _execution(arguments: argparse.Namespace) -> "Execution":
 def _run(arguments: argparse.Namespace) -> int:
     from orchestration.console import Console
     from pipelines.environment import home_folder
+    from pipelines.storage import location_of
 
     execution = _execution(arguments)
     plan, profile = execution.plan, execution.plan.profile
     selection = arguments.select or (f"group:{arguments.only}" if arguments.only else None)
     nodes = plan.graph.select(selection) if selection else list(plan.graph.nodes.values())
     console = Console()
-    console.line(f"profile {profile.name}: {len(nodes)} assets, outputs in {profile.output_root}")
+    console.line(f"profile {profile.name}: {len(nodes)} assets, outputs in {location_of(plan.output_root)}")
     for warning in profile.warnings():
         console.line(f"  note: {warning}")
 

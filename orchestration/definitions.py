@@ -16,7 +16,7 @@ from pipelines.environment import home_folder, profile_name
 def build_execution(profile: Profile, graph: Graph = GRAPH) -> Execution:
     """Return what carries out the graph under a profile."""
     return Execution(
-        plan=Plan(graph, profile, profile.output_root),
+        plan=Plan(graph, profile, profile.open_output_root()),
         log_folder=profile.log_folder,
         surroundings=surroundings_of(profile),
     )

@@ -19,6 +19,7 @@ from orchestration.storage import described_storage
 from pipelines.config import ModelRef
 from pipelines.environment import POSTGRES_URL
 from pipelines.errors import ThroughlineError
+from pipelines.object_store import ObjectStore
 
 _IMPORT_SECONDS = 180
 _GIB = 1 << 30
@@ -64,6 +65,7 @@ def _symptoms(profile: Profile) -> Iterator[Symptom]:
     yield from _models(profile)
     yield from _source(profile)
     yield _storage(profile)
+    yield from _store(profile)
     yield from _ports(profile)
     for warning in profile.warnings():
         yield Symptom(Verdict.NOTE, warning)
@@ -220,6 +222,17 @@ def _hub_model(model: ModelRef) -> Symptom:
         f"{model.id} is not in the hub cache; the first run downloads it",
         f"hf download {model.id} --revision {model.revision}",
     )
+
+
+def _store(profile: Profile) -> Iterator[Symptom]:
+    if profile.store is None:
+        return
+    try:
+        ObjectStore(profile.store).check()
+    except ThroughlineError as error:
+        yield Symptom(Verdict.BAD, str(error))
+    else:
+        yield Symptom(Verdict.GOOD, f"outputs in {profile.store.url}, which answers")
 
 
 def _source(profile: Profile) -> Iterator[Symptom]:

@@ -91,22 +91,23 @@ def measured_for(profile: "Profile") -> dict[str, Measured]:
 def _metadata(profile: "Profile") -> Iterator[tuple[str, Measured]]:
     """Count the rows of the profile's own metadata, by the files' footers."""
     from pipelines.laion_schema import open_metadata
-    from pipelines.source_files import find_sources
+    from pipelines.remote_files import RangeReader
+    from pipelines.source_files import find_sources, size_of
 
     try:
-        paths = list(find_sources(profile.source).values())
+        places = list(find_sources(profile.source).values())
     except ThroughlineError:
         return  # the metadata isn't here yet, which is when most estimates are asked for
     counts = []
-    for path in paths:
-        with open_metadata(path) as metadata:
+    for place in places:
+        with open_metadata(place if isinstance(place, Path) else RangeReader(place)) as metadata:
             counts.append(metadata.metadata.num_rows)
     rows = sum(counts)
-    what = f"{len(paths)} metadata files"
+    what = f"{len(places)} metadata files"
     yield "rows", Measured(rows, what)
     if rows:
-        yield "part_rows", Measured(rows / len(paths), what)
-        yield "metadata_row_bytes", Measured(sum(path.stat().st_size for path in paths) / rows, what)
+        yield "part_rows", Measured(rows / len(places), what)
+        yield "metadata_row_bytes", Measured(sum(size_of(place) for place in places) / rows, what)
 
 
 @dataclass(frozen=True)

@@ -25,13 +25,16 @@ from orchestration.graph import (
 from pipelines.config import FrozenConfig
 from pipelines.errors import ThroughlineError
 from pipelines.laion_index import part_names
-from pipelines.manifest import EARLIER, MANIFEST_NAME, damaged_files
+from pipelines.manifest import EARLIER, MANIFEST_NAME
 from pipelines.stage import StageOutput, StageRequest
+from pipelines.storage import know_outputs, store_of
 
 if TYPE_CHECKING:
     from orchestration.profiles import Profile
 
 INDEX = "laion_index"
+_ABSENCE_SECONDS = 2.0
+"""Unfinished tasks are looked up once for each that is made from them; an object store is not asked as often."""
 
 
 class State(StrEnum):
@@ -74,6 +77,7 @@ class Task:
             config=self.config.model_dump(mode="json"),
             inputs={name: [str(item.address) for item in items] for name, items in self.inputs.items()},
             output_root=str(output_root),
+            store=None if (store := store_of(output_root)) is None else store.config,
             verify="digest" if verify == "digest" else "size",
             lock_wait_seconds=lock_wait_seconds,
         )
@@ -93,6 +97,10 @@ class Plan:
         self.output_root = output_root
         self._finished: dict[tuple[str, str | None], Task] = {}
         self._known_files: Mapping[str, StageOutput | None] | None = None
+        self._listed: set[str] = set()
+        store = store_of(output_root)
+        if store is not None:
+            store.absence_seconds = _ABSENCE_SECONDS
 
     def partitions(self, asset: str) -> tuple[str | None, ...]:
         """Return the partition keys of an asset in order: (None,) where it is not divided, and nothing where the index
@@ -205,13 +213,13 @@ class Plan:
 
     def _earlier_outputs(self, node: Node) -> Iterator[StageOutput]:
         """Yield the sound outputs of an asset that its present code made, of whatever inputs and configuration."""
+        know_outputs(self.output_root, node.name)
         for path in sorted((self.output_root / node.name).glob(f"*/{MANIFEST_NAME}")):
             try:
                 output = StageOutput.load(path)
             except ThroughlineError:
                 continue  # an altered manifest is the audit's business
-            same_code = output.manifest.code_version == node.stage.code_version
-            if same_code and not damaged_files(output.folder, output.manifest, read_bytes=False):
+            if output.manifest.code_version == node.stage.code_version and not output.damaged(read_bytes=False):
                 yield output
 
     def _earlier(
@@ -234,6 +242,9 @@ class Plan:
         return {EARLIER: [output]}
 
     def _has_other_output(self, task: Task) -> bool:
+        if task.node.name not in self._listed:
+            know_outputs(self.output_root, task.node.name)
+            self._listed.add(task.node.name)
         for path in (self.output_root / task.node.name).glob(f"*/{MANIFEST_NAME}"):
             try:
                 if json.loads(path.read_bytes()).get("partition") == task.partition:

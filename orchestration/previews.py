@@ -46,9 +46,15 @@ def describe(task: "Task", *, reused: bool, pictures: bool = True) -> dict[str, 
     if manifest.environment is not None:
         metadata["seconds"] = manifest.environment.seconds
         metadata["git_commit"] = manifest.environment.git_commit or "not in a git repository"
-    if pictures and manifest.stage in _PREVIEWS:
+    if pictures and manifest.stage in _PREVIEWS and _is_here(task):
         metadata["preview"] = dg.MetadataValue.md(_PREVIEWS[manifest.stage](task))
     return metadata
+
+
+def _is_here(task: "Task") -> bool:
+    """Whether nothing need be fetched from an object store for a preview."""
+    outputs = [task.output, *(item for items in (task.inputs or {}).values() for item in items)]
+    return all(output is None or output.is_here for output in outputs)
 
 
 def conservation_table(output: StageOutput) -> str:

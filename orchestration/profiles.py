@@ -24,8 +24,10 @@ from orchestration.launch import LaunchForm, LocalLaunch
 from orchestration.models import is_pinned, resolve_models
 from pipelines.config import FrozenConfig, ModelRef
 from pipelines.errors import ThroughlineError
+from pipelines.object_store import StoreConfig, TransferConfig
 from pipelines.stage import Verify
 from pipelines.stage_configs import DatasetConfig, ImagesConfig, LaionSelectionConfig, LaionSubsetConfig, ShardsConfig
+from pipelines.storage import bind, working_folder
 from recaption.config import CaptionsConfig
 from training.config import Arm, ModelConfig, Strategy, TrainingConfig
 
@@ -61,8 +63,13 @@ class Profile(FrozenConfig):
     name: str
     home: str
     """Folder for outputs, logs and Dagster's storage."""
+    outputs: str | None = None
+    """Where outputs are kept: a folder, or ``s3://bucket/prefix``, whose working folder is under `home`; None:
+    ``outputs`` under `home`."""
+    transfer: TransferConfig = TransferConfig()
+    """How files travel to and from an object store."""
     source: tuple[str, ...] = Field(min_length=1)
-    """LAION metadata: folders, globs or parquet files."""
+    """LAION metadata: folders, globs or parquet files, on disk, by ``s3://``, or files by ``https://``."""
     world: DemoWorld | None = None
 
     laion_subset: LaionSubsetConfig
@@ -116,10 +123,19 @@ class Profile(FrozenConfig):
 
     @model_validator(mode="after")
     def _agree(self) -> Self:
-        problems = [*self._model_problems(), *self._shape_problems(), *self._arm_problems()]
+        problems = [*self._output_problems(), *self._model_problems(), *self._shape_problems(), *self._arm_problems()]
         if problems:
             raise ValueError("; ".join(problems))
         return self
+
+    def _output_problems(self) -> list[str]:
+        if self.outputs is None or "://" not in self.outputs:
+            return []
+        try:
+            StoreConfig(url=self.outputs)
+        except ValidationError as error:
+            return [f"outputs: {problem['msg'].removeprefix('Value error, ')}" for problem in error.errors()]
+        return []
 
     def _model_problems(self) -> list[str]:
         pairs = {
@@ -174,8 +190,23 @@ class Profile(FrozenConfig):
         return self.prompt_sets.benchmarks
 
     @property
+    def store(self) -> StoreConfig | None:
+        """The object store that outputs are kept in."""
+        return StoreConfig(url=self.outputs, transfer=self.transfer) if self.outputs and "://" in self.outputs else None
+
+    @property
     def output_root(self) -> Path:
-        return Path(self.home) / "outputs"
+        """The folder of outputs; with an object store, the working folder in front of it."""
+        store = self.store
+        if store is not None:
+            return working_folder(Path(self.home), store)
+        return Path(self.outputs) if self.outputs else Path(self.home) / "outputs"
+
+    def open_output_root(self) -> Path:
+        """Return the folder of outputs, bound to its object store where there is one."""
+        if self.store is not None:
+            bind(self.output_root, self.store)
+        return self.output_root
 
     @property
     def log_folder(self) -> Path:

@@ -6,6 +6,7 @@ from typing import Any
 
 from orchestration.console import CROSS, TICK, table
 from orchestration.plan import Plan, State, Task
+from pipelines.storage import location_of
 
 _MARKS = {State.FINISHED: TICK, State.STALE: "~", State.MISSING: CROSS}
 
@@ -42,7 +43,7 @@ def status_lines(plan: Plan, *, each_partition: bool) -> Iterator[str]:
         else:
             said = ", ".join(f"{states[state]} {state.value}" for state in State if states[state])
             rows.append((_MARKS[worst], name, said, _rows_out(tasks), ""))
-    yield f"profile {plan.profile.name}, outputs in {plan.output_root}"
+    yield f"profile {plan.profile.name}, outputs in {location_of(plan.output_root)}"
     yield table(rows)
 
 

@@ -27,10 +27,15 @@ _RAY_THREADS = 256
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments; imports nothing heavy."""
     parser.add_argument(
-        "--input", dest="sources", nargs="+", required=True, metavar="PATH", help="folders, globs or parquet files"
+        "--input",
+        dest="sources",
+        nargs="+",
+        required=True,
+        metavar="PATH|URL",
+        help="folders, globs or parquet files, on disk, by s3:// (prefixes and globs too) or by https://",
     )
     parser.add_argument(
-        "--out", type=Path, required=True, metavar="FOLDER", help="output root; finished parts are reused"
+        "--out", required=True, metavar="FOLDER|s3://BUCKET/PREFIX", help="output root; finished parts are reused"
     )
     parser.add_argument(
         "--preset", metavar="NAME", help="published rules: laion400m, aesthetic-v2-5, sd-2, ...; `?` lists all"
@@ -52,13 +57,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run_subset(arguments: argparse.Namespace) -> int:
     """Carry the command out; raises ThroughlineError for what the user can mend."""
+    from pipelines.environment import home_folder
     from pipelines.laion_presets import PRESETS, TOP_SHARES, preset_rules
     from pipelines.stage_configs import WorkersConfig
+    from pipelines.storage import open_root
 
     if arguments.preset == "?":
         for name, preset in PRESETS.items():
             print(f"{name:<24}{(preset.__doc__ or '').split(chr(10) + chr(10))[0].replace(chr(10) + '    ', ' ')}")
         return 0
+    arguments.out = open_root(arguments.out, home_folder())
     if arguments.limit is not None and arguments.limit < 1:
         raise ThroughlineError(f"--limit {arguments.limit}: expected at least 1")
     changes = _changes(arguments.changes)
@@ -113,10 +121,12 @@ def _index(sources: Sequence[str], out: Path) -> "StageOutput":
 def _threshold(index: "StageOutput", role: str, share: float) -> float:
     from pipelines.laion_index import read_parts
     from pipelines.laion_scores import top_share_threshold
-    from pipelines.source_files import find_sources
+    from pipelines.source_files import find_sources, local_path
 
     found = find_sources(index.manifest.execution["source"])
-    return top_share_threshold([(found[part.name], part.columns) for part in read_parts(index)], role, share)
+    cache = index.manifest.execution["digest_cache"]
+    paths = [(local_path(found[part.name], Path(cache)), part.columns) for part in read_parts(index)]
+    return top_share_threshold(paths, role, share)
 
 
 def _subsets(index: "StageOutput", rules: "LaionSubsetConfig", out: Path, workers: int) -> "list[StageOutput]":

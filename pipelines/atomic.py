@@ -1,5 +1,6 @@
-"""Durable, atomic file writes: a temporary name, fsync, rename, fsync of the folder."""
+"""Durable, atomic file writes (a temporary name, fsync, rename, fsync of the folder), and locks between processes."""
 
+import fcntl
 import json
 import os
 import secrets
@@ -51,3 +52,11 @@ def write_json(path: Path, value: Any) -> None:
     """Write `value` as readable JSON to `path` atomically; NaN is refused."""
     text = json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False)
     write_bytes(path, text.encode() + b"\n")
+
+
+@contextmanager
+def exclusive(path: Path) -> Iterator[None]:
+    """Hold a lock that the operating system lets go when the process dies, however it dies."""
+    with path.open("a") as stream:
+        fcntl.flock(stream, fcntl.LOCK_EX)
+        yield

@@ -6,6 +6,7 @@ from pathlib import Path
 from pipelines.errors import ThroughlineError
 from pipelines.manifest import MANIFEST_NAME, InputRef
 from pipelines.stage import StageOutput
+from pipelines.storage import know_outputs
 
 
 def find_input(output_root: Path, ref: InputRef, known: Iterable[StageOutput] = ()) -> StageOutput:
@@ -37,6 +38,7 @@ def _holds(output: StageOutput, ref: InputRef) -> bool:
 
 def _outputs(stage_root: Path) -> Iterator[StageOutput]:
     """Yield the outputs of a stage whose manifests are sound; the others hold nothing that can be relied on."""
+    know_outputs(stage_root.parent, stage_root.name)
     for path in stage_root.glob(f"*/{MANIFEST_NAME}"):
         try:
             output = StageOutput.load(path)

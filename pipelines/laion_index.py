@@ -16,7 +16,8 @@ from pipelines.config import FrozenConfig
 from pipelines.digest import canonical_json
 from pipelines.errors import ThroughlineError
 from pipelines.manifest import SourceFile
-from pipelines.source_files import SUFFIX, find_sources
+from pipelines.remote_files import RangeReader, RemoteFile
+from pipelines.source_files import SUFFIX, SourcePlace, find_sources, size_of
 from pipelines.stage import Stage, StageOutput, StageResult, StageRun
 from pipelines.stage_configs import LaionIndexConfig, SourceContent
 
@@ -106,13 +107,16 @@ def produce(run: StageRun[LaionIndexConfig]) -> StageResult:
     config = run.config
     found = find_sources(config.source)
     parts: list[Part] = []
+    servers: dict[str, dict[str, str]] = {}
     for content in sorted(config.content, key=lambda item: item.name):
-        path = found.get(content.name)
-        if path is None or path.stat().st_size != content.num_bytes:
+        place = found.get(content.name)
+        if place is None or size_of(place) != content.num_bytes:
             raise ThroughlineError(
                 f"{content.name}: missing or changed under {', '.join(config.source)}; scan it again"
             )
-        parts.append(_describe(content, path))
+        parts.append(_describe(content, place))
+        if isinstance(place, RemoteFile):
+            servers[content.name] = {"url": place.url, "etag": place.etag}
     for key, count in Counter(part.part for part in parts).items():
         if count > 1:
             names = ", ".join(part.name for part in parts if part.part == key)
@@ -126,14 +130,16 @@ def produce(run: StageRun[LaionIndexConfig]) -> StageResult:
     return StageResult(
         summary={"num_parts": len(parts), "num_rows": num_rows},
         sources=[SourceFile(name=part.name, sha256=part.sha256, num_bytes=part.num_bytes) for part in parts],
+        measurements={"servers": servers} if servers else {},
     )
 
 
-def _describe(content: SourceContent, path: Path) -> Part:
+def _describe(content: SourceContent, place: SourcePlace) -> Part:
     from pipelines.laion_schema import open_metadata, resolve_columns
 
-    with open_metadata(path) as metadata:
-        columns = resolve_columns(metadata.schema_arrow, path)
+    # Of a file on a server the footer alone is asked for.
+    with open_metadata(place if isinstance(place, Path) else RangeReader(place)) as metadata:
+        columns = resolve_columns(metadata.schema_arrow, place)
         num_rows = metadata.metadata.num_rows
     return Part(part=part_key(content.name), **content.model_dump(), num_rows=num_rows, columns=columns)
 

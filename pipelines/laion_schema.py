@@ -8,6 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipelines.errors import ThroughlineError
+from pipelines.remote_files import RangeReader
 from pipelines.row_expression import Kind
 
 
@@ -92,7 +93,7 @@ def column_kinds(schema: pa.Schema) -> tuple[dict[str, Kind], dict[str, str]]:
     return kinds, columns
 
 
-def open_metadata(path: Path, dictionaries: Sequence[str] = ()) -> pq.ParquetFile:
+def open_metadata(path: Path | RangeReader, dictionaries: Sequence[str] = ()) -> pq.ParquetFile:
     """Open a metadata file, to read some columns as dictionaries.
 
     Raises ThroughlineError where it is not a whole parquet file.
@@ -106,8 +107,8 @@ def open_metadata(path: Path, dictionaries: Sequence[str] = ()) -> pq.ParquetFil
         raise ThroughlineError(f"{path}: not a whole parquet file ({reason}); fetch it again") from error
 
 
-def resolve_columns(schema: pa.Schema, path: Path) -> dict[str, str]:
-    """Return role -> column name for the roles that a metadata file fills.
+def resolve_columns(schema: pa.Schema, path: object) -> dict[str, str]:
+    """Return role -> column name for the roles that a metadata file fills; `path` names it in errors.
 
     Raises ThroughlineError, naming the file, where a needed column is missing, a role is filled twice, or a column's
     type cannot hold what its role means. A column of type null is a column of missing values.

@@ -140,17 +140,24 @@ def read_manifest(path: Path) -> Manifest:
     Raises ThroughlineError where the file is missing, is not a manifest, or was altered.
     """
     try:
-        manifest = Manifest.model_validate_json(path.read_bytes())
+        data = path.read_bytes()
     except FileNotFoundError as error:
         raise ThroughlineError(f"{path}: no manifest here; the stage did not finish, run it again") from error
+    return parse_manifest(data, str(path))
+
+
+def parse_manifest(data: bytes, name: str) -> Manifest:
+    """Return the manifest that `data` is, checked as `read_manifest` does; `name` is how errors speak of it."""
+    try:
+        manifest = Manifest.model_validate_json(data)
     except (ValidationError, json.JSONDecodeError) as error:
         raise ThroughlineError(
-            f"{path}: not a readable manifest ({str(error).splitlines()[0]}); re-run its stage"
+            f"{name}: not a readable manifest ({str(error).splitlines()[0]}); re-run its stage"
         ) from error
     found = manifest.content_digest()
     if found != manifest.data_version:
         raise ThroughlineError(
-            f"{path}: content digest {found} differs from its data version {manifest.data_version}; "
+            f"{name}: content digest {found} differs from its data version {manifest.data_version}; "
             f"the manifest was altered, re-run stage {manifest.stage}"
         )
     return manifest

@@ -63,6 +63,8 @@ class ShardSamples(Sequence[Sample]):
             )
         table = pq.read_table(dataset.path(SAMPLES_FILE), columns=["part", "shard", "index_in_shard", "split"])
         table = table.filter(pc.equal(table["split"], split))
+        for output in shards:
+            output.fetch()
         folders = {output.manifest.partition or "": output.folder for output in shards}
         paths: dict[tuple[str, str], int] = {}
         names = zip(table["part"].to_pylist(), table["shard"].to_pylist(), strict=True)

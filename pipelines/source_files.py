@@ -1,27 +1,36 @@
-"""Files from outside the graph: finding them, digesting each once, finding them again by content."""
+"""Files from outside the graph: finding them, digesting each once, finding them again by content.
+
+A file may lie on a server, see `pipelines.remote_files`; it is then copied into a folder ``sources`` beside the digest
+cache when it is first read.
+"""
 
 import glob
 import json
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from pipelines.atomic import write_json
 from pipelines.digest import file_sha256
+from pipelines.environment import home_folder
 from pipelines.errors import ThroughlineError
+from pipelines.remote_files import RemoteFile, file_name, find_files, is_url, with_stated_digest
 from pipelines.stage_configs import SourceContent
 
 SUFFIX = ".parquet"
 
 
-def find_sources(sources: Sequence[str]) -> dict[str, Path]:
-    """Return name -> path of the parquet files of folders, globs and files, sorted by name.
+SourcePlace = Path | RemoteFile
+
+
+def find_sources(sources: Sequence[str]) -> dict[str, SourcePlace]:
+    """Return name -> place of the parquet files of folders, globs, files and URLs, sorted by name.
 
     Hidden files and files named like unfinished writes (``_``, ``.tmp``) are left out, as Spark and Hadoop do.
     Raises ThroughlineError where a source is missing, holds no parquet file, or two files share a name.
     """
-    found: dict[str, Path] = {}
+    found: dict[str, SourcePlace] = {}
     for source in sources:
         for name, path in _expand(source):
             if name in found and found[name] != path:
@@ -33,7 +42,9 @@ def find_sources(sources: Sequence[str]) -> dict[str, Path]:
     return dict(sorted(found.items()))
 
 
-def _expand(source: str) -> list[tuple[str, Path]]:
+def _expand(source: str) -> Sequence[tuple[str, SourcePlace]]:
+    if is_url(source):
+        return find_files(source, SUFFIX)
     path = Path(source)
     if path.is_dir():
         files = sorted(item for item in path.rglob(f"*{SUFFIX}") if item.is_file() and not _is_hidden(item, path))
@@ -53,17 +64,38 @@ def _expand(source: str) -> list[tuple[str, Path]]:
     raise ThroughlineError(f"{source}: no such file or folder; name LAION metadata as a folder, glob or parquet file")
 
 
+def _could_hold(source: str, name: str) -> bool:
+    """Whether a source need be asked for a file of that name; a URL of one file tells its name itself."""
+    return not is_url(source) or not source.endswith(SUFFIX) or glob.has_magic(source) or file_name(source) == name
+
+
+def local_path(place: SourcePlace, cache_file: Path | None = None) -> Path:
+    """Return where a file can be opened, copied there first if it lies on a server."""
+    return place if isinstance(place, Path) else place.copy(_copies(cache_file))
+
+
+def size_of(place: SourcePlace) -> int:
+    """Return the bytes of a file."""
+    return place.stat().st_size if isinstance(place, Path) else place.num_bytes
+
+
+def _copies(cache_file: Path | None) -> Path:
+    return (home_folder() / "cache" if cache_file is None else cache_file.parent) / "sources"
+
+
 def _is_hidden(path: Path, root: Path) -> bool:
     return any(part.startswith((".", "_")) for part in path.relative_to(root).parts)
 
 
-def digest_sources(files: dict[str, Path], cache_file: Path | None = None) -> tuple[SourceContent, ...]:
-    """Return names, digests and sizes, reading only the files that `cache_file` doesn't know unchanged."""
+def digest_sources(files: Mapping[str, SourcePlace], cache_file: Path | None = None) -> tuple[SourceContent, ...]:
+    """Return names, digests and sizes, reading only the files that `cache_file` doesn't know unchanged.
+
+    Of a file on a server the digest that the server vouches for is taken, where there is one.
+    """
     cache = _DigestCache(cache_file)
     content = []
-    for name, path in files.items():
-        sha256 = cache.digest(path)
-        content.append(SourceContent(name=name, sha256=sha256, num_bytes=path.stat().st_size))
+    for name, place in files.items():
+        content.append(SourceContent(name=name, sha256=cache.digest(place), num_bytes=size_of(place)))
     cache.save()
     return tuple(content)
 
@@ -73,13 +105,14 @@ def locate_source(content: SourceContent, sources: Sequence[str], cache_file: Pa
 
     Raises ThroughlineError where it is gone, or where it is no longer the file that the index registered.
     """
-    path = find_sources(sources).get(content.name)
-    if path is None:
+    place = find_sources([source for source in sources if _could_hold(source, content.name)]).get(content.name)
+    if place is None:
         raise ThroughlineError(f"{content.name}: registered in the index, but not found under {', '.join(sources)}")
+    path = local_path(place, cache_file)
     found = digest_sources({content.name: path}, cache_file)[0]
     if found.sha256 != content.sha256:
         raise ThroughlineError(
-            f"{path}: SHA-256 {found.sha256[:12]}..., the index registered {content.sha256[:12]}...; "
+            f"{place}: SHA-256 {found.sha256[:12]}..., the index registered {content.sha256[:12]}...; "
             "the file was changed, run laion_index again"
         )
     return path
@@ -98,14 +131,21 @@ class _DigestCache:
             except ValueError as error:
                 raise ThroughlineError(f"{cache_file}: not a digest cache ({error}); delete it") from error
 
-    def digest(self, path: Path) -> str:
-        stat = path.stat()
-        state = [stat.st_size, stat.st_mtime_ns, stat.st_ino]
-        entry = self._entries.get(str(path))
+    def digest(self, place: SourcePlace) -> str:
+        if isinstance(place, Path):
+            stat = place.stat()
+            state: list[int | str] = [stat.st_size, stat.st_mtime_ns, stat.st_ino]
+        else:
+            state = [place.num_bytes, place.etag, "on a server"]
+        entry = self._entries.get(str(place))
         if entry is not None and entry[:3] == state:
             return entry[3]
-        sha256 = file_sha256(path)
-        self._entries[str(path)] = [*state, sha256]
+        if isinstance(place, RemoteFile):
+            place = with_stated_digest(place)
+            sha256 = place.sha256 or file_sha256(local_path(place, self._file))
+        else:
+            sha256 = file_sha256(place)
+        self._entries[str(place)] = [*state, sha256]
         self._changed = True
         return sha256
 

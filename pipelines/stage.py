@@ -8,6 +8,8 @@ An output root looks like this::
     <root>/<stage>/unfinished/<fingerprint>.lock  held by the process that works in that folder; names it
     <root>/<stage>/logs/                      curves for people, by run; no part of any output, deleted at will
 
+With a ``store.json`` in the root all that is finished also lies in an object store, see `pipelines.storage`.
+
 A stage's work is split into units (one shard, one file, one table). A unit's journal entry is written when all its
 files are in place, so a run that was killed at any line goes on at the first unit without an entry.
 """
@@ -44,9 +46,11 @@ from pipelines.manifest import (
     damaged_files,
     read_manifest,
 )
+from pipelines.object_store import StoreConfig
 from pipelines.output_lock import hold
 from pipelines.progress import Progress
 from pipelines.publication import OUT, publish
+from pipelines.storage import OutputStore, bind, store_of
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -61,7 +65,8 @@ class StageOutput:
     """A finished output: its manifest, and the folder that holds it and its files; or one of its files alone.
 
     A stage that reads one file of a large output takes that file as its input: then its fingerprint follows the file,
-    and whatever else the output holds may change.
+    and whatever else the output holds may change. Where the output root is mirrored in an object store, files are
+    fetched into the folder when they are asked for.
     """
 
     folder: Path
@@ -75,7 +80,13 @@ class StageOutput:
 
         Raises ThroughlineError where the manifest is missing or altered, or has no such file.
         """
-        output = cls(address.parent, read_manifest(address.parent / MANIFEST_NAME))
+        path = address.parent / MANIFEST_NAME
+        if not path.is_file() and len(path.parents) > 2:
+            stage_root, version = path.parents[1], path.parent.name
+            store = store_of(stage_root.parent)
+            if store is not None:
+                store.fetch_manifest(stage_root.name, version)
+        output = cls(address.parent, read_manifest(path))
         return output if address.name == MANIFEST_NAME else output.only_file(address.name)
 
     def only_file(self, name: str) -> "StageOutput":
@@ -110,12 +121,40 @@ class StageOutput:
         """Return the path of a file that the manifest lists."""
         if self.only not in (None, name):
             raise ThroughlineError(f"{self.manifest.stage}: the input is its file {self.only} alone, not {name}")
-        return self.folder / self.manifest.file(name).path
+        entry = self.manifest.file(name)
+        self.fetch([entry.path])
+        return self.folder / entry.path
 
     def files(self, suffix: str) -> list[Path]:
         """Return the listed files whose name ends with `suffix`, sorted by name."""
-        names = [self.only] if self.only else [entry.path for entry in self.manifest.files]
-        return sorted(self.folder / name for name in names if name.endswith(suffix))
+        names = [name for name in self._names() if name.endswith(suffix)]
+        self.fetch(names)
+        return sorted(self.folder / name for name in names)
+
+    def _names(self) -> list[str]:
+        return [self.only] if self.only else [entry.path for entry in self.manifest.files]
+
+    @property
+    def store(self) -> OutputStore | None:
+        """The object store that the output root is mirrored in."""
+        return store_of(self.folder.parent.parent)
+
+    def fetch(self, names: Sequence[str] | None = None) -> None:
+        """See to it that files lie in the folder, all where `names` is None; nothing to do without an object store."""
+        store = self.store
+        if store is not None:
+            store.fetch(self.folder, self.manifest, self._names() if names is None else names)
+
+    @property
+    def is_here(self) -> bool:
+        """Whether every file lies in the folder, and none is in an object store alone."""
+        return self.store is None or all((self.folder / name).is_file() for name in self._names())
+
+    def damaged(self, *, read_bytes: bool) -> list[str]:
+        """Return one sentence for each file in the folder that differs from the manifest, or should be there."""
+        store = self.store
+        manifest = self.manifest if store is None else store.cached(self.folder, self.manifest)
+        return damaged_files(self.folder, manifest, read_bytes=read_bytes)
 
 
 Inputs = Mapping[str, Sequence[StageOutput]]
@@ -351,11 +390,27 @@ class Stage(Generic[ConfigT]):
     def find_finished(
         self, config: ConfigT, inputs: Inputs, output_root: Path, partition: str | None = None, verify: Verify = "size"
     ) -> StageOutput | None:
-        """Return the finished output of the same fingerprint, if there is one and it verifies."""
-        pointer = output_root / self.name / "fingerprints" / self.fingerprint(config, inputs, partition)
+        """Return the finished output of the same fingerprint, if there is one and it verifies.
+
+        Under a root that is mirrored in an object store it must be finished there; with `verify` "digest" every byte
+        there is read. Raises StorageError where the store can't be asked.
+        """
+        fingerprint = self.fingerprint(config, inputs, partition)
+        store = store_of(output_root)
+        if store is not None:
+            folder = store.find(self.name, fingerprint)
+            output = None if folder is None else StageOutput.load(folder / MANIFEST_NAME)
+            if output is None or verify == "size":
+                return output
+            store.forget_damaged_copies(output.folder, output.manifest)
+            return None if store.damaged(output.manifest) else output
+        return self._find_in_folder(fingerprint, output_root, verify)
+
+    def _find_in_folder(self, fingerprint: str, output_root: Path, verify: Verify) -> StageOutput | None:
+        pointer = output_root / self.name / "fingerprints" / fingerprint
         try:
             folder = output_root / self.name / pointer.read_text().strip()
-            output = StageOutput.load(folder / MANIFEST_NAME)
+            output = StageOutput(folder, read_manifest(folder / MANIFEST_NAME))
         except (FileNotFoundError, ThroughlineError):
             return None
         if damaged_files(folder, output.manifest, read_bytes=verify == "digest"):
@@ -386,13 +441,30 @@ class Stage(Generic[ConfigT]):
             if finished is not None:
                 shutil.rmtree(work_folder, ignore_errors=True)  # left where a kill fell between rename and clean-up
                 return finished
+            store = store_of(output_root)
+            if store is not None:
+                left = self._find_in_folder(fingerprint, output_root, "digest")
+                if left is not None:  # finished here by a run that could not store it, or damaged in the store since
+                    shutil.rmtree(work_folder, ignore_errors=True)
+                    if store.publish(left.folder, left.manifest, read_bytes=verify == "digest"):
+                        return left
+                    return self._finished_elsewhere(store, fingerprint)
             clock = Clock()
             stage_run = StageRun(self.name, config, partition, inputs, work_folder)
             result = self.produce(stage_run) or StageResult()
             manifest = self._manifest(stage_run, result, fingerprint, clock)
             lock.check()
             published = publish(manifest, work_folder, stage_root)
-            return StageOutput(stage_root / published.data_version, published)
+            output = StageOutput(stage_root / published.data_version, published)
+            if store is not None and not store.publish(output.folder, published, read_bytes=verify == "digest"):
+                return self._finished_elsewhere(store, fingerprint)
+            return output
+
+    def _finished_elsewhere(self, store: OutputStore, fingerprint: str) -> StageOutput:
+        folder = store.find(self.name, fingerprint)
+        if folder is None:
+            raise ThroughlineError(f"{self.name}: its output vanished from {store.config.url} meanwhile; run it again")
+        return StageOutput.load(folder / MANIFEST_NAME)
 
     def _manifest(self, stage_run: StageRun[ConfigT], result: StageResult, fingerprint: str, clock: Clock) -> Manifest:
         units = stage_run.finished_units()
@@ -432,6 +504,8 @@ class Stage(Generic[ConfigT]):
         for request_path in parser.parse_args(argv).config:
             try:
                 request = StageRequest.read(request_path)
+                if request.store is not None:
+                    bind(Path(request.output_root), request.store)
                 print(self.run_request(request).manifest_path, flush=True)
             except ThroughlineError as error:
                 sys.exit(f"error: {error}")
@@ -470,6 +544,8 @@ class StageRequest(FrozenConfig):
     inputs: dict[str, list[str]] = Field(default_factory=dict)
     """Input name -> paths of manifests, or of single files that lie beside one."""
     output_root: str
+    store: StoreConfig | None = None
+    """The object store that the output root is mirrored in, for a machine that has not heard of it yet."""
     verify: Verify = "size"
     lock_wait_seconds: float | None = Field(None, ge=0)
     """Longest wait for another process at the same output; None waits as long as that one takes."""

@@ -38,7 +38,8 @@ class LaionIndexConfig(FrozenConfig):
     """Which LAION metadata files there are. Build it with `scan`, which digests them."""
 
     source: tuple[str, ...] = execution_field(min_length=1)
-    """Folders (searched for ``*.parquet`` at any depth), globs, or files."""
+    """Folders (searched for ``*.parquet`` at any depth), globs, or files; on disk, by ``s3://``, or files by
+    ``https://``."""
     content: tuple[SourceContent, ...] = Field(min_length=1)
     """The files by name and digest, sorted by name; a file's name says which part it is."""
     digest_cache: str | None = execution_field(None)

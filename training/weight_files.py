@@ -54,6 +54,7 @@ def read_weights(checkpoint: StageOutput, prefix: str = "") -> dict[str, Tensor]
     weights: dict[str, Tensor] = {}
     for file, names in names_of.items():
         path = checkpoint.folder / file
+        checkpoint.fetch([file])
         try:
             with safe_open(path, framework="pt") as tensors:
                 held = set(tensors.keys())

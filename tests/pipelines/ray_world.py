@@ -74,5 +74,5 @@ def write_source(server: HostileServer, folder: Path) -> Path:
 
 def selected(root: Path, source: Path, num_parts: int, **config: Any) -> StageOutput:
     rules = {"drop_duplicate_urls": False}
-    subsets = [run_subset(source, root, f"{number:05d}", **rules) for number in range(num_parts)]
+    subsets = [run_subset(source, root, str(number), **rules) for number in range(num_parts)]
     return laion_selection.STAGE.run(LaionSelectionConfig(**config), {"subset": subsets}, root)
