@@ -70,7 +70,7 @@ def image_units(images: StageOutput) -> Iterator[ImageUnit]:
 def image_unit(images: StageOutput, name: str) -> ImageUnit:
     """Return the unit of that name."""
     entry = images.manifest.file(f"{PREFIX}{name}.parquet")
-    return ImageUnit(name, images.folder / entry.path, entry.num_rows or 0)
+    return ImageUnit(name, images.path(entry.path), entry.num_rows or 0)
 
 
 def read_table(path: Path, schema: pa.Schema) -> pa.Table:

@@ -155,7 +155,9 @@ class _Part:
         waiting = self.passes.standing(name)
         if waiting is not None or self._earlier is None:
             return waiting
+        listed = {entry.path for entry in self._earlier.manifest.files}
         self._earlier.path(status_name(name))  # raises where the manifest doesn't list it
+        self._earlier.fetch([images_name(name)] if images_name(name) in listed else [])
         return Standing(self._earlier.folder.absolute(), name)
 
 

@@ -118,7 +118,7 @@ def test_several_strategies_are_one_grid(home: Home) -> None:
     assert Image.open(out).size == (3 * 32 + 4 * 8, 32 + 2 * 8 + 2 * 28)
     said = home.generate("a dog", "--strategy", "all", "--out", str(out))
     assert said == (
-        f"error: no finished checkpoint of penultimate in {home.outputs}/checkpoint; make one with "
+        f"error: no finished checkpoint of penultimate in {home.outputs}; make one with "
         f"`throughline run --profile {home.profile} --select +checkpoint`"
     )
 

@@ -79,6 +79,7 @@ def test_atomic_writer_shows_all_or_nothing(tmp_path: Path) -> None:
 
 def test_a_temporary_file_left_by_a_kill_is_overwritten(tmp_path: Path) -> None:
     (tmp_path / "file.tmp").write_bytes(b"left, and longer than what comes")
-    write_bytes(tmp_path / "file", b"new")
+    with atomic_writer(tmp_path / "file") as stream:
+        stream.write(b"new")
     assert (tmp_path / "file").read_bytes() == b"new"
     assert [item.name for item in tmp_path.iterdir()] == ["file"]

@@ -9,7 +9,7 @@ import pytest
 
 from pipelines import laion_subset
 from pipelines.errors import ThroughlineError
-from pipelines.laion_index import read_parts
+from pipelines.laion_index import entry_of, read_parts
 from pipelines.source_files import find_sources, local_path
 from pipelines.stage import StageOutput
 from pipelines.stage_configs import LaionSubsetConfig
@@ -42,8 +42,8 @@ def index_of(root: Path, *sources: str) -> StageOutput:
     return laion_index.STAGE.run(LaionIndexConfig.scan(list(sources), root / "digests.json"), {}, root)
 
 
-def subset_of(index: StageOutput, root: Path, part: str = "00001") -> StageOutput:
-    return laion_subset.STAGE.run(LaionSubsetConfig(), {"index": [index]}, root, part)
+def subset_of(index: StageOutput, root: Path, part: str = "part-1") -> StageOutput:
+    return laion_subset.STAGE.run(LaionSubsetConfig(), {"index": [entry_of(index, part)]}, root, part)
 
 
 def test_files_by_url_give_the_data_versions_of_the_same_files_on_disk(
