@@ -63,7 +63,6 @@ def read_held_out(config: "CheckpointConfig", inputs: Inputs, model: "Backbone",
     from training.feature_source import (
         VALIDATION,
         LatentReader,
-        Split,
         TextSource,
         check_inputs,
         prepare_text,
@@ -76,15 +75,16 @@ def read_held_out(config: "CheckpointConfig", inputs: Inputs, model: "Backbone",
     count = min(num_samples, len(whole))
     if count == 0:
         raise ThroughlineError("the dataset holds nothing out; raise its share of validation")
-    split = Split(whole.sample_keys[:count], whole.parts[:count], whole.shards[:count])
+    split = whole.first(count)
     parts = set(split.parts)
     of_parts = {name: [item for item in items if item.manifest.partition in parts] for name, items in inputs.items()}
     reader, encoder = LatentReader(of_parts["latents"], split), TextSource(config, of_parts)
-    hidden_states, dtype = encoder.reader(split), getattr(torch, config.training.text_dtype)
+    text, dtype = encoder.of_split(split), getattr(torch, config.training.text_dtype)
+    text.ask_for(range(count))
     return HeldOut(
         sample_keys=[split.key(index) for index in range(count)],
         latents=torch.from_numpy(np.stack([reader.read(index, None) for index in range(count)])),
-        texts=[prepare_text(model.prepare_text, hidden_states(index), dtype) for index in range(count)],
+        texts=[prepare_text(model.prepare_text, text.hidden_states(index).cpu(), dtype) for index in range(count)],
         unconditional=prepare_text(model.prepare_text, encoder.unconditional(), dtype),
     )
 

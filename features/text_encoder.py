@@ -107,13 +107,18 @@ class TextEncoder:
         texts = [apply_template(self.template_version, caption) for caption in captions]
         return [list(ids) or self._empty_text_ids for ids in self._tokenizer(texts)["input_ids"]]
 
-    def encode(self, captions: Sequence[str], max_batch_tokens: int = 2048) -> list[EncodedText]:
-        """Return the encoded texts in order; "" gives the unconditional text. The template is put around them here."""
-        encoded: dict[int, EncodedText] = dict(self.encode_by_length(captions, max_batch_tokens))
+    def encode(
+        self, captions: Sequence[str], max_batch_tokens: int = 2048, *, keep_on_device: bool = False
+    ) -> list[EncodedText]:
+        """Return the encoded texts in order; "" gives the unconditional text. The template is put around them here.
+
+        Hidden states are on the CPU unless they stay on the encoder's device.
+        """
+        encoded = dict(self.encode_by_length(captions, max_batch_tokens, keep_on_device=keep_on_device))
         return [encoded[index] for index in range(len(captions))]
 
     def encode_by_length(
-        self, captions: Sequence[str], max_batch_tokens: int = 2048
+        self, captions: Sequence[str], max_batch_tokens: int = 2048, *, keep_on_device: bool = False
     ) -> Iterator[tuple[int, EncodedText]]:
         """Yield (index, encoded text), short ones first, so that a batch has little padding.
 
@@ -122,7 +127,7 @@ class TextEncoder:
         all_tokens = self._all_tokens(captions)
         tokens = [ids[: self.max_tokens] for ids in all_tokens]
         for batch in length_sorted_batches([len(ids) for ids in tokens], max_batch_tokens):
-            hidden_states = self._run([tokens[index] for index in batch])
+            hidden_states = self._run([tokens[index] for index in batch], keep_on_device=keep_on_device)
             for row, index in enumerate(batch):
                 length = len(tokens[index])
                 yield (
@@ -135,15 +140,16 @@ class TextEncoder:
                 )
 
     @torch.inference_mode()
-    def _run(self, tokens: list[list[int]]) -> Tensor:
-        """Return (L, batch, longest S, C) on the CPU; places beyond a text's end hold nothing of meaning."""
+    def _run(self, tokens: list[list[int]], *, keep_on_device: bool) -> Tensor:
+        """Return (L, batch, longest S, C); places beyond a text's end hold nothing of meaning."""
         longest = max(map(len, tokens))
         device = self._model.device
         ids = torch.tensor([row + [0] * (longest - len(row)) for row in tokens], device=device)
         mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in tokens], device=device)
         output = self._model(input_ids=ids, attention_mask=mask, output_hidden_states=True, use_cache=False)
         kept = [output.hidden_states[layer].to(STORED_TYPE) for layer in self.layers]
-        return torch.stack(kept).cpu()
+        stacked = torch.stack(kept)
+        return stacked if keep_on_device else stacked.cpu()
 
 
 def length_sorted_batches(lengths: Sequence[int], max_batch_tokens: int) -> list[list[int]]:

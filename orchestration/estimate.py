@@ -66,19 +66,15 @@ class FilteringEstimate:
 
 @dataclass(frozen=True, kw_only=True)
 class TextEstimate:
-    """What the text encoder's layers cost: stored once, or held in memory where the profile stores none."""
+    """What the text encoder's layers cost: stored once, or made anew for every batch where the profile stores none."""
 
     is_stored: bool
     sample_bytes: Figure
     """All layers of one caption."""
     stored_bytes: Figure
     """Of all samples, whether or not the profile stores them."""
-    memory_bytes: Figure
-    """Held by the processes of one machine while training; nothing where they are stored."""
     encode_seconds: Figure
-    """Before the first training step of each strategy; nothing where they are stored."""
-    fits: bool
-    """Whether a machine of the profile has the memory."""
+    """In the training of each strategy; nothing where they are stored."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -301,19 +297,15 @@ class _Estimator:
         if self.profile.text_features is not None:
             none = self.inputs.implied(0, "text_features")
             return TextEstimate(
-                is_stored=True, sample_bytes=sample_bytes, stored_bytes=stored, memory_bytes=none,
-                encode_seconds=none, fits=True,
+                is_stored=True, sample_bytes=sample_bytes, stored_bytes=stored, encode_seconds=none,
             )  # fmt: skip
-        processes = self._processes() / self._nodes_of(self._training_gpus())
-        memory = self.samples * sample_bytes * processes
+        rate = self.models.texts_per_second(on_gpu=self.profile.training.device == "cuda") * self._processes()
         return TextEstimate(
             is_stored=False,
             sample_bytes=sample_bytes,
             stored_bytes=stored,
-            memory_bytes=memory,
-            # Training loads the encoder on the CPU, and each process encodes every caption before its first step.
-            encode_seconds=self.samples / self.models.texts_per_second(on_gpu=False),
-            fits=memory.value <= self.profile.needs.memory_gib * _GIB,
+            # As they are drawn; what `text_memory_bytes` keeps is little of a set that is worth the question.
+            encode_seconds=self._samples_seen() / rate,
         )
 
     # Training
@@ -345,7 +337,7 @@ class _Estimator:
                     rows_out=seen,
                     bytes_in=seen * sample_bytes,
                     bytes_out=weights,
-                    seconds=seconds + text.encode_seconds if text.fits else seconds,
+                    seconds=seconds + text.encode_seconds,
                     nodes=self._nodes_of(gpus),
                     gpus=gpus,
                     scratch_bytes=4 * weights * self._snapshots(),

@@ -49,15 +49,10 @@ def _text(inputs: "Inputs", result: "Estimate") -> Iterator[str]:
             "caption. Nothing else on disk grows as fast."
         )
         return
-    if not text.fits:
-        has = profile.needs.memory_gib * _GIB
-        rows = result.rows.value * has / text.memory_bytes.value
-        yield (
-            "As configured training can't start: with text_features unset every process encodes all captions before "
-            f"its first step, on the CPU ({time_text(text.encode_seconds.value)}, in no sum), and keeps all layers in "
-            f"memory, {bytes_text(text.memory_bytes.value)} a machine. needs.memory_gib has room for "
-            f"{bytes_text(has)}, which is {count_text(rows)} rows of metadata. Take fewer rows, or store text_features."
-        )
+    yield (
+        f"Training encodes the captions of every batch anew, {time_text(text.encode_seconds.value)} of each strategy's "
+        "time, since text_features is unset."
+    )
     yield (
         f"Storing text features would take {bytes_text(text.stored_bytes.value)}: {layers} layers of {width:,} values, "
         f"{bytes_text(text.sample_bytes.value)} a caption."

@@ -42,6 +42,11 @@ def postgres_url() -> str | None:
     return os.environ.get(POSTGRES_URL) or None
 
 
+def local_rank() -> int:
+    """Return the number of this process among those that a launcher started on this machine; 0 without one."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
 @lru_cache
 def package_versions() -> dict[str, str]:
     """Return the versions of the installed packages that results may depend on."""

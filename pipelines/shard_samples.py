@@ -63,14 +63,28 @@ class ShardSamples(Sequence[Sample]):
             )
         table = pq.read_table(dataset.path(SAMPLES_FILE), columns=["part", "shard", "index_in_shard", "split"])
         table = table.filter(pc.equal(table["split"], split))
+        parts, names = table["part"].to_pylist(), table["shard"].to_pylist()
+        rows = table["index_in_shard"].to_numpy().astype(np.int32)
+        return cls.of_places(shards, parts, names, rows, dataset.data_version, **options)
+
+    @classmethod
+    def of_places(
+        cls,
+        shards: Sequence[StageOutput],
+        parts: Sequence[str],
+        names: Sequence[str],
+        row_of: np.ndarray,
+        data_version: str,
+        **options: Any,
+    ) -> Self:
+        """Take samples by their places: part, name of the shard and, int (n,), row in it."""
         for output in shards:
             output.fetch()
         folders = {output.manifest.partition or "": output.folder for output in shards}
         paths: dict[tuple[str, str], int] = {}
-        names = zip(table["part"].to_pylist(), table["shard"].to_pylist(), strict=True)
-        shard_of = np.array([paths.setdefault(name, len(paths)) for name in names], dtype=np.int32)
-        row_of = table["index_in_shard"].to_numpy().astype(np.int32)
-        return cls([folders[part] / shard for part, shard in paths], shard_of, row_of, dataset.data_version, **options)
+        places = zip(parts, names, strict=True)
+        shard_of = np.array([paths.setdefault(place, len(paths)) for place in places], dtype=np.int32)
+        return cls([folders[part] / name for part, name in paths], shard_of, row_of, data_version, **options)
 
     def __len__(self) -> int:
         return len(self.shard_of)

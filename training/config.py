@@ -182,7 +182,8 @@ class TrainingConfig(FrozenConfig):
     """CPU threads of each process; None leaves torch's choice. Results are bit-exact for equal thread counts."""
     device: Literal["cpu", "cuda"] = execution_field("cpu")
     text_memory_bytes: int = execution_field(2 << 30, ge=0)
-    """Prepared text features kept in memory, per process; what does not fit is prepared anew each time it is read."""
+    """Prepared text features kept in memory, per process; what does not fit is prepared anew each time it is read.
+    Where no text features are stored, they are kept on the device that encodes them."""
     log_every: int = execution_field(10, gt=0)
     """Steps between updates of the loss on the progress line, and of the curves for TensorBoard."""
     peak_flops: float | None = execution_field(None, gt=0)

@@ -5,8 +5,7 @@ the model's `prepare_text` makes them.
 """
 
 import math
-import tarfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -18,9 +17,12 @@ from torch import Tensor
 
 from features.templates import unconditional_template
 from pipelines.config import ModelRef
+from pipelines.environment import local_rank
 from pipelines.errors import ThroughlineError
+from pipelines.shard_samples import ShardSamples
 from pipelines.stage import Inputs, StageOutput
 from training.config import CheckpointConfig
+from training.encoded_text import EncodedText
 from training.fusion import Prepared, stack_texts
 from training.mapped_tensors import MappedTensors, to_tensor
 
@@ -29,7 +31,6 @@ if TYPE_CHECKING:
 
 TRAIN, VALIDATION = "train", "validation"
 _KEY_BYTES = 16
-_ENCODE_BATCH = 32
 
 
 class Rows:
@@ -71,6 +72,12 @@ class Split:
     """uint8 (n, 16)"""
     parts: list[str]
     shards: list[str]
+    rows: np.ndarray
+    """int32 (n,), each sample's place in its shard."""
+
+    def first(self, count: int) -> "Split":
+        """Return the split's first samples."""
+        return Split(self.sample_keys[:count], self.parts[:count], self.shards[:count], self.rows[:count])
 
     def __len__(self) -> int:
         return len(self.sample_keys)
@@ -83,7 +90,9 @@ def read_splits(dataset: StageOutput) -> dict[str, Split]:
     """Return the training and the validation split of a dataset."""
     import pyarrow.parquet as pq
 
-    table = pq.read_table(dataset.path("samples.parquet"), columns=["sample_key", "part", "shard", "split"])
+    table = pq.read_table(
+        dataset.path("samples.parquet"), columns=["sample_key", "part", "shard", "index_in_shard", "split"]
+    )
     columns = {name: table.column(name).to_pylist() for name in table.column_names}
     splits = {}
     for name in (TRAIN, VALIDATION):
@@ -93,6 +102,7 @@ def read_splits(dataset: StageOutput) -> dict[str, Split]:
             sample_keys=np.frombuffer(key_bytes, dtype=np.uint8).reshape(-1, _KEY_BYTES),
             parts=[columns["part"][row] for row in rows],
             shards=[columns["shard"][row] for row in rows],
+            rows=np.array([columns["index_in_shard"][row] for row in rows], dtype=np.int32),
         )
     if not len(splits[TRAIN]):
         raise ThroughlineError(f"dataset {dataset.data_version}: no training samples; lower its share of validation")
@@ -131,6 +141,9 @@ class CachedText:
         self._rows = Rows(paths, split.sample_keys, "text_features")
         self.metadata = _common_metadata(self._rows.files, "text_features")
 
+    def ask_for(self, indices: Sequence[int]) -> None:
+        """Nothing to do: files are mapped."""
+
     def hidden_states(self, index: int) -> Tensor:
         """Return (L, S, C) as stored."""
         file, row = self._rows[index]
@@ -150,22 +163,6 @@ def _common_metadata(files: Sequence[MappedTensors], what: str) -> dict[str, str
     return files[0].metadata
 
 
-def read_captions(shards: Sequence[StageOutput], split: Split) -> list[str]:
-    """Return the caption of every sample of a split, from the shards."""
-    wanted = {split.key(index): index for index in range(len(split))}
-    captions: dict[int, str] = {}
-    for path in (path for output in shards for path in output.files(".tar")):
-        with tarfile.open(path) as tar:
-            for member in tar:
-                key, _, extension = member.name.rpartition(".")
-                if extension == "txt" and key in wanted and (stream := tar.extractfile(member)) is not None:
-                    captions[wanted[key]] = stream.read().decode()
-    for key, index in wanted.items():
-        if index not in captions:
-            raise ThroughlineError(f"shards: no caption for sample {key}, which the dataset names; re-run shards")
-    return [captions[index] for index in range(len(split))]
-
-
 PrepareText = Callable[[Tensor], Tensor]
 """A model's `prepare_text`: hidden states (L, S, C) -> prepared text (K, S, C')."""
 
@@ -174,18 +171,22 @@ class PreparedText:
     """Prepared text of one split, made once per caption and kept as far as memory goes."""
 
     def __init__(
-        self, hidden_states: Callable[[int], Tensor], prepare: PrepareText, dtype: torch.dtype, memory_bytes: int
+        self, source: CachedText | EncodedText, prepare: PrepareText, dtype: torch.dtype, memory_bytes: int
     ) -> None:
-        self._hidden_states, self._prepare, self._dtype = hidden_states, prepare, dtype
+        self._source, self._prepare, self._dtype = source, prepare, dtype
         self._kept: dict[int, Tensor] = {}
         self._free_bytes = memory_bytes
+
+    def ask_for(self, indices: Sequence[int]) -> None:
+        """Say which samples are read next."""
+        self._source.ask_for([index for index in indices if index not in self._kept])
 
     def read(self, index: int) -> Tensor:
         """Return (K, S, C'). Raises ThroughlineError for a text without tokens or with non-finite features."""
         kept = self._kept.get(index)
         if kept is not None:
             return kept
-        prepared = prepare_text(self._prepare, self._hidden_states(index), self._dtype)
+        prepared = prepare_text(self._prepare, self._source.hidden_states(index), self._dtype)
         num_bytes = prepared.numel() * prepared.element_size()
         if num_bytes <= self._free_bytes:
             self._kept[index] = prepared
@@ -258,7 +259,7 @@ class FeatureSource:
     """Latents and prepared text of both splits, and the prepared unconditional text."""
 
     def __init__(self, config: CheckpointConfig, inputs: Inputs, prepare: PrepareText) -> None:
-        """Maps the files; encodes the unconditional text, and the captions too where no text features are cached.
+        """Maps the files, and encodes the unconditional text.
 
         Raises ThroughlineError where inputs are not those that the dataset was rolled up from, or were made with
         another encoder or template than the configuration says.
@@ -276,10 +277,14 @@ class FeatureSource:
         self.text_metadata = encoder.metadata
         self.unconditional = prepare_text(prepare, encoder.unconditional(), dtype)
         self._text = {
-            name: PreparedText(encoder.reader(split), prepare, dtype, config.training.text_memory_bytes)
+            name: PreparedText(encoder.of_split(split), prepare, dtype, config.training.text_memory_bytes)
             for name, split in self.splits.items()
             if len(split)
         }
+
+    def ask_for_texts(self, split: str, indices: Sequence[int]) -> None:
+        """Say which texts are read next; where none are stored an accelerator encodes them together."""
+        self._text[split].ask_for(indices)
 
     def text(self, split: str, index: int) -> Tensor:
         """Return the prepared text (K, S, C') of a sample; errors name its key."""
@@ -299,22 +304,23 @@ class FeatureSource:
 
 
 class TextSource:
-    """Hidden states of captions: from the cache, or from the encoder, run once per caption at the start."""
+    """Hidden states of captions: from the cache, or from the encoder on the device of training, as they are drawn."""
 
     def __init__(self, config: CheckpointConfig, inputs: Inputs) -> None:
         self._config, self._inputs = config, inputs
         self._cached = list(inputs.get("text_features", ()))
+        self._device = process_device(config.training.device)
         self._encoder: TextEncoder | None = None
         self.metadata: dict[str, str] = {}
         if self._cached:
             self._check_cached()
 
-    def reader(self, split: Split) -> Callable[[int], Tensor]:
-        """Return the function that gives the hidden states (L, S, C) of the split's samples by index."""
+    def of_split(self, split: Split) -> CachedText | EncodedText:
+        """Return what gives the hidden states (L, S, C) of the split's samples by index."""
         if self._cached:
-            return CachedText(self._cached, split).hidden_states
-        encoded = list(self._encode(read_captions(self._inputs["shards"], split)))
-        return encoded.__getitem__
+            return CachedText(self._cached, split)
+        samples = ShardSamples.of_places(self._inputs["shards"], split.parts, split.shards, split.rows, "")
+        return EncodedText(samples, self._load_encoder, self._device)
 
     def unconditional(self) -> Tensor:
         """Return the hidden states (L, S, C) of the text that stands for "no prompt"."""
@@ -322,12 +328,11 @@ class TextSource:
         template = unconditional_template(config.template_version, config.training.prompt_drop_form)
         return unconditional_hidden_states(config.text_encoder, template)
 
-    def _encode(self, texts: Sequence[str]) -> Iterator[Tensor]:
+    def _load_encoder(self) -> "TextEncoder":
         if self._encoder is None:
-            self._encoder = load_text_encoder(self._config.text_encoder, self._config.template_version)
-        for start in range(0, len(texts), _ENCODE_BATCH):
-            for encoded in self._encoder.encode(texts[start : start + _ENCODE_BATCH]):
-                yield encoded.hidden_states.detach().cpu()
+            config = self._config
+            self._encoder = load_text_encoder(config.text_encoder, config.template_version, str(self._device))
+        return self._encoder
 
     def _check_cached(self) -> None:
         config = self._config
@@ -343,6 +348,11 @@ class TextSource:
                     f"text_features {self._cached[0].data_version}: made with {name} {found!r}, training is configured "
                     f"for {expected!r}; re-run text_features, or configure training for what is cached"
                 )
+
+
+def process_device(device: str) -> torch.device:
+    """Return the device of this process: of several GPUs the one that its launcher gave it."""
+    return torch.device(device, local_rank()) if device == "cuda" else torch.device(device)
 
 
 def load_text_encoder(model: ModelRef, template_version: str, device: str = "cpu") -> "TextEncoder":

@@ -53,6 +53,7 @@ class FuseDiT(Backbone):
                 f"text features have {hidden_states.shape[0]} layers, the model was built for "
                 f"{self.config.num_text_layers}; set num_text_layers to the encoder's or encode the texts again"
             )
+        self._shared = self._shared.to(hidden_states.device)
         rows: list[Tensor] = []
         for layer_index in self.config.shared_layers:
             # Entry i - 1 of the stored hidden states is hidden_states[i], which enters decoder layer i.

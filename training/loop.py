@@ -78,9 +78,10 @@ def read_batch(
     """Assemble the samples at some positions of a step's global batch; `indices` (B_global,) are the whole batch's."""
     latents, noise, normals, texts = [], [], [], []
     reader = source.latents[TRAIN]
-    for position in positions:
-        index = int(indices[position])
-        draw = training_draw(training.seed, step, position, reader.shape, training.prompt_drop)
+    draws = [training_draw(training.seed, step, place, reader.shape, training.prompt_drop) for place in positions]
+    drawn = [int(indices[place]) for place in positions]
+    source.ask_for_texts(TRAIN, [index for index, draw in zip(drawn, draws, strict=True) if not draw.drops_prompt])
+    for index, draw in zip(drawn, draws, strict=True):
         latents.append(reader.read(index, draw.posterior_noise))
         noise.append(draw.noise)
         normals.append(draw.time_normal)
@@ -130,6 +131,7 @@ def validation_losses(
     times = (torch.arange(count, dtype=torch.float32) + 0.5) / count
     for start in range(0, count, _VALIDATION_BATCH):
         indices = range(start, min(start + _VALIDATION_BATCH, count))
+        source.ask_for_texts(VALIDATION, indices)
         texts = tuple(source.text(VALIDATION, index) for index in indices)
         lengths, text_mask = text_lengths(texts)
         batch = Batch(

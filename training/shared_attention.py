@@ -8,7 +8,7 @@ Shapes: S text tokens, C channels, G key and value heads, E channels of a head.
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,10 @@ class SharedLayer:
     k_norm: Tensor | None
     """Per-head RMSNorm of keys (Qwen3); None where the LLM has none (Llama)."""
 
+    def to(self, device: torch.device) -> "SharedLayer":
+        k_norm = None if self.k_norm is None else self.k_norm.to(device)
+        return SharedLayer(self.input_norm.to(device), self.k_proj.to(device), self.v_proj.to(device), k_norm)
+
 
 @dataclass(frozen=True)
 class SharedAttention:
@@ -41,6 +45,16 @@ class SharedAttention:
     head_dim: int
     rope_theta: float
     norm_eps: float
+
+    @property
+    def device(self) -> torch.device:
+        return next(iter(self.layers.values())).k_proj.device
+
+    def to(self, device: torch.device) -> "SharedAttention":
+        """Return it on a device; itself where it is there."""
+        if device == self.device:
+            return self
+        return replace(self, layers={index: layer.to(device) for index, layer in self.layers.items()})
 
     def keys_values(self, layer_index: int, hidden_states: Tensor) -> KeysValues:
         """Keys (rotated) and values of a layer from its input (S, C): each (G, S, E), in fp32."""

@@ -2,7 +2,6 @@
 
 import io
 import json
-import tarfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +13,7 @@ import torch
 from safetensors.torch import save
 
 from pipelines.config import FrozenConfig, ModelRef
+from pipelines.shard_format import ShardWriter
 from pipelines.stage import Inputs, Stage, StageOutput, StageRun
 from tests.tiny_models import write_causal_lm
 from training.config import CheckpointConfig, ModelConfig, Strategy, TrainingConfig
@@ -116,11 +116,10 @@ def _captions(num: int, start: int) -> list[str]:
 
 def _shard(keys: list[bytes], captions: list[str]) -> bytes:
     stream = io.BytesIO()
-    with tarfile.open(fileobj=stream, mode="w") as tar:
-        for key, caption in zip(keys, captions, strict=True):
-            info = tarfile.TarInfo(f"{key.hex()}.txt")
-            info.size = len(caption.encode())
-            tar.addfile(info, io.BytesIO(caption.encode()))
+    writer = ShardWriter(stream, "shard-00000.tar")
+    for key, caption in zip(keys, captions, strict=True):
+        writer.add(key.hex(), b"no picture", caption, {"sample_key": key.hex(), "caption": caption})
+    writer.finish()
     return stream.getvalue()
 
 

@@ -1,5 +1,6 @@
 """What training reads: the text that stands for "no prompt", and features that can't be trained on."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,12 +9,16 @@ import torch
 from safetensors.torch import load_file
 
 from features.templates import PromptDropForm
+from features.text_encoder import EncodedText as EncodedCaption
+from features.text_encoder import TextEncoder
 from pipelines.errors import ThroughlineError
+from pipelines.shard_samples import ShardSamples
 from tests.tiny_models import write_autoencoder
 from tests.training.conftest import TinyData, publish, text_feature_file
 from training.checkpoint import STAGE
 from training.config import CheckpointConfig, Strategy
 from training.dit import build_model
+from training.encoded_text import EncodedText
 from training.feature_source import FeatureSource, load_text_encoder
 from training.sampling import load_sampler
 from training.saved_model import ConditioningRecord, read_conditioning
@@ -44,6 +49,50 @@ def test_training_and_sampling_read_the_same_for_no_prompt(
     assert torch.equal(no_prompt, expected)
     in_template = load_text_encoder(tiny_data.llm, "released-1").encode(["a dog"])[0].hidden_states
     assert torch.equal(prompt, in_template)
+
+
+def test_the_encoder_reads_no_caption_before_it_is_drawn(tiny_data: TinyData, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[str] = []
+    original = TextEncoder.encode
+
+    def noted(self: TextEncoder, captions: Sequence[str], *args: Any, **kwargs: Any) -> list[EncodedCaption]:
+        read.extend(captions)
+        return original(self, captions, *args, **kwargs)
+
+    monkeypatch.setattr(TextEncoder, "encode", noted)
+    config, inputs = tiny_data.config(Strategy.STATIC), tiny_data.without("text_features").inputs
+    source = FeatureSource(config, inputs, build_model(config.model, config.strategy).prepare_text)
+    assert set(read) <= {""}
+    drawn = source.text("train", 3)
+    assert len(read) - read.count("") == 1
+    assert source.text("train", 3) is drawn, "kept, and not encoded again"
+    stored = FeatureSource(config, tiny_data.inputs, build_model(config.model, config.strategy).prepare_text)
+    torch.testing.assert_close(drawn, stored.text("train", 3), atol=0.05, rtol=0.05)  # stored as bfloat16, in a batch
+
+
+def test_texts_that_are_asked_for_are_encoded_together(tiny_data: TinyData) -> None:
+    calls: list[int] = []
+
+    class Counted:
+        def __init__(self) -> None:
+            self.encoder = load_text_encoder(tiny_data.llm, "plain-1")
+
+        def encode(self, captions: Sequence[str], *args: Any, **kwargs: Any) -> list[EncodedCaption]:
+            calls.append(len(captions))
+            return self.encoder.encode(captions, *args, **kwargs)
+
+    encoder = Counted()
+    samples = ShardSamples.of_dataset(tiny_data.inputs["dataset"][0], tiny_data.inputs["shards"], "train")
+    alone, together = (
+        EncodedText(samples, lambda: encoder, device)  # type: ignore[arg-type, return-value]
+        for device in (torch.device("cpu"), torch.device("meta"))
+    )
+    for text in (alone, together):
+        text.ask_for([5, 2, 5])
+    assert calls == [2], "one by one on a CPU, where rounding must not depend on what else is drawn"
+    for index in (2, 5):
+        torch.testing.assert_close(together.hidden_states(index), alone.hidden_states(index), atol=0.05, rtol=0.05)
+    assert calls == [2, 1, 1]
 
 
 def test_a_checkpoint_that_does_not_say_was_trained_with_the_instruction() -> None:
