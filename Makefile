@@ -41,7 +41,7 @@ ui: setup
 	@$(BIN)/throughline ui --profile demo
 
 test: setup
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest -n 2
 
 check: setup
 	@$(BIN)/ruff format --check .
