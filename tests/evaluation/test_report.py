@@ -41,6 +41,8 @@ from tests.evaluation.worlds import (
 )
 from training.config import Strategy
 
+pytestmark = pytest.mark.slow
+
 CONFIG = ReportConfig(profile="test", note="It shows <much>.\n\nIt can't show all.", num_captions=5)
 ARMS = ("penultimate", "time_wise", "time_wise+shift", "fuse_dit")
 

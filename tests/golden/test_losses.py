@@ -9,6 +9,8 @@ from tests.golden.losses import GOLDEN, NUM_STEPS, losses_of
 from tests.training.conftest import TinyData
 from training.config import Strategy
 
+pytestmark = pytest.mark.slow
+
 TOLERANCE = 1e-4
 """Relative. Tried: kernels for a CPU without AVX move the losses by 7e-6 at most, a learning rate 0.1 % higher by 4e-4,
 static weights that don't learn by 4e-4."""

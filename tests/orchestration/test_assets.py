@@ -15,6 +15,8 @@ from orchestration.run import Run
 from tests.orchestration.conftest import NUMBERS, execution_of
 from tests.orchestration.small.stages import IndexConfig, KeepConfig, SmallProfile
 
+pytestmark = pytest.mark.slow
+
 Carry = Callable[[], Execution]
 START, END = "dagster/asset_partition_range_start", "dagster/asset_partition_range_end"
 
@@ -60,7 +62,6 @@ def _record_all(execution: Execution, instance: dg.DagsterInstance) -> Execution
     return execution
 
 
-@pytest.mark.slow
 def test_the_index_registers_parts_in_order_and_takes_away_those_that_are_gone(
     profile: SmallProfile, instance: dg.DagsterInstance
 ) -> None:
@@ -71,7 +72,6 @@ def test_the_index_registers_parts_in_order_and_takes_away_those_that_are_gone(
     assert instance.get_dynamic_partitions("part") == ["00000", "00002", "00003"]
 
 
-@pytest.mark.slow
 def test_one_run_of_several_partitions_records_each_with_its_own_data_version(
     profile: SmallProfile, instance: dg.DagsterInstance
 ) -> None:
@@ -86,7 +86,6 @@ def test_one_run_of_several_partitions_records_each_with_its_own_data_version(
         assert output is not None and output.data_version == version
 
 
-@pytest.mark.slow
 def test_provenance_is_the_same_for_one_partition_and_for_several(
     materialize_all: Carry, instance: dg.DagsterInstance
 ) -> None:
@@ -114,7 +113,6 @@ def _statuses(execution: Execution, instance: dg.DagsterInstance) -> dict[str, S
     }
 
 
-@pytest.mark.slow
 def test_everything_is_fresh_after_it_was_materialized(materialize_all: Carry, instance: dg.DagsterInstance) -> None:
     execution = _record_all(materialize_all(), instance)
     statuses = _statuses(execution, instance)
@@ -129,7 +127,6 @@ def _not_fresh(execution: Execution, instance: dg.DagsterInstance) -> set[str]:
     return {name for name, status in statuses.items() if status is not StaleStatus.FRESH}
 
 
-@pytest.mark.slow
 def test_files_that_come_change_or_go_make_their_own_parts_and_the_roll_ups_stale(
     profile: SmallProfile, materialize_all: Carry, instance: dg.DagsterInstance
 ) -> None:
@@ -157,7 +154,6 @@ def test_files_that_come_change_or_go_make_their_own_parts_and_the_roll_ups_stal
         assert total is not None and Auditor(plan.output_root).audit([total.ref]).passed
 
 
-@pytest.mark.slow
 def test_a_part_can_be_recorded_by_itself(materialize_all: Carry, instance: dg.DagsterInstance) -> None:
     execution = materialize_all()
     _materialize(execution, instance, "laion_index", [None])
@@ -168,7 +164,6 @@ def test_a_part_can_be_recorded_by_itself(materialize_all: Carry, instance: dg.D
     assert _num_materializations(instance, "laion_index_parts") == len(NUMBERS) + 3
 
 
-@pytest.mark.slow
 def test_a_new_checkpoint_makes_its_own_arms_stale_and_no_others(
     materialize_all: Carry, instance: dg.DagsterInstance
 ) -> None:
@@ -196,7 +191,6 @@ def test_checks_pass_on_sound_outputs(materialize_all: Carry, instance: dg.Dagst
     assert table.manifest.conservation.dropped == {"too_small": 2}
 
 
-@pytest.mark.slow
 def test_progress_is_observed_with_its_numbers_while_the_stage_runs(
     profile: SmallProfile, instance: dg.DagsterInstance, monkeypatch: pytest.MonkeyPatch
 ) -> None:

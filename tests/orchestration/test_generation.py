@@ -22,6 +22,8 @@ from tests.training.conftest import NUM_LAYERS
 from training.config import SamplerConfig, Strategy
 from training.sampling import load_sampler
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def llm(tmp_path_factory: pytest.TempPathFactory) -> ModelRef:

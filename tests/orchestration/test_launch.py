@@ -68,6 +68,7 @@ def test_a_crash_gives_its_last_words_and_the_log(profile: SmallProfile) -> None
     assert "Traceback" in log.read_text()
 
 
+@pytest.mark.slow
 def test_a_stage_that_was_killed_says_so(profile: SmallProfile) -> None:
     profile.keep = KeepConfig(kill_at="00000")
     with pytest.raises(StageFailed, match="kept 00000: its process was ended by SIGKILL; the machine may have run out"):

@@ -78,6 +78,7 @@ def test_what_a_changed_folder_leaves_fresh_is_known_before_and_after_the_index_
     assert folder.states("laion_subset") == dict.fromkeys(left, State.FINISHED)
 
 
+@pytest.mark.slow
 def test_a_selection_over_all_parts_makes_stale_the_pictures_of_parts_that_lost_rows_to_it(tmp_path: Path) -> None:
     folder = Folder(tmp_path, "laion_selection.drop_duplicate_urls=true", "laion_subset.drop_duplicate_urls=false")
     winner, loser = sorted(("a text", "another text"), key=lambda text: sample_key(URL, text))

@@ -166,6 +166,7 @@ def test_a_folder_set_up_for_postgresql_begins_no_second_history(home: Path, mon
     assert list(home.rglob("*.db")) == []
 
 
+@pytest.mark.slow
 def test_a_storage_of_ones_own_is_left_alone(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = home / "dagster"
     folder.mkdir(parents=True)

@@ -55,6 +55,7 @@ def test_an_empty_subset_is_an_empty_output(server: HostileServer, tmp_path: Pat
     assert output.manifest.files == ()
 
 
+@pytest.mark.slow
 def test_a_shard_without_pictures_has_a_status_for_each_row_and_no_table(server: HostileServer, tmp_path: Path) -> None:
     urls = [server.url("/404?x") for _ in range(3)] + [server.url(f"/scene/{index}") for index in range(2)]
     output = run_images(server, subset_of(urls, tmp_path), tmp_path, rows_per_shard=3)
@@ -170,6 +171,7 @@ def no_retries(server: HostileServer) -> FetchConfig:
     return images_config(server).fetch.model_copy(update={"retries": 0})
 
 
+@pytest.mark.slow
 def test_a_second_pass_asks_again_for_what_can_heal_and_for_nothing_else(server: HostileServer, tmp_path: Path) -> None:
     paths = ["/heals/1/a", "/scene/1", "/heals/9/b", "/404", "/scene/2", "/heals/1/c", "/scene/3", "/scene/4", "/noai"]
     subset = subset_of([server.url(path) for path in paths], tmp_path)
@@ -242,6 +244,7 @@ def run_later(
     return images.STAGE.run(config, {"subset": [subset], "earlier": [earlier]}, root, subset.manifest.partition)
 
 
+@pytest.mark.slow
 def test_a_later_pass_fetches_failed_rows_alone_and_takes_over_the_rest(server: HostileServer, tmp_path: Path) -> None:
     paths = ["/scene/1", "/scene/2", "/heals/1/h", "/scene/3", "/heals/9/i", "/404", "/no-status", "/scene/4"]
     subset = subset_of([server.url(path) for path in paths], tmp_path)

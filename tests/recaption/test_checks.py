@@ -31,6 +31,7 @@ def test_flags(caption, finish_reason, flags):
     assert caption_flags(caption, finish_reason, CHECKS) == flags
 
 
+@pytest.mark.slow
 @given(st.lists(st.sampled_from("abc"), max_size=30), st.integers(1, 5))
 def test_repeated_share_is_a_share_and_zero_without_repeats(words, ngram_words):
     share = repeated_share(words, ngram_words)

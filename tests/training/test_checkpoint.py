@@ -15,6 +15,8 @@ from training.checkpoint import STAGE
 from training.config import Strategy
 from training.saved_model import load_model
 
+pytestmark = pytest.mark.slow
+
 
 def run(data: TinyData, root: Path, strategy: Strategy = Strategy.STATIC, **training: object) -> StageOutput:
     return STAGE.run(data.config(strategy, **training), data.inputs, root, strategy.value)
@@ -105,7 +107,6 @@ def test_saved_model_loads_with_its_configuration(outputs: dict[Strategy, StageO
         assert sum(p.numel() for p in saved.model.parameters()) == output.manifest.summary["num_parameters"]
 
 
-@pytest.mark.slow
 def test_training_lowers_the_loss(tiny_data: TinyData, tmp_path: Path) -> None:
     rows = metrics(run(tiny_data, tmp_path, Strategy.DEPTH_WISE, steps=60, validate_every=60))
     assert sum(row["loss"] for row in rows[-10:]) < 0.9 * sum(row["loss"] for row in rows[:10])

@@ -26,6 +26,8 @@ from training.export import build_pipeline, export_pipeline
 from training.flow import sampling_noise
 from training.sampling import load_sampler
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[2]
 SETTINGS = SamplerConfig(num_steps=3, guidance_scale=2.5, time_shift=3.0)
 SHAPE = (TINY_MODEL.latent_channels, TINY_MODEL.latent_size, TINY_MODEL.latent_size)
@@ -89,7 +91,6 @@ def test_latents_of_the_exported_folder_are_those_of_the_sampler(
     torch.testing.assert_close(drawn, expected, atol=1e-3, rtol=1e-3)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("strategy", [Strategy.DEPTH_WISE, Strategy.FUSE_DIT])
 def test_the_language_model_of_a_vision_language_model_is_exported_alone(
     strategy: Strategy, tmp_path: Path, autoencoder: ModelRef
@@ -150,7 +151,6 @@ def test_an_encoder_of_no_hub_is_given_by_its_folder_and_checked(
     torch.testing.assert_close(_drawn(pipe, gate_shift=False), expected, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.slow
 def test_a_fresh_process_loads_the_folder_both_ways(exported: Path, tmp_path: Path) -> None:
     """With the folder moved away from what it was made of, by either class."""
     code = (

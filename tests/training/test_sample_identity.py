@@ -122,6 +122,8 @@ from pipelines.config import ModelRef
 from pipelines.stage import StageOutput
 from training.config import SamplerConfig
 from training.sampling import load_sampler
+
+pytestmark = pytest.mark.slow
 manifest, llm, autoencoder, settings, seed, out, *wanted = sys.argv[1:]
 torch.set_num_threads(1)
 sampler = load_sampler(
@@ -136,7 +138,6 @@ numpy.save(out, numpy.stack([numpy.array(image) for image in images]))
 """
 
 
-@pytest.mark.slow
 def test_the_number_of_processes_does_not_show(
     checkpoints: dict[Strategy, StageOutput], llm: ModelRef, autoencoder: ModelRef, tmp_path: Path
 ) -> None:
