@@ -23,7 +23,6 @@ def test_layers_hold() -> None:
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr
 
 
-@pytest.mark.slow
 def test_definitions_load_no_heavy_library() -> None:
     code = LIGHT.format(heavy=HEAVY)
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
