@@ -19,6 +19,8 @@ from tests.training.checkpoints import write_checkpoint
 from training.config import SamplerConfig, Strategy
 from training.sampling import Sampler, load_sampler
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[2]
 WANTED = [("a red dog", 0), ("two", 0), ("a blue house left of a red star on green", 0), ("two", 1), ("a red dog", 5)]
 SEED = 11
@@ -123,7 +125,6 @@ from pipelines.stage import StageOutput
 from training.config import SamplerConfig
 from training.sampling import load_sampler
 
-pytestmark = pytest.mark.slow
 manifest, llm, autoencoder, settings, seed, out, *wanted = sys.argv[1:]
 torch.set_num_threads(1)
 sampler = load_sampler(
