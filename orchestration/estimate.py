@@ -195,10 +195,14 @@ class _Estimator:
         requests = self.kept * (1 + assumed("retry_share")) if self.profile.images.fetch.retries else self.kept
         received = answered * assumed("mean_image_bytes")
         nodes = self._runs_at_once("images", self.parts)
-        cores = smallest(of_profile("images.decode_workers"), assumed("cores_per_node"))
+        cores, connections = assumed("cores_per_node"), of_profile("images.fetch.total_connections")
+        if self.profile.images.workers.ray_address is None:
+            cores = smallest(of_profile("images.decode_workers"), cores)
+        else:  # a process for each shard, as many as a node has room for
+            connections = connections * (cores / of_profile("images.workers.cpus_per_unit"))
         times = {
             "network": received * _BITS_PER_MEGABIT_BYTE / assumed("network_mbit"),
-            "connections": requests * assumed("request_seconds") / of_profile("images.fetch.total_connections"),
+            "connections": requests * assumed("request_seconds") / connections,
             "decoding": answered / (assumed("decode_images_per_second") * cores),
         }
         limit = max(times, key=lambda name: times[name].value)
