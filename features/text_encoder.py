@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer
 
 from features.templates import apply_template
 from pipelines.config import ModelRef
-from pipelines.errors import ThroughlineError
+from pipelines.errors import ThroughlineError, first_line
 
 STORED_TYPE = torch.bfloat16
 """Type of hidden states as given and stored, so that sampling sees what training read from the cache."""
@@ -72,7 +72,7 @@ class TextEncoder:
             tokenizer = AutoTokenizer.from_pretrained(model.source, revision=model.hub_revision)
         except (OSError, ValueError) as error:
             raise ThroughlineError(
-                f"text encoder {model.id}: cannot be loaded from {model.source} ({_first_line(error)})"
+                f"text encoder {model.id}: cannot be loaded from {model.source} ({first_line(error)})"
             ) from error
         text_model = _load_text_model(model, config, getattr(torch, dtype)).to(device)
         return cls(
@@ -178,7 +178,7 @@ def _load_text_model(model: ModelRef, config: Any, dtype: torch.dtype) -> Any:
             output_loading_info=True,
         )
     except (OSError, ValueError) as error:
-        raise ThroughlineError(f"text encoder {model.id}: cannot be loaded ({_first_line(error)})") from error
+        raise ThroughlineError(f"text encoder {model.id}: cannot be loaded ({first_line(error)})") from error
     finally:
         logger_level()
     if report["missing_keys"]:
@@ -206,7 +206,3 @@ def _edge_token(tokenizer: Any, ref: ModelRef) -> int:
         if token_id is not None:
             return token_id
     raise ThroughlineError(f"text encoder {ref.id}: its tokenizer has neither start nor end token")
-
-
-def _first_line(error: BaseException) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -1,15 +1,13 @@
 """Dagster's own storage: where it lies and how it is set up. Losing it loses history, never provenance."""
 
-import fcntl
 import os
 import platform
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from orchestration.storage import POSTGRES_SECTION, Storage, agreed_storage, named_storage, set_up_alone
-from pipelines.atomic import write_bytes
+from pipelines.atomic import exclusive, write_bytes
 
 if TYPE_CHECKING:
     from dagster import DagsterInstance
@@ -63,18 +61,12 @@ def open_instance(home: Path) -> "DagsterInstance":
 
     folder = prepare_dagster_home(home)
     storage = agreed_storage(folder / "dagster.yaml")
-    with _alone(folder), set_up_alone() if storage is Storage.POSTGRES else nullcontext():
+    # Two processes that create its tables at once would fail.
+    alone = exclusive(folder / "opening.lock")
+    with alone, set_up_alone() if storage is Storage.POSTGRES else nullcontext():
         instance = DagsterInstance.get()
     _close_dead_runs(instance)
     return instance
-
-
-@contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Keep other processes from opening the instance meanwhile: two that create its tables at once fail."""
-    with (folder / "opening.lock").open("a") as stream:
-        fcntl.lockf(stream, fcntl.LOCK_EX)
-        yield
 
 
 def process_tags() -> dict[str, str]:

@@ -5,7 +5,7 @@ import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from pipelines.errors import ThroughlineError
+from pipelines.errors import ThroughlineError, first_line
 
 LOCAL_RAY = "local"
 """The address that starts Ray on this machine for the life of the process."""
@@ -88,8 +88,3 @@ def worker_environment(address: str) -> dict[str, str]:
     # A worker starts outside the working folder; an editable install or a bare checkout must be found all the same.
     paths = [str(_SOURCE_ROOT), os.environ.get("PYTHONPATH", "")]
     return {"PYTHONPATH": os.pathsep.join(path for path in paths if path)}
-
-
-def first_line(error: BaseException) -> str:
-    """Return the first words of an error's message, or the name of its type."""
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

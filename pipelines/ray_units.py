@@ -25,8 +25,8 @@ from typing import Any, Generic, TypeVar
 
 from pipelines.config import FrozenConfig
 from pipelines.environment import package_versions
-from pipelines.errors import ThroughlineError
-from pipelines.ray_cluster import first_line, join_ray, worker_environment
+from pipelines.errors import ThroughlineError, first_line
+from pipelines.ray_cluster import join_ray, worker_environment
 from pipelines.stage import FinishedUnit, Inputs, StageOutput, StageRun
 from pipelines.stage_configs import WorkersConfig
 

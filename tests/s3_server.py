@@ -17,6 +17,7 @@ from typing import Any, Self
 
 from pipelines.errors import ThroughlineError
 from pipelines.object_store import ObjectStore, StoreConfig, TransferConfig
+from tests.loopback_server import LoopbackServer
 
 ACCESS_KEY, SECRET_KEY = "THROUGHLINETEST", "a-secret-of-the-tests"
 PART_BYTES = 5 << 20
@@ -99,7 +100,7 @@ class Fault:
     after_bytes: int = 100_000
 
 
-class FaultyProxy:
+class FaultyProxy(LoopbackServer):
     """Passes requests on to the server, one a connection, and does to each what the next matching fault says."""
 
     def __init__(self, port: int) -> None:
@@ -121,17 +122,9 @@ class FaultyProxy:
 
         self._server = Server(("127.0.0.1", 0), Handler)
 
-    def __enter__(self) -> Self:
-        threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True).start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._server.shutdown()
-        self._server.server_close()
-
     @property
     def endpoint(self) -> str:
-        return f"http://127.0.0.1:{self._server.server_address[1]}"
+        return f"http://127.0.0.1:{self.port}"
 
     def reset(self) -> None:
         with self._lock:

@@ -37,12 +37,16 @@ CPU need not copy all layers of all texts to make a few sums of them."""
 
 
 def stack_texts(prepared: Prepared) -> Tensor:
-    """Stack texts (K, S_i, C') to (K, B, S, C') fp32, zeros behind the shorter ones; a stack is returned as it is."""
+    """Stack texts (K, S_i, C') to (K, B, S, C') fp32, zeros behind the shorter ones; a stack is returned as it is.
+
+    Texts of an accelerator are stacked there, even where one that stands for no prompt comes from the CPU.
+    """
     if isinstance(prepared, Tensor):
         return prepared
     rows, _, channels = prepared[0].shape
     longest = max(text.shape[1] for text in prepared)
-    stacked = torch.zeros(rows, len(prepared), longest, channels, device=prepared[0].device)
+    device = next((text.device for text in prepared if text.device.type != "cpu"), prepared[0].device)
+    stacked = torch.zeros(rows, len(prepared), longest, channels, device=device)
     for place, text in enumerate(prepared):
         stacked[:, place, : text.shape[1]] = text
     return stacked

@@ -1,13 +1,13 @@
 """A web server that hands out the files of a folder, in ranges, with the habits that real ones have."""
 
 import hashlib
-import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Self
+
+from tests.loopback_server import LoopbackServer
 
 
-class FileServer:
+class FileServer(LoopbackServer):
     """Serves `folder`; the fields say how it behaves."""
 
     def __init__(self, folder: Path) -> None:
@@ -35,16 +35,8 @@ class FileServer:
 
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
 
-    def __enter__(self) -> Self:
-        threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True).start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._server.shutdown()
-        self._server.server_close()
-
     def url(self, name: str) -> str:
-        return f"http://127.0.0.1:{self._server.server_address[1]}/{name}"
+        return f"http://127.0.0.1:{self.port}/{name}"
 
     def _answer(self, request: BaseHTTPRequestHandler, with_body: bool) -> None:
         self.requests.append(f"{request.command} {request.path} {request.headers.get('Range', '')}".strip())

@@ -1,5 +1,7 @@
 """Small LAION tables, captions and stage inputs for the tests of the data stages."""
 
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,10 +13,11 @@ from pipelines import images, laion_index, laion_subset
 from pipelines.config import FrozenConfig, ModelRef
 from pipelines.image_rows import image_units
 from pipelines.manifest import DROPPED_NAME
-from pipelines.stage import Stage, StageOutput, StageResult, StageRun
+from pipelines.stage import Stage, StageOutput, StageRequest, StageResult, StageRun, write_request
 from pipelines.stage_configs import FetchConfig, ImagesConfig, LaionIndexConfig, LaionSubsetConfig
 from tests.pipelines.hostile_server import HostileServer
 
+REPOSITORY = Path(__file__).resolve().parents[2]
 LAION_400M = pa.schema(
     {
         "SAMPLE_ID": pa.int64(),
@@ -75,6 +78,20 @@ def images_config(server: HostileServer, **changes: Any) -> ImagesConfig:
         allowed_private_hosts=(server.host,),
     )
     return ImagesConfig(**{"fetch": fetch, "rows_per_shard": 8, "max_failure_share": 1.0, **changes})
+
+
+def start_images(config: ImagesConfig, subset: StageOutput, folder: Path) -> "subprocess.Popen[bytes]":
+    """Start the stage in a process of its own, for a test to kill; its output root is `folder`/killed."""
+    request = StageRequest(
+        stage="images",
+        partition="00000",
+        config=config.model_dump(mode="json"),
+        inputs={"subset": [str(subset.manifest_path)]},
+        output_root=str(folder / "killed"),
+    )
+    write_request(folder / "request.json", request)
+    command = [sys.executable, "-m", "pipelines.images", "--config", str(folder / "request.json")]
+    return subprocess.Popen(command, cwd=REPOSITORY, stderr=subprocess.PIPE, start_new_session=True)
 
 
 def run_images(server: HostileServer, subset: StageOutput, root: Path, **changes: Any) -> StageOutput:

@@ -2,8 +2,6 @@ import json
 import re
 import signal
 import socket
-import subprocess
-import sys
 import time
 from collections import Counter
 from pathlib import Path
@@ -20,12 +18,17 @@ from pipelines.image_rows import image_units
 from pipelines.images import read_shards
 from pipelines.manifest import Conservation, damaged_files
 from pipelines.sample_key import sample_key
-from pipelines.stage import Stage, StageOutput, StageRequest, StageRun, write_request
+from pipelines.stage import Stage, StageOutput, StageRun
 from pipelines.stage_configs import FetchConfig, ImagesConfig
 from tests.pipelines.hostile_server import HostileServer
-from tests.pipelines.laion_world import images_config, laion_row, run_images, run_subset, write_laion
-
-REPOSITORY = Path(__file__).parents[2]
+from tests.pipelines.laion_world import (
+    images_config,
+    laion_row,
+    run_images,
+    run_subset,
+    start_images,
+    write_laion,
+)
 
 
 def subset_of(urls: list[str], folder: Path) -> StageOutput:
@@ -112,16 +115,7 @@ def test_a_killed_download_resumes_to_the_same_bytes_and_leaves_no_process(
     subset = subset_of([server.url(path) for path in paths], tmp_path)
     config = images_config(server, rows_per_shard=5, shards_in_flight=1)
     expected = images.STAGE.run(config, {"subset": [subset]}, tmp_path / "undisturbed", "00000")
-    request = StageRequest(
-        stage="images",
-        partition="00000",
-        config=config.model_dump(mode="json"),
-        inputs={"subset": [str(subset.manifest_path)]},
-        output_root=str(tmp_path / "killed"),
-    )
-    write_request(tmp_path / "request.json", request)
-    command = [sys.executable, "-m", "pipelines.images", "--config", str(tmp_path / "request.json")]
-    process = subprocess.Popen(command, cwd=REPOSITORY, stderr=subprocess.PIPE, start_new_session=True)
+    process = start_images(config, subset, tmp_path)
     try:
         journal = tmp_path / "killed" / "images" / "unfinished"
         deadline = time.monotonic() + 60
@@ -212,16 +206,7 @@ def test_a_download_killed_between_passes_goes_on_with_the_second(server: Hostil
     server.requests.clear()
     expected = run_images(server, subset, tmp_path / "undisturbed", retry_pass_seconds=0.0, **options)
     server.requests.clear()
-    request = StageRequest(
-        stage="images",
-        partition="00000",
-        config=images_config(server, retry_pass_seconds=60.0, **options).model_dump(mode="json"),
-        inputs={"subset": [str(subset.manifest_path)]},
-        output_root=str(tmp_path / "killed"),
-    )
-    write_request(tmp_path / "request.json", request)
-    command = [sys.executable, "-m", "pipelines.images", "--config", str(tmp_path / "request.json")]
-    process = subprocess.Popen(command, cwd=REPOSITORY, stderr=subprocess.PIPE)
+    process = start_images(images_config(server, retry_pass_seconds=60.0, **options), subset, tmp_path)
     try:
         deadline = time.monotonic() + 60
         while len(list(tmp_path.glob("killed/images/unfinished/*/scratch/pass-1/status-*.parquet"))) < 3:

@@ -1,8 +1,6 @@
 """Units on a real Ray: the same bytes as in one process, whatever dies."""
 
 import signal
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +11,7 @@ from pipelines import images, laion_selection, shards
 from pipelines.config import FrozenConfig
 from pipelines.errors import ThroughlineError
 from pipelines.ray_units import _Surroundings, ray_tasks
-from pipelines.stage import Stage, StageRequest, StageRun, write_request
+from pipelines.stage import Stage, StageRun
 from pipelines.stage_configs import (
     ImagesConfig,
     LaionSelectionConfig,
@@ -22,11 +20,10 @@ from pipelines.stage_configs import (
 )
 from tests.pipelines import ray_toy
 from tests.pipelines.hostile_server import HostileServer
-from tests.pipelines.laion_world import images_config, laion_row, run_subset, write_laion
+from tests.pipelines.laion_world import images_config, laion_row, run_subset, start_images, write_laion
 from tests.pipelines.ray_toy import RayToyConfig
 from tests.pipelines.ray_world import GatedServer, run_chain, selected, versions, wait_until, whole, write_source
 
-REPOSITORY = Path(__file__).parents[2]
 ON_RAY = WorkersConfig(ray_address="local", cpus_per_unit=1)
 
 
@@ -197,16 +194,7 @@ def test_a_killed_driver_goes_on_at_its_finished_units(local_ray: None, gated: G
     rows = [laion_row(gated.url(path), path) for path in paths]
     subset = run_subset(write_laion(tmp_path / "laion" / "p.parquet", rows).parent, tmp_path)
     config = images_config(gated, workers=ON_RAY)
-    request = StageRequest(
-        stage="images",
-        partition="00000",
-        config=config.model_dump(mode="json"),
-        inputs={"subset": [str(subset.manifest_path)]},
-        output_root=str(tmp_path / "killed"),
-    )
-    write_request(tmp_path / "request.json", request)
-    command = [sys.executable, "-m", "pipelines.images", "--config", str(tmp_path / "request.json")]
-    process = subprocess.Popen(command, cwd=REPOSITORY, stderr=subprocess.PIPE, start_new_session=True)
+    process = start_images(config, subset, tmp_path)
     unfinished = tmp_path / "killed" / "images" / "unfinished"
     try:
         wait_until(lambda: len(list(unfinished.glob("*/units/*.json"))) == 2 and gated.requests["/held/16"], process)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from training.config import ModelConfig, Strategy
 from training.dit import DiT, build_model
-from training.fusion import Fusion, normalise, shift_gate_time
+from training.fusion import Fusion, normalise, shift_gate_time, stack_texts
 from training.layers import initialise
 
 L, D = 5, 3
@@ -191,3 +191,11 @@ def test_prepare_names_a_wrong_number_of_layers() -> None:
 def test_weights_name_a_block_that_is_not_there() -> None:
     with pytest.raises(ValueError, match="block_index 3"):
         _fusion(Strategy.STATIC).weights(torch.zeros(1), 3)
+
+
+def test_texts_are_stacked_where_an_accelerator_holds_any() -> None:
+    of_none, drawn = torch.ones(2, 3, 4), torch.ones(2, 5, 4, device="meta")
+    stacked = stack_texts((of_none, drawn))
+    assert (stacked.device.type, stacked.shape) == ("meta", (2, 2, 5, 4))
+    on_cpu = stack_texts((of_none, torch.ones(2, 5, 4)))
+    assert on_cpu[:, 0].sum() == 2 * 3 * 4 and not on_cpu[:, 0, 3:].any()

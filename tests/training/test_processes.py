@@ -261,7 +261,7 @@ def test_sharded_bfloat16_stays_close_to_unsharded(compiled: bool, tiny_data: Ti
         assert all(tensor.isfinite().all() for tensor in two.values())
         moved = sum(float((one[name] - start[name]).square().sum()) for name in one) ** 0.5
         apart = sum(float((one[name] - two[name]).square().sum()) for name in one) ** 0.5
-        assert apart < 0.2 * moved  # 1 to 6 % in several runs; slices in the wrong place would make it more than all
+        assert apart < 0.2 * moved  # 1 to 6 % in several runs; unrelated ways of one length end 140 % apart
 
 
 def _interrupt_at(
