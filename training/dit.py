@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from training.config import ModelConfig, Strategy, check_gate_signal
+from training.cpu_products import linear
 from training.fusion import Fusion, Prepared
 from training.layers import (
     CrossAttention,
@@ -288,13 +289,13 @@ class DiT(Backbone):
         if projections is None and self.folds_text_projection:
             rows = sum(attention.text_kv.out_features for attention in attentions)
             projections = self.text_projections() if rows < normed.shape[:-1].numel() else None
-        inputs = normed if projections is not None else F.linear(normed, *self._projection())
+        inputs = normed if projections is not None else linear(normed, *self._projection())
         variants = list(inputs) * (1 if inputs.shape[0] > 1 else len(attentions))
         if projections is None:
             blocks = [cast(Block, block) for block in self.blocks]
             return [block.text_keys_values(variant) for block, variant in zip(blocks, variants, strict=True)]
         return [
-            attention.keys_values(F.linear(variant, *projection))
+            attention.keys_values(linear(variant, *projection))
             for attention, variant, projection in zip(attentions, variants, projections, strict=True)
         ]
 
@@ -303,7 +304,9 @@ class DiT(Backbone):
         matrix, bias = self._projection()
         attentions = self._cross_attentions()
         weight = torch.cat([attention.text_kv.weight for attention in attentions])
-        return list(zip((weight @ matrix).chunk(len(attentions)), (weight @ bias).chunk(len(attentions)), strict=True))
+        return list(
+            zip(linear(weight, matrix.t()).chunk(len(attentions)), (weight @ bias).chunk(len(attentions)), strict=True)
+        )
 
     def _projection(self) -> TextProjection:
         return self.text_projection.weight * self.text_norm.weight, cast(Tensor, self.text_projection.bias)

@@ -26,7 +26,7 @@ from training.dit import Backbone, TextProjection
 from training.feature_source import load_text_encoder, pad_texts, prepare_text, unconditional_hidden_states
 from training.flow import sampling_noise
 from training.fusion import shift_gate_time
-from training.layers import KeysValues
+from training.layers import KeysValues, packed_weights
 from training.process_memory import keep_freed_memory
 from training.saved_model import SavedModel, check_models, load_model
 from training.schedule import build_scheduler, euler_step, flow_time
@@ -66,18 +66,30 @@ class TextBatch:
         return found
 
 
-def _join(first: Sequence[KeysValues], second: Sequence[KeysValues], places: Tensor) -> list[KeysValues]:
-    """Lay texts of two batches end to end, the shorter ones padded with zeros, then pick rows by `places`."""
+def _join(
+    first: Sequence[KeysValues], first_rows: Tensor | None, second: Sequence[KeysValues], second_rows: Tensor | None
+) -> list[KeysValues]:
+    """Lay rows of two batches of texts end to end, the shorter texts padded with zeros."""
     longest = max(first[0][0].shape[2], second[0][0].shape[2])
 
     def joined(a: Tensor, b: Tensor) -> Tensor:
-        return torch.cat([_lengthen(a, longest), _lengthen(b, longest)])[places]
+        return torch.cat([_lengthen(_pick(a, first_rows), longest), _lengthen(_pick(b, second_rows), longest)])
 
     return [(joined(a[0], b[0]), joined(a[1], b[1])) for a, b in zip(first, second, strict=True)]
 
 
+def _pick(keys_or_values: Tensor, rows: Tensor | None) -> Tensor:
+    """Rows by number, None for all as they are; not copied where one is wanted again and again."""
+    if rows is None:
+        return keys_or_values
+    if keys_or_values.shape[0] == 1:
+        return keys_or_values.expand(len(rows), -1, -1, -1)
+    return keys_or_values[rows]
+
+
 def _lengthen(keys_or_values: Tensor, longest: int) -> Tensor:
-    return F.pad(keys_or_values, (0, 0, 0, longest - keys_or_values.shape[2]))
+    missing = longest - keys_or_values.shape[2]
+    return F.pad(keys_or_values, (0, 0, 0, missing)) if missing else keys_or_values
 
 
 def _keys_values_by_image(
@@ -97,7 +109,7 @@ def _keys_values_by_image(
         return conditional
     batch = len(prompt_of)
     without = model.text_keys_values(unconditional.prepared.expand(-1, batch, -1, -1), gate_t, projections)
-    return _join(without, conditional, torch.arange(2 * batch, device=prompt_of.device))
+    return _join(without, None, conditional, None)
 
 
 @torch.no_grad()
@@ -121,10 +133,11 @@ def sample_latents(
     """
     num_prompts, batch = text.prepared.shape[1], noise.shape[0]
     guided = settings.guidance_scale != 1
-    # Rows of the joined texts from num_prompts on are unconditional.
     away = torch.zeros_like(prompt_of) if unconditional_of is None else unconditional_of
-    places = torch.cat([num_prompts + away, prompt_of]) if guided else prompt_of
-    lengths = torch.cat([text.lengths, unconditional.lengths])[places]
+    lengths = text.lengths[prompt_of]
+    lengths = torch.cat([unconditional.lengths[away], lengths]) if guided else lengths
+    each_once = num_prompts == batch and torch.equal(prompt_of, torch.arange(batch, device=prompt_of.device))
+    rows = None if each_once else prompt_of
     longest = int(max(text.lengths.max(), unconditional.lengths.max())) if guided else int(text.lengths.max())
     padded = bool((lengths < longest).any())
     mask = torch.arange(longest, device=noise.device) < lengths[:, None] if padded else None
@@ -134,29 +147,30 @@ def sample_latents(
     joined: list[KeysValues] | None = None
     projections = model.text_projections() if model.text_depends_on_time else None
     x_t = noise
-    for index, timestep in enumerate(timesteps):
-        t = flow_time(timestep).to(noise.device)
-        if joined is None or model.text_depends_on_time:
-            gate_t = model.gate_time(x_t, t)
-            gate_t = shift_gate_time(gate_t) if settings.gate_shift else gate_t
-            if model.text_depends_on_latents:
-                without = unconditional if guided else None
-                joined = _keys_values_by_image(model, text, without, prompt_of, gate_t, projections)
-            else:
-                conditional = text.keys_values(model, gate_t, projections, keep_times=False)
-                if guided:
-                    of_none = unconditional.keys_values(model, gate_t, projections, keep_times=True)
-                    joined = _join(conditional, of_none, places)
+    with packed_weights(model):
+        for index, timestep in enumerate(timesteps):
+            t = flow_time(timestep).to(noise.device)
+            if joined is None or model.text_depends_on_time:
+                gate_t = model.gate_time(x_t, t)
+                gate_t = shift_gate_time(gate_t) if settings.gate_shift else gate_t
+                if model.text_depends_on_latents:
+                    without = unconditional if guided else None
+                    joined = _keys_values_by_image(model, text, without, prompt_of, gate_t, projections)
                 else:
-                    joined = [(k[places], v[places]) for k, v in conditional]
-        velocity = model.velocity(x_t, t[None], joined, lengths, mask).float()
-        if guided:
-            unguided, towards_text = velocity.split(batch)
-            velocity = unguided + settings.guidance_scale * (towards_text - unguided)
-        x_t = euler_step(scheduler, x_t, velocity, timestep)
-        if on_step is not None:
-            replaced = on_step(index, len(timesteps), x_t)
-            x_t = x_t if replaced is None else replaced
+                    conditional = text.keys_values(model, gate_t, projections, keep_times=False)
+                    if guided:
+                        of_none = unconditional.keys_values(model, gate_t, projections, keep_times=True)
+                        joined = _join(of_none, away, conditional, rows)
+                    else:
+                        joined = [(_pick(k, rows), _pick(v, rows)) for k, v in conditional]
+            velocity = model.velocity(x_t, t[None], joined, lengths, mask).float()
+            if guided:
+                unguided, towards_text = velocity.split(batch)
+                velocity = unguided + settings.guidance_scale * (towards_text - unguided)
+            x_t = euler_step(scheduler, x_t, velocity, timestep)
+            if on_step is not None:
+                replaced = on_step(index, len(timesteps), x_t)
+                x_t = x_t if replaced is None else replaced
     return x_t
 
 

@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         ("hidden", 384, "hidden size"),
         ("blocks", 8, "blocks"),
         ("heads", 6, "query heads"),
-        ("kv-heads", 6, "key and value heads"),
+        ("kv-heads", 2, "key and value heads, fewer than query heads as at the paper's scale"),
         ("head-dim", 64, "channels of a head"),
         ("mlp-width", 1536, "inner width of SwiGLU: four times the hidden size, as at the paper's scale"),
         ("latent-size", 16, "height and width of the latents"),
