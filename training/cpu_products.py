@@ -38,10 +38,10 @@ def pack(weights: Sequence[Tensor]) -> tuple[Tensor, ...]:
 def is_served(x: Tensor, weight: Tensor) -> bool:
     """Whether `linear` calls oneDNN for these two."""
     return (
-        x.device.type == "cpu"
+        not torch.compiler.is_compiling()  # inductor chooses for itself
+        and x.device.type == "cpu"
         and x.dtype == weight.dtype == torch.float32
         and not torch.is_autocast_enabled("cpu")
-        and not torch.compiler.is_compiling()  # inductor chooses for itself
         and torch.backends.mkldnn.enabled
         and torch.backends.cpu.get_cpu_capability() == "AVX512"
     )

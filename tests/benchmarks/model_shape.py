@@ -5,7 +5,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from training.fuse_dit import FuseDiT
 from training.shared_attention import SharedAttention, SharedLayer
 
 BASELINE = Strategy.PENULTIMATE
+Key = TypeVar("Key")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -97,19 +98,19 @@ def random_texts(config: ModelConfig, count: int, tokens: int) -> list[Tensor]:
     return [torch.randn(shape, generator=generator) * scale for _ in range(count)]
 
 
-def cpu_seconds(work: Mapping[Strategy, Callable[[], Any]], rounds: int) -> dict[Strategy, list[float]]:
+def cpu_seconds(work: Mapping[Key, Callable[[], Any]], rounds: int) -> dict[Key, list[float]]:
     """Run each piece of work `rounds` times in turn and return the CPU seconds of each; a first round warms up.
 
     The order turns round every time, so that a machine that slows down does so for all.
     """
-    seconds: dict[Strategy, list[float]] = {strategy: [] for strategy in work}
+    seconds: dict[Key, list[float]] = {key: [] for key in work}
     for index in range(rounds + 1):
-        for strategy in list(work)[:: 1 if index % 2 else -1]:
+        for key in list(work)[:: 1 if index % 2 else -1]:
             started = time.process_time()
-            work[strategy]()
+            work[key]()
             elapsed = time.process_time() - started
             if index:
-                seconds[strategy].append(elapsed)
+                seconds[key].append(elapsed)
     return seconds
 
 

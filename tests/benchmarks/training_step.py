@@ -1,6 +1,7 @@
 """What a training step costs with each strategy, in CPU time, side by side in one process.
 
-python -m tests.benchmarks training_step [--strategies uniform depth_wise joint] [--batch 8] [--rounds 20]
+python -m tests.benchmarks training_step [--strategies uniform depth_wise joint] [--batches 8 32] [--rounds 20]
+python -m tests.benchmarks training_step --modes eager bf16 compile   (bf16: autocast; compile: compiled blocks)
 
 Timed: what training/loop.py does with a batch from its prepared texts to the optimizer's step: fusion, projection,
 keys and values, the network forward and backward, gradient clipping, AdamW. Text features are cached and normalised
@@ -9,6 +10,7 @@ Not timed: reading latents, drawing noise, the moving average of the weights.
 """
 
 import argparse
+import statistics
 from collections.abc import Callable
 
 import torch
@@ -29,12 +31,18 @@ from training.feature_source import Batch, prepare_text, text_lengths
 from training.loop import batch_losses
 from training.process_memory import keep_freed_memory
 from training.run_state import build_optimizer
+from training.sharding import lay_out
+
+EAGER, BF16, COMPILE = MODES = "eager", "bf16", "compile"
 
 
-def training_step(config: ModelConfig, strategy: Strategy, args: argparse.Namespace) -> Callable[[], object]:
+def training_step(
+    config: ModelConfig, strategy: Strategy, args: argparse.Namespace, mode: str = EAGER
+) -> Callable[[], object]:
     """Return one step of a strategy, ready to be timed."""
-    training = TrainingConfig(batch_size=args.batch)
+    training = TrainingConfig(batch_size=args.batch, compile=mode == COMPILE)
     model = built(config, strategy).train()
+    lay_out(model, training, torch.device("cpu"), num_processes=1)
     optimizer = build_optimizer(model, training)
     hidden_states = random_texts(config, args.batch, args.tokens)
 
@@ -50,7 +58,9 @@ def training_step(config: ModelConfig, strategy: Strategy, args: argparse.Namesp
     def step() -> None:
         texts = prepared() if args.raw_text else kept
         batch = Batch(torch.arange(args.batch), data, noise, t, tuple(texts), *text_lengths(texts))
-        batch_losses(model, batch)[0].mean().backward()
+        with torch.autocast("cpu", torch.bfloat16, enabled=mode == BF16):
+            losses, _ = batch_losses(model, batch)
+        losses.mean().backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), training.gradient_clip)
         optimizer.step()
         optimizer.zero_grad()
@@ -63,13 +73,26 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add_arguments(parser)
     parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--batches", type=int, nargs="+", help="several batch sizes, one after the other")
+    parser.add_argument("--modes", nargs="+", choices=MODES, default=[EAGER])
     parser.add_argument("--raw-text", action="store_true", help="normalise raw hidden states in every step")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     keep_freed_memory()
-    config = model_config(args)
-    steps = {strategy: training_step(config, strategy, args) for strategy in with_baseline(args.strategies)}
-    figures = summary(cpu_seconds(steps, args.rounds), unit=1e-3, digits=1)
+    config, strategies = model_config(args), with_baseline(args.strategies)
+    figures: dict[str, object] = {}
+    for batch in args.batches or [args.batch]:
+        args.batch = batch
+        steps = {(s, mode): training_step(config, s, args, mode) for s in strategies for mode in args.modes}
+        seconds = cpu_seconds(steps, args.rounds)
+        for mode in args.modes:
+            of_mode = {strategy: seconds[strategy, mode] for strategy in strategies}
+            for name, values in summary(of_mode, unit=1e-3, digits=1).items():
+                if mode != args.modes[0]:
+                    first = seconds[Strategy(name), args.modes[0]]
+                    pairs = zip(first, of_mode[Strategy(name)], strict=True)
+                    values[f"times as fast as {args.modes[0]}"] = round(statistics.median(a / b for a, b in pairs), 3)
+                figures[f"batch {batch}, {mode}, {name}, ms"] = values
     texts = random_texts(config, args.batch, args.tokens)
     model = built(config, Strategy.DEPTH_WISE)
 
@@ -82,8 +105,8 @@ def main() -> None:
         "training_step",
         {
             **conditions(args),
-            "normalising all layers of the batch's captions, once per caption, ms": round(once * 1e3, 1),
-            **{f"{name}, ms": values for name, values in figures.items()},
+            "normalising all layers of the last batch's captions, once per caption, ms": round(once * 1e3, 1),
+            **figures,
         },
     )
 
