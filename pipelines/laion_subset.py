@@ -30,6 +30,11 @@ ROWS_FILE = "rows.parquet"
 _UNIT = "rows"
 # Rows held in memory at a time, and rows per row group: part of the output's bytes, so no matter of configuration.
 _BATCH_ROWS = 65_536
+# Role -> column of the subset.
+_KEPT_AS_THEY_ARE = {
+    "url": "url", "text": "alt_text", "sha256": "expected_sha256", "similarity": "similarity",
+    "aesthetic": "aesthetic", "pwatermark": "pwatermark", "punsafe": "punsafe",
+}  # fmt: skip
 
 
 def produce(run: StageRun[LaionSubsetConfig]) -> StageResult:
@@ -148,9 +153,9 @@ def read_batches(
     Raises ThroughlineError that names the file where its data cannot be read.
     """
     import pyarrow as pa
-    import pyarrow.compute as pc
 
     from pipelines.laion_schema import COLUMNS, KINDS, LABELS, open_metadata
+    from pipelines.row_hashes import fill_missing
 
     named = named or {}
     types = {column.role: pa.string() if KINDS[column.role] == "string" else pa.float64() for column in COLUMNS}
@@ -165,7 +170,7 @@ def read_batches(
                     else pa.nulls(batch.num_rows, kind)
                     for role, kind in types.items()
                 }
-                arrays["text"] = pc.fill_null(arrays["text"], "")
+                arrays["text"] = fill_missing(arrays["text"])
                 for name, column in named.items():
                     arrays[name] = arrays[column] if column in types else _plain(batch[column])
                 yield pa.RecordBatch.from_pydict(arrays)
@@ -225,8 +230,7 @@ def _keep(
     reasons = first_reasons(rules, Rows(batch, keys))
     words = [*(rule.reason for rule in rules), "duplicate_pair", "duplicate_url"]
     passed = np.flatnonzero(reasons < 0)
-    rows = batch.take(pa.array(passed)) if len(passed) < batch.num_rows else batch
-    for offset, mask in enumerate(duplicates.find(keys[passed], rows["url"])):
+    for offset, mask in enumerate(duplicates.find(keys, batch["url"], passed)):
         reasons[passed[mask]] = len(rules) + offset
     kept, lost = np.flatnonzero(reasons < 0), np.flatnonzero(reasons >= 0)
     if len(lost):
@@ -236,17 +240,15 @@ def _keep(
             pa.DictionaryArray.from_arrays(pa.array(reasons[lost]), pa.array(words)),
             pc.binary_join_element_wise("row", numbers, " "),
         )
-    if len(kept) < len(passed):
-        rows = rows.filter(pa.array(reasons[passed] < 0))
+    rows = batch.select([*_KEPT_AS_THEY_ARE, "width", "height", *LABELS])
+    if len(kept) < len(reasons):
+        rows = rows.take(pa.array(kept))
     columns = {
         "sample_key": hex_keys(keys[kept]),
-        "url": rows["url"],
-        "alt_text": rows["text"],
+        "source_row": pa.array(kept + first_row),
         "width": _pixels(rows["width"]),
         "height": _pixels(rows["height"]),
-        "expected_sha256": rows["sha256"],
-        "source_row": pa.array(kept + first_row),
-        **{role: rows[role] for role in ("similarity", "aesthetic", "pwatermark", "punsafe")},
+        **{name: rows[role] for role, name in _KEPT_AS_THEY_ARE.items()},
         **{role: rows[role].cast(pa.string()) for role in LABELS},
     }
     return pa.RecordBatch.from_pydict(columns, schema=SUBSET_SCHEMA)
