@@ -121,14 +121,17 @@ def _write_subset(run: StageRun[LaionSubsetConfig], unit: Unit, part: Part, path
     ):
         pending: list[pa.RecordBatch] = []
         for batch in read_batches(path, part.columns, _BATCH_ROWS, named):
-            pending.append(_keep(batch, rows_in, rules, duplicates, unit))
             rows_in += batch.num_rows
+            if rows_in > part.num_rows:
+                break  # there is room to remember so many
+            pending.append(_keep(batch, rows_in - batch.num_rows, rules, duplicates, unit))
             rows_out += pending[-1].num_rows
             _write_groups(writer, pending, _BATCH_ROWS)
             progress.advance(batch.num_rows, kept=rows_out)
         _write_groups(writer, pending, 1)
     if rows_in != part.num_rows:
-        raise ThroughlineError(f"{path}: {rows_in} rows, the index says {part.num_rows}; run laion_index again")
+        found = f"at least {rows_in}" if rows_in > part.num_rows else rows_in
+        raise ThroughlineError(f"{path}: {found} rows, the index says {part.num_rows}; run laion_index again")
     unit.count_rows(ROWS_FILE, rows_out)
     unit.account(rows_in=rows_in, rows_out=rows_out)
 
@@ -138,9 +141,11 @@ def _write_groups(writer: "pq.ParquetWriter", pending: "list[pa.RecordBatch]", l
     import pyarrow as pa
 
     while (num_rows := sum(batch.num_rows for batch in pending)) >= least:
-        rows = pa.concat_batches(pending)
-        writer.write_batch(rows[:_BATCH_ROWS], row_group_size=_BATCH_ROWS)
-        pending[:] = [rows[_BATCH_ROWS:]] if num_rows > _BATCH_ROWS else []
+        beyond = max(num_rows - _BATCH_ROWS, 0)
+        last = pending.pop()
+        inside = last.num_rows - beyond
+        writer.write_batch(pa.concat_batches([*pending, last[:inside]]), row_group_size=_BATCH_ROWS)
+        pending[:] = [last[inside:]] if beyond else []
 
 
 def read_batches(

@@ -36,11 +36,12 @@ def sample_keys(urls: pa.Array, texts: pa.Array) -> np.ndarray:
     urls, texts = (fill_missing(item).cast(pa.binary()) for item in (urls, texts))
     lengths = pc.binary_length(urls).to_numpy(zero_copy_only=False).astype("<u8")
     prefixes = pa.Array.from_buffers(pa.binary(8), len(urls), [None, pa.py_buffer(lengths)]).cast(pa.binary())
-    hashed = pc.binary_join_element_wise(prefixes, urls, texts, b"")
     # A copy of a digest that knows its parameters costs two thirds of a new one.
     copy, digests = empty_digest().copy, []
-    for start in range(0, len(hashed), _CHUNK_ROWS):
-        for data in hashed[start : start + _CHUNK_ROWS].to_numpy(zero_copy_only=False).tolist():
+    for start in range(0, len(urls), _CHUNK_ROWS):
+        some = slice(start, start + _CHUNK_ROWS)
+        hashed = pc.binary_join_element_wise(prefixes[some], urls[some], texts[some], b"")
+        for data in hashed.to_numpy(zero_copy_only=False).tolist():
             digest = copy()
             digest.update(data)
             digests.append(digest.digest())
