@@ -30,6 +30,11 @@ ROWS_FILE = "rows.parquet"
 _UNIT = "rows"
 # Rows held in memory at a time, and rows per row group: part of the output's bytes, so no matter of configuration.
 _BATCH_ROWS = 65_536
+# Role -> column of the subset.
+_KEPT_AS_THEY_ARE = {
+    "url": "url", "text": "alt_text", "sha256": "expected_sha256", "similarity": "similarity",
+    "aesthetic": "aesthetic", "pwatermark": "pwatermark", "punsafe": "punsafe",
+}  # fmt: skip
 
 
 def produce(run: StageRun[LaionSubsetConfig]) -> StageResult:
@@ -116,14 +121,17 @@ def _write_subset(run: StageRun[LaionSubsetConfig], unit: Unit, part: Part, path
     ):
         pending: list[pa.RecordBatch] = []
         for batch in read_batches(path, part.columns, _BATCH_ROWS, named):
-            pending.append(_keep(batch, rows_in, rules, duplicates, unit))
             rows_in += batch.num_rows
+            if rows_in > part.num_rows:
+                break  # there is room to remember so many
+            pending.append(_keep(batch, rows_in - batch.num_rows, rules, duplicates, unit))
             rows_out += pending[-1].num_rows
             _write_groups(writer, pending, _BATCH_ROWS)
             progress.advance(batch.num_rows, kept=rows_out)
         _write_groups(writer, pending, 1)
     if rows_in != part.num_rows:
-        raise ThroughlineError(f"{path}: {rows_in} rows, the index says {part.num_rows}; run laion_index again")
+        found = f"at least {rows_in}" if rows_in > part.num_rows else rows_in
+        raise ThroughlineError(f"{path}: {found} rows, the index says {part.num_rows}; run laion_index again")
     unit.count_rows(ROWS_FILE, rows_out)
     unit.account(rows_in=rows_in, rows_out=rows_out)
 
@@ -133,9 +141,11 @@ def _write_groups(writer: "pq.ParquetWriter", pending: "list[pa.RecordBatch]", l
     import pyarrow as pa
 
     while (num_rows := sum(batch.num_rows for batch in pending)) >= least:
-        rows = pa.concat_batches(pending)
-        writer.write_batch(rows[:_BATCH_ROWS], row_group_size=_BATCH_ROWS)
-        pending[:] = [rows[_BATCH_ROWS:]] if num_rows > _BATCH_ROWS else []
+        beyond = max(num_rows - _BATCH_ROWS, 0)
+        last = pending.pop()
+        inside = last.num_rows - beyond
+        writer.write_batch(pa.concat_batches([*pending, last[:inside]]), row_group_size=_BATCH_ROWS)
+        pending[:] = [last[inside:]] if beyond else []
 
 
 def read_batches(
@@ -148,9 +158,9 @@ def read_batches(
     Raises ThroughlineError that names the file where its data cannot be read.
     """
     import pyarrow as pa
-    import pyarrow.compute as pc
 
     from pipelines.laion_schema import COLUMNS, KINDS, LABELS, open_metadata
+    from pipelines.row_hashes import fill_missing
 
     named = named or {}
     types = {column.role: pa.string() if KINDS[column.role] == "string" else pa.float64() for column in COLUMNS}
@@ -165,7 +175,7 @@ def read_batches(
                     else pa.nulls(batch.num_rows, kind)
                     for role, kind in types.items()
                 }
-                arrays["text"] = pc.fill_null(arrays["text"], "")
+                arrays["text"] = fill_missing(arrays["text"])
                 for name, column in named.items():
                     arrays[name] = arrays[column] if column in types else _plain(batch[column])
                 yield pa.RecordBatch.from_pydict(arrays)
@@ -225,8 +235,7 @@ def _keep(
     reasons = first_reasons(rules, Rows(batch, keys))
     words = [*(rule.reason for rule in rules), "duplicate_pair", "duplicate_url"]
     passed = np.flatnonzero(reasons < 0)
-    rows = batch.take(pa.array(passed)) if len(passed) < batch.num_rows else batch
-    for offset, mask in enumerate(duplicates.find(keys[passed], rows["url"])):
+    for offset, mask in enumerate(duplicates.find(keys, batch["url"], passed)):
         reasons[passed[mask]] = len(rules) + offset
     kept, lost = np.flatnonzero(reasons < 0), np.flatnonzero(reasons >= 0)
     if len(lost):
@@ -236,17 +245,15 @@ def _keep(
             pa.DictionaryArray.from_arrays(pa.array(reasons[lost]), pa.array(words)),
             pc.binary_join_element_wise("row", numbers, " "),
         )
-    if len(kept) < len(passed):
-        rows = rows.filter(pa.array(reasons[passed] < 0))
+    rows = batch.select([*_KEPT_AS_THEY_ARE, "width", "height", *LABELS])
+    if len(kept) < len(reasons):
+        rows = rows.take(pa.array(kept))
     columns = {
         "sample_key": hex_keys(keys[kept]),
-        "url": rows["url"],
-        "alt_text": rows["text"],
+        "source_row": pa.array(kept + first_row),
         "width": _pixels(rows["width"]),
         "height": _pixels(rows["height"]),
-        "expected_sha256": rows["sha256"],
-        "source_row": pa.array(kept + first_row),
-        **{role: rows[role] for role in ("similarity", "aesthetic", "pwatermark", "punsafe")},
+        **{name: rows[role] for role, name in _KEPT_AS_THEY_ARE.items()},
         **{role: rows[role].cast(pa.string()) for role in LABELS},
     }
     return pa.RecordBatch.from_pydict(columns, schema=SUBSET_SCHEMA)

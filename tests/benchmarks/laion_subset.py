@@ -2,14 +2,15 @@
 
 python -m tests.benchmarks.laion_subset [--rows 10000000] [--rounds 3] [--duckdb-python PATH]
 
-DuckDB is no dependency of this project: name the Python of an environment that has it. Three queries are asked, each of
-them writing what it keeps as zstd parquet: the filters alone; with URLs reduced to one row each, as the stage does; and
-that with an MD5 of each pair, as the stage's sample keys. The stage also lists every dropped row and digests its files.
+DuckDB is no dependency of this project: name the Python of an environment that has it. Both sides run on one and the
+same core; neither side's imports count. `_SIDES` says what each of them does. Then the stage runs on smaller tables,
+and `laion_selection` over four of them, for slopes from which 400 million rows are estimated.
 """
 
 import argparse
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -30,25 +31,75 @@ _WORDS = (
     "house", "Stock", "vector", "in", "London", "woman", "wearing", "dress", "for", "kids", "by", "art", "print",
     "poster", "black", "and",
 )  # fmt: skip
-_OURS = """
-import json, resource, sys, time
+_SIDES = {
+    "stage": "laion_subset as it is run: filters, one row per URL (the first), a 128-bit key of each pair, each "
+    "dropped row listed with its key and reason, files digested and synced to disk; zstd parquet",
+    "filters": "COPY (SELECT ... WHERE the same filters) TO zstd parquet; keeps what the stage drops as duplicates",
+    "filters, URLs once": "as before, one row per URL (any): the stage's predicates",
+    "filters, URLs once, keys": "as before, with an MD5 of each pair for the stage's key",
+}
+_SAME_PREDICATES = "filters, URLs once"
+_TABLES = 4
+_SMALL_ROWS = 20_000
+_SET_ROWS, _SET_PARTS = 400_000_000, 32
+_NODE_CORES, _NODES = 8, 4
+_BEGIN = """
+import json, os, resource, sys, time
 import pyarrow as pa
 pa.set_cpu_count(1); pa.set_io_thread_count(1)
 from pathlib import Path
-from pipelines import laion_index, laion_subset
-from pipelines.stage_configs import LaionIndexConfig, LaionSubsetConfig
-source, out = Path(sys.argv[1]), Path(sys.argv[2])
-index = laion_index.STAGE.run(LaionIndexConfig.scan(source), {}, out)
-config = LaionSubsetConfig(min_similarity=0.3, nsfw_allowed=("UNLIKELY",), min_side_px=256, max_aspect=3.0,
-                           min_text_chars=3, max_text_chars=2000, digest_cache=str(out / "digests.json"))
+import pipelines.laion_rules, pipelines.laion_duplicates
+from pipelines import laion_index, laion_selection, laion_subset
 from pipelines.source_files import digest_sources, find_sources
-digest_sources(find_sources([str(source)]), out / "digests.json")
-wall, cpu = time.perf_counter(), time.process_time()
-part, = laion_index.part_names(index)
-output = laion_subset.STAGE.run(config, {"index": [laion_index.entry_of(index, part)]}, out, part)
-print(json.dumps({"wall": time.perf_counter() - wall, "cpu": time.process_time() - cpu,
-                  "kept": output.manifest.summary["num_kept"],
-                  "rss": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10}))
+from pipelines.stage_configs import LaionIndexConfig, LaionSelectionConfig, LaionSubsetConfig, WorkersConfig
+pa.array([""])  # and with it pandas
+source, out = Path(sys.argv[1]), Path(sys.argv[2])
+def started():
+    return time.perf_counter(), time.process_time()
+def report(since, **more):
+    now = started()
+    print(json.dumps({"wall": now[0] - since[0], "cpu": now[1] - since[1],
+                      "rss": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10} | more))
+def index_of(source, out):
+    index = laion_index.STAGE.run(LaionIndexConfig.scan(source), {}, out)
+    digest_sources(find_sources([str(source)]), out / "digests.json")
+    return index
+def subset(index, out, part, **more):
+    config = LaionSubsetConfig(min_similarity=0.3, nsfw_allowed=("UNLIKELY",), min_side_px=256, max_aspect=3.0,
+                               min_text_chars=3, max_text_chars=2000, digest_cache=str(out / "digests.json"), **more)
+    return laion_subset.STAGE.run(config, {"index": [laion_index.entry_of(index, part)]}, out, part)
+"""
+_OURS = f"""{_BEGIN}
+index = index_of(source, out)
+since = started()
+report(since, kept=subset(index, out, sys.argv[3]).manifest.summary["num_kept"])
+"""
+_INDEX = f"""{_BEGIN}
+since = started()
+index_of(source, out)
+report(since)
+"""
+_SELECTION = f"""{_BEGIN}
+index = index_of(source, out)
+subsets = [subset(index, out, part) for part in laion_index.part_names(index)]  # finished: nothing is computed here
+since = started()
+output = laion_selection.STAGE.run(LaionSelectionConfig(), {{"subset": subsets}}, out)
+report(since, rows=output.manifest.summary["num_rows"], kept=output.manifest.summary["num_kept"])
+"""
+_RAY = f"""{_BEGIN}
+index = index_of(source, out)
+first, *others = laion_index.part_names(index)
+since = started()
+for part in others:
+    subset(index, out, part)
+here = (started()[0] - since[0]) / len(others)
+on_ray, out = WorkersConfig(ray_address="local"), out / "ray"
+index, since = index_of(source, out), started()
+subset(index, out, first, workers=on_ray)
+start, since = started()[0] - since[0], started()
+for part in others:
+    subset(index, out, part, workers=on_ray)
+report(since, start=start, more=(started()[0] - since[0]) / len(others) - here)
 """
 _DUCKDB = """
 import json, resource, sys, time
@@ -74,9 +125,10 @@ _QUERIES = {
 }
 
 
-def write_table(path: Path, num_rows: int) -> None:
-    """Write a table of LAION-400M's columns, with its rough sizes, labels and lengths; one URL in fifty comes again."""
-    rng = np.random.default_rng(0)
+def write_table(path: Path, num_rows: int, seed: int = 0) -> None:
+    """Write a table of LAION-400M's columns, with its rough sizes, labels and lengths; one URL in fifty comes again,
+    in this table and in those of other seeds."""
+    rng = np.random.default_rng(seed)
     texts = pa.array([" ".join(rng.choice(_WORDS, rng.integers(3, 18))) for _ in range(50_000)])
     hosts = pa.array([f"cdn{number}.shop-{number * 7919 % 1000}.example.com" for number in range(5000)])
     schema = pa.schema(
@@ -119,33 +171,110 @@ def _measure(command: list[str]) -> dict[str, Any]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
+def _ours(script: str, source: Path, out: Path, *part: str) -> dict[str, Any]:
+    return _measure([sys.executable, "-c", script, str(source), str(out), *part])
+
+
+def _compare(folder: Path, table: Path, num_rounds: int, duckdb_python: str) -> dict[str, list[dict[str, Any]]]:
+    """Return per way what each of its rounds took: all ways in turn, round by round."""
+    ways: dict[str, list[dict[str, Any]]] = {"stage": []}
+    has_duckdb = subprocess.run([duckdb_python, "-c", "import duckdb"], capture_output=True, check=False)
+    if has_duckdb.returncode == 0:
+        ways |= {query: [] for query in _QUERIES}
+    else:
+        print(f"{duckdb_python} has no duckdb: the stage is measured alone; see --duckdb-python")
+    for number in range(num_rounds):
+        out = folder / f"out-{number}"
+        ways["stage"].append(_ours(_OURS, table, out, table.stem))
+        shutil.rmtree(out)
+        for query, (columns, rest) in _QUERIES.items():
+            if query in ways:
+                target = folder / "duckdb.parquet"
+                sql = f"SELECT {columns} FROM read_parquet('{table}') WHERE {_WHERE}{rest}"
+                copy = f"COPY ({sql}) TO '{target}' (FORMAT parquet, COMPRESSION zstd)"
+                ways[query].append(_measure([duckdb_python, "-c", _DUCKDB, copy]))
+    return ways
+
+
+def _line(points: list[tuple[float, float]]) -> tuple[float, float]:
+    """Return (slope, value at 0) of the line through points (rows, value)."""
+    slope, fixed = np.polyfit(*zip(*points, strict=True), 1)
+    return float(slope), float(fixed)
+
+
+def _extrapolate(folder: Path, num_rows: int, whole: dict[str, Any]) -> dict[str, Any]:
+    """Run the stages on tables of other sizes; return slopes in CPU seconds and bytes, and what they come to."""
+    sources = {count: folder / f"{_TABLES}-tables-of-{count}" for count in (_SMALL_ROWS, num_rows // _TABLES)}
+    subsets, indexes, selections = [(num_rows, whole)], [], []
+    for count, source in sources.items():
+        source.mkdir()
+        for number in range(_TABLES):
+            write_table(source / f"t{number}.parquet", count, seed=1 + number)
+        out = folder / f"out-{count}"
+        indexes.append((_TABLES * count, _ours(_INDEX, source, out)))
+        subsets += [(count, _ours(_OURS, source, out, f"t{number}")) for number in range(_TABLES)]
+        selected = _ours(_SELECTION, source, out)
+        selections.append((selected["rows"], selected))
+        shutil.rmtree(out)
+    ray = _ours(_RAY, sources[_SMALL_ROWS], folder / "out-ray")
+
+    part_rows = _SET_ROWS / _SET_PARTS
+    second, start = _line([(count, one["cpu"]) for count, one in subsets])
+    mib, least_mib = _line([(count, one["rss"]) for count, one in subsets])
+    part_seconds, part_mib = start + second * part_rows, least_mib + mib * part_rows
+    index_second, _ = _line([(count, one["cpu"]) for count, one in indexes])
+    selection_second, _ = _line([(count, one["cpu"]) for count, one in selections])
+    index_seconds = index_second * _SET_ROWS
+    selection_seconds = selection_second * _SET_ROWS * whole["kept"] / num_rows
+    selection_mib = max(one["rss"] for _, one in selections)
+    cores = _NODES * _NODE_CORES
+    num_tasks = 3 * _SET_PARTS + 4 * cores  # subsets; the selection's parts, twice, and its buckets
+    on_ray = ray["start"] + index_seconds + -(-_SET_PARTS // cores) * part_seconds + selection_seconds / cores
+    return {
+        "subset: CPU seconds per million rows": round(second * 1e6, 3),
+        "subset: CPU seconds of a part, fixed": round(start, 2),
+        "subset: MiB per million rows of a part": round(mib * 1e6, 1),
+        "subset: MiB, fixed": round(least_mib),
+        "index (digests): CPU seconds per million rows": round(index_second * 1e6, 3),
+        "selection: CPU seconds per million rows kept": round(selection_second * 1e6, 3),
+        "selection: peak memory in MiB": selection_mib,
+        "Ray: seconds for its start and the first part": round(ray["start"], 1),
+        "Ray: seconds more for a part": round(ray["more"], 3),
+        f"estimate, {_SET_ROWS // 10**6} M rows in {_SET_PARTS} parts": {
+            "rests on": "the slopes above; a core for each process as fast as this one, and storage that keeps up; on "
+            "Ray each task one after the other costs what a part cost more there, and the selection spreads evenly",
+            "a part: minutes": round(part_seconds / 60, 2),
+            "a part: peak memory in MiB": round(part_mib),
+            "one process: minutes": round((index_seconds + _SET_PARTS * part_seconds + selection_seconds) / 60, 1),
+            "one process: peak memory in MiB": round(max(part_mib, selection_mib)),
+            f"one machine of {_NODE_CORES} cores: minutes": round(
+                (index_seconds + -(-_SET_PARTS // _NODE_CORES) * part_seconds + selection_seconds) / 60, 1
+            ),
+            f"one machine of {_NODE_CORES} cores: memory in GiB": round(_NODE_CORES * part_mib / 1024, 1),
+            f"Ray, {_NODES} nodes of {_NODE_CORES} cores: minutes": round((on_ray + num_tasks * ray["more"]) / 60, 1),
+            f"Ray, {_NODES} nodes of {_NODE_CORES} cores: memory of a node in GiB, without Ray's own": round(
+                _NODE_CORES * part_mib / 1024, 1
+            ),
+        },
+    }
+
+
 def main() -> None:
-    """Measure each way `--rounds` times in turn; print rates, ratios and peak memory."""
+    """Measure each way `--rounds` times in turn; print rates, ratios, peak memory, slopes and estimates."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--rows", type=int, default=2_000_000)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--duckdb-python", default=sys.executable)
     args = parser.parse_args()
-    measured: dict[str, Any] = {"rows": args.rows}
+    core = max(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, {core})  # for every process that is started from here
+    measured: dict[str, Any] = {"rows": args.rows, "cores used": f"1 (number {core}), by each side", "sides": _SIDES}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         table = folder / "laion.parquet"
         write_table(table, args.rows)
         measured["table in MiB"] = table.stat().st_size >> 20
-        ways: dict[str, list[dict[str, Any]]] = {"stage": []}
-        has_duckdb = subprocess.run([args.duckdb_python, "-c", "import duckdb"], capture_output=True, check=False)
-        if has_duckdb.returncode == 0:
-            ways |= {query: [] for query in _QUERIES}
-        else:
-            print(f"{args.duckdb_python} has no duckdb: the stage is measured alone; see --duckdb-python")
-        for number in range(args.rounds):
-            ways["stage"].append(_measure([sys.executable, "-c", _OURS, str(table), str(folder / f"out-{number}")]))
-            for query, (columns, rest) in _QUERIES.items():
-                if query in ways:
-                    target = folder / "duckdb.parquet"
-                    sql = f"SELECT {columns} FROM read_parquet('{table}') WHERE {_WHERE}{rest}"
-                    copy = f"COPY ({sql}) TO '{target}' (FORMAT parquet, COMPRESSION zstd)"
-                    ways[query].append(_measure([args.duckdb_python, "-c", _DUCKDB, copy]))
+        ways = _compare(folder, table, args.rounds, args.duckdb_python)
         for way, rounds in ways.items():
             for clock in ("cpu", "wall"):
                 rates = [args.rows / one[clock] for one in rounds]
@@ -153,9 +282,20 @@ def main() -> None:
             measured[f"{way}: rows kept"] = rounds[0]["kept"]
             measured[f"{way}: peak memory in MiB"] = max(one["rss"] for one in rounds)
             if way != "stage":
-                ratios = [other["cpu"] / own["cpu"] for own, other in zip(ways["stage"], rounds, strict=True)]
-                measured[f"stage / DuckDB ({way})"] = round(statistics.median(ratios), 2)
                 measured["DuckDB"] = rounds[0]["version"]
+                for clock in ("cpu", "wall"):
+                    ratios = [other[clock] / own[clock] for own, other in zip(ways["stage"], rounds, strict=True)]
+                    measured[f"stage / DuckDB ({way}), {clock}"] = round(statistics.median(ratios), 2)
+            if way == _SAME_PREDICATES:
+                measured["at least as fast as the same predicates in DuckDB"] = (
+                    measured[f"stage / DuckDB ({way}), cpu"] >= 1
+                )
+        if _SAME_PREDICATES in ways and ways[_SAME_PREDICATES][0]["kept"] != ways["stage"][0]["kept"]:
+            raise SystemExit("the stage and the query of the same predicates keep different numbers of rows")
+        table.unlink()
+        rounds = ways["stage"]
+        whole = sorted(rounds, key=lambda one: one["cpu"])[len(rounds) // 2]
+        measured |= _extrapolate(folder, args.rows, whole)
     write_results("laion_subset", measured)
 
 

@@ -286,6 +286,18 @@ def test_a_subset_takes_its_own_entry_and_no_other(tmp_path: Path) -> None:
             laion_subset.STAGE.run(LaionSubsetConfig(), {"index": [entry]}, tmp_path / "out", "one")
 
 
+@pytest.mark.parametrize(("num_rows", "found"), [(2, "at least 3"), (4, "3")])
+def test_a_file_of_other_rows_than_its_entry_says_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_rows: int, found: str
+) -> None:
+    rows = [laion_row(f"{URL}?{number}") for number in range(3)]
+    index = run_index(write_laion(tmp_path / "laion" / "p.parquet", rows).parent, tmp_path / "out")
+    part = read_part(entry_of(index, "p")).model_copy(update={"num_rows": num_rows})
+    monkeypatch.setattr(laion_subset, "read_part", lambda entry: part)
+    with pytest.raises(ThroughlineError, match=rf"p.parquet: {found} rows, the index says {num_rows}; run laion_index"):
+        subset_of(index, tmp_path / "out", "p")
+
+
 def test_a_file_changed_after_the_index_is_refused(tmp_path: Path) -> None:
     path = write_laion(tmp_path / "laion" / "p.parquet", [laion_row(URL, "one")])
     index = run_index(path.parent, tmp_path / "out")

@@ -3,6 +3,7 @@
 import math
 import re
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import numpy as np
@@ -13,8 +14,8 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from pipelines.errors import ThroughlineError
-from pipelines.laion_duplicates import DuplicateFinder
-from pipelines.laion_rules import _is_blank, _is_http, _num_words
+from pipelines.laion_duplicates import DuplicateFinder, _Table
+from pipelines.laion_rules import Rows, _is_blank, _is_http, _is_shorter, _num_words, rules_of
 from pipelines.row_expression import Expression
 from pipelines.row_hashes import hex_keys, sample_keys, string_hashes
 from pipelines.sample_key import sample_key
@@ -265,6 +266,32 @@ def test_hashes_of_strings_tell_strings_apart(strings: list[str], start: int) ->
     assert hashes == [tuple(string_hashes(pa.array([item]))[0].tolist()) for item in array.to_pylist()]
 
 
+def _plain_hash(string: str) -> tuple[int, int]:
+    data = string.encode()
+    first = second = 0
+    for place in range(len(data) // 8 + 1):
+        weight = (place + 1) * 0x9E3779B97F4A7C15 % 2**64
+        word = _plain_mix((int.from_bytes(data[8 * place : 8 * place + 8], "little") + weight) % 2**64)
+        first, second = first + word, second + word * (weight | 1)
+    return _plain_mix((first + len(data)) % 2**64), _plain_mix((second + len(data)) % 2**64)
+
+
+def _plain_mix(word: int) -> int:
+    word = (word ^ word >> 30) * 0xBF58476D1CE4E5B9 % 2**64
+    word = (word ^ word >> 27) * 0x94D049BB133111EB % 2**64
+    return word ^ word >> 31
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.text(max_size=40) | st.integers(495, 530).map("x".__mul__) | st.none()), st.randoms())
+def test_hashes_of_short_and_long_strings_are_the_plain_loop(strings: list[str | None], random: Random) -> None:
+    rows = [row for row in range(len(strings)) if random.random() < 0.5]
+    array, expected = pa.array(strings, pa.string()), [_plain_hash(string or "") for string in strings]
+    assert [tuple(item) for item in string_hashes(array).tolist()] == expected
+    some = string_hashes(array, np.array(rows, np.int64))
+    assert [tuple(item) for item in some.tolist()] == [expected[row] for row in rows]
+
+
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.text(alphabet="hHtTpPsS:/?# \té.\0", max_size=12) | st.sampled_from(["http://é", "https://x", ""])))
 def test_the_fast_look_at_a_url_is_the_regular_expression(urls: list[str]) -> None:
@@ -278,6 +305,27 @@ def test_blank_and_words_are_what_python_says(texts: list[str]) -> None:
     array = pa.array(texts, pa.string())
     assert _is_blank(array).tolist() == [not text.strip() for text in texts]
     assert _num_words(array).to_pylist() == [len(text.split()) for text in texts]
+    for start in (0, len(texts) // 2):
+        for num_chars in (1, 3, 7):
+            shorter = _is_shorter(array[start:], num_chars).tolist()
+            assert shorter == [len(text) < num_chars for text in texts[start:]]
+
+
+_sides = st.lists(st.none() | st.sampled_from([math.nan, -300.0, -1.0, 0.0]) | st.integers(1, 900).map(float))
+
+
+@settings(max_examples=60, deadline=None)
+@given(_sides, _sides)
+def test_sizes_are_judged_as_a_plain_loop_would(widths: list[float | None], heights: list[float | None]) -> None:
+    pairs = list(zip(widths, heights, strict=False))
+    width, height = (pa.array([pair[place] for pair in pairs], pa.float64(), from_pandas=False) for place in (0, 1))
+    rows = Rows(pa.record_batch({"width": width, "height": height}), np.empty((len(pairs), 16), np.uint8))
+    rules = rules_of(LaionSubsetConfig(min_side_px=256, max_aspect=3, keep_missing=True))
+    small, extreme = ({rule.reason: rule for rule in rules}[reason] for reason in ("too_small", "aspect_extreme"))
+    known = [[side for side in pair if side is not None and not math.isnan(side)] for pair in pairs]
+    assert small.drops(rows).tolist() == [min(sides, default=256) < 256 for sides in known]
+    whole = [(min(sides), max(sides)) if len(sides) == 2 else (1.0, 1.0) for sides in known]
+    assert extreme.drops(rows).tolist() == [long > 0 if short == 0 else long / short > 3 for short, long in whole]
 
 
 @settings(max_examples=40, deadline=None)
@@ -301,14 +349,33 @@ def test_duplicates_are_those_of_a_plain_loop(pairs: list[tuple[int, int]], batc
     assert found == expected
 
 
-def test_duplicates_are_found_while_the_table_grows() -> None:
+def test_duplicates_are_found_while_the_table_fills() -> None:
     rng = np.random.default_rng(0)
-    numbers = rng.integers(0, 150_000, 300_000)
+    numbers = rng.permutation(np.append(np.arange(12_500), rng.integers(0, 12_500, 500)))  # 0.76 of 2**14 slots
     urls = pa.array(numbers.astype(str))
     keys = sample_keys(urls, pa.array(["x"] * len(urls)))
     finder, kept = DuplicateFinder(True, len(urls)), []
-    for start in range(0, len(urls), 50_000):
-        same_pair, same_url = finder.find(keys[start : start + 50_000], urls[start : start + 50_000])
+    for start in range(0, len(urls), 1000):
+        same_pair, same_url = finder.find(keys[start : start + 1000], urls[start : start + 1000])
         assert not same_url.any()
         kept += (np.flatnonzero(~same_pair) + start).tolist()
     assert kept == np.sort(np.unique(numbers, return_index=True)[1]).tolist()
+
+
+def test_rows_that_do_not_count_are_no_duplicates_and_make_none() -> None:
+    urls = pa.array(["a", "b", "a", "b", "a", "b"])
+    keys = sample_keys(urls, pa.array(["1", "1", "1", "2", "2", "2"]))
+    finder = DuplicateFinder(True, len(urls))
+    same_pair, same_url = finder.find(keys, urls, np.array([2, 3, 4, 5]))
+    assert (same_pair.tolist(), same_url.tolist()) == ([False, False, False, True], [False, False, True, False])
+
+
+def test_hashes_alike_in_what_a_slot_holds_are_told_apart() -> None:
+    table = _Table(8)
+    rows = np.array([[1 << 40 | 5, 1, 10], [1 << 40 | 5, 2, 20], [1 << 40 | 1 << 31 | 5, 1, 30]], np.uint64)
+    new, held = table.put(rows)
+    assert (new.tolist(), held.tolist()) == ([True, True, True], [10, 20, 30])
+    again = rows[::-1].copy()
+    again[:, 2] = 99
+    new, held = table.put(again)
+    assert (new.tolist(), held.tolist()) == ([False, False, False], [30, 20, 10])
