@@ -164,8 +164,9 @@ def _run(arguments: argparse.Namespace) -> int:
 
     execution = _execution(arguments)
     plan, profile = execution.plan, execution.plan.profile
-    selection = arguments.select or (f"group:{arguments.only}" if arguments.only else None)
-    nodes = plan.graph.select(selection) if selection else list(plan.graph.nodes.values())
+    only = f"group:{arguments.only}" if arguments.only else None
+    selection = arguments.select if arguments.select is not None else only
+    nodes = list(plan.graph.nodes.values()) if selection is None else plan.graph.select(selection)
     console = Console()
     console.line(f"profile {profile.name}: {len(nodes)} assets, outputs in {location_of(plan.output_root)}")
     for warning in profile.warnings():

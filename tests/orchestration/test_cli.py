@@ -81,6 +81,15 @@ def test_an_unknown_asset_is_one_sentence() -> None:
     assert isinstance(said, str) and said.startswith("error: no asset 'imagez' in the graph; it has: laion_index")
 
 
+@pytest.mark.parametrize("selection", ["", " , "])
+def test_an_empty_selection_is_refused_not_taken_for_the_whole_graph(selection: str) -> None:
+    said = _main("run", "--profile", "single_gpu", "--select", selection)
+    assert said == (
+        f"error: selection {selection!r}: expected names of assets, found none; name some, such as images or "
+        "group:training, or leave the selection out to take them all"
+    )
+
+
 def test_status_of_nothing_says_what_is_missing(capsys: pytest.CaptureFixture[str]) -> None:
     assert _main("status", "--profile", "single_gpu") == 0
     assert "laion_index" in capsys.readouterr().out
