@@ -13,6 +13,7 @@ from enum import StrEnum
 from pathlib import Path
 
 from orchestration.console import CROSS, TICK
+from orchestration.folders import UnusableFolder, refuse_unusable_home, refuse_unusable_root
 from orchestration.instance import dagster_home
 from orchestration.profiles import Profile
 from orchestration.storage import described_storage
@@ -64,7 +65,7 @@ def _symptoms(profile: Profile) -> Iterator[Symptom]:
     yield from _hardware(profile)
     yield from _models(profile)
     yield from _source(profile)
-    yield _storage(profile)
+    yield from _folders(profile)
     yield from _store(profile)
     yield from _ports(profile)
     for warning in profile.warnings():
@@ -222,6 +223,17 @@ def _hub_model(model: ModelRef) -> Symptom:
         f"{model.id} is not in the hub cache; the first run downloads it",
         f"hf download {model.id} --revision {model.revision}",
     )
+
+
+def _folders(profile: Profile) -> Iterator[Symptom]:
+    try:
+        refuse_unusable_home(Path(profile.home), to_write=True)
+        yield _storage(profile)
+        refuse_unusable_root(profile, to_write=True)
+    except UnusableFolder as error:
+        yield Symptom(Verdict.BAD, error.what, error.mend)
+    else:
+        yield Symptom(Verdict.GOOD, f"{profile.output_root} can hold outputs")
 
 
 def _store(profile: Profile) -> Iterator[Symptom]:
