@@ -87,6 +87,13 @@ class AccelerateLaunch(FrozenConfig):
         return self
 
     @property
+    def is_on_loopback(self) -> bool:
+        """Whether only this machine can reach the address of machine 0."""
+        return self.main_process_ip is not None and (
+            self.main_process_ip in ("localhost", "::1") or self.main_process_ip.startswith("127.")
+        )
+
+    @property
     def variables(self) -> dict[str, str]:
         """Environment of the processes."""
         return {**self.environment, "ACCELERATE_USE_CPU": "true"} if self.cpu else self.environment

@@ -2,7 +2,7 @@
 
 import json
 import tomllib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Self, TypeVar
 
@@ -20,7 +20,7 @@ from evaluation.config import (
     TrajectorySettings,
 )
 from features.config import LatentsConfig, TextFeaturesConfig
-from orchestration.launch import LaunchForm, LocalLaunch
+from orchestration.launch import AccelerateLaunch, LaunchForm, LocalLaunch
 from orchestration.models import is_pinned, resolve_models
 from pipelines.config import FrozenConfig, ModelRef
 from pipelines.errors import ThroughlineError
@@ -123,7 +123,10 @@ class Profile(FrozenConfig):
 
     @model_validator(mode="after")
     def _agree(self) -> Self:
-        problems = [*self._output_problems(), *self._model_problems(), *self._shape_problems(), *self._arm_problems()]
+        problems = [
+            *self._output_problems(), *self._world_problems(), *self._model_problems(), *self._shape_problems(),
+            *self._arm_problems(),
+        ]  # fmt: skip
         if problems:
             raise ValueError("; ".join(problems))
         return self
@@ -136,6 +139,12 @@ class Profile(FrozenConfig):
         except ValidationError as error:
             return [f"outputs: {problem['msg'].removeprefix('Value error, ')}" for problem in error.errors()]
         return []
+
+    def _world_problems(self) -> list[str]:
+        allowed = self.images.fetch.allowed_private_hosts
+        if self.world is None or (own := f"127.0.0.1:{self.world.port}") in allowed:
+            return []
+        return [f"images.fetch.allowed_private_hosts is {json.dumps(allowed)}, without the demo's own web, {own}"]
 
     def _model_problems(self) -> list[str]:
         pairs = {
@@ -234,6 +243,18 @@ class Profile(FrozenConfig):
 
     def warnings(self) -> list[str]:
         """Return what is legal and still worth knowing."""
+        return [*self._lonely_machines(), *self._unpinned_models()]
+
+    def _lonely_machines(self) -> Iterator[str]:
+        for stage, launch in self.launches.items():
+            if isinstance(launch, AccelerateLaunch) and launch.num_machines > 1 and launch.is_on_loopback:
+                yield (
+                    f"launches.{stage}.main_process_ip is {launch.main_process_ip}, where the other "
+                    f"{launch.num_machines - 1} of its num_machines={launch.num_machines} find nobody; set it to the "
+                    "address of machine 0"
+                )
+
+    def _unpinned_models(self) -> list[str]:
         return [
             f"{where}: {model.id} is not pinned to a commit (revision {model.revision!r}); the first run pins it to "
             "what the hub has then"

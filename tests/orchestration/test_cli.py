@@ -6,10 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from orchestration import cli, doctor
+from orchestration import cli
 from orchestration.cli import main
 from orchestration.console import progress_text
-from orchestration.profiles import load_profile
 from orchestration.ui import refuse_taken_port
 from pipelines.errors import ThroughlineError
 
@@ -135,18 +134,6 @@ def test_what_the_system_refuses_is_one_sentence_and_a_mistake_of_ours_is_not(
     monkeypatch.setitem(cli._COMMANDS, "status", broken)
     with pytest.raises(OSError, match="of no file"):
         main(["status"])
-
-
-def test_doctor_sees_a_file_where_a_folder_should_be(tmp_path: Path) -> None:
-    file = tmp_path / "file"
-    file.write_text("not a folder")
-    profile = load_profile("single_gpu", tmp_path / "home", [f"outputs={file}"])
-    history, root = doctor._folders(profile)
-    assert history.verdict is doctor.Verdict.GOOD
-    assert (root.verdict, root.what) == (doctor.Verdict.BAD, f"output root {file}: expected a folder, found a file")
-    (home,) = doctor._folders(load_profile("single_gpu", file))
-    assert (home.verdict, home.mend) == (doctor.Verdict.BAD, "export THROUGHLINE_HOME=/a/folder")
-    assert {symptom.verdict for symptom in doctor._folders(load_profile("demo", tmp_path))} == {doctor.Verdict.GOOD}
 
 
 def test_an_empty_output_root_is_refused() -> None:

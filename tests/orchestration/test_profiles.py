@@ -55,10 +55,26 @@ def test_the_paper_s_rows_are_one_of_each_url_over_all_parts(tmp_path: Path) -> 
 
 
 def test_unpinned_models_are_named(tmp_path: Path) -> None:
-    warnings = load_profile("paper", tmp_path).warnings()
+    warnings = load_profile("paper", tmp_path, ["launches.checkpoint.main_process_ip=10.0.0.1"]).warnings()
     assert warnings and all("is not pinned to a commit" in warning for warning in warnings)
     assert load_profile("demo", tmp_path).warnings() == []
     assert load_profile("demo", tmp_path).text_encoder.revision == LOCAL
+
+
+def test_machines_that_can_not_find_each_other_are_named(tmp_path: Path) -> None:
+    (said,) = (text for text in load_profile("paper", tmp_path).warnings() if "pinned" not in text)
+    assert said == (
+        "launches.checkpoint.main_process_ip is 127.0.0.1, where the other 7 of its num_machines=8 find nobody; set it "
+        "to the address of machine 0"
+    )
+
+
+def test_the_demos_web_must_be_one_that_may_be_asked(tmp_path: Path) -> None:
+    with pytest.raises(ThroughlineError, match="allowed_private_hosts is .*, without the demo's own web, 127.0.0.1:87"):
+        load_profile("demo", tmp_path, ["world.port=8766"])
+    both = ["world.port=8766", 'images.fetch.allowed_private_hosts=["127.0.0.1:8766"]']
+    profile = load_profile("demo", tmp_path, both)
+    assert profile.world is not None and profile.world.port == 8766
 
 
 def test_fields_are_set_by_path(tmp_path: Path) -> None:
