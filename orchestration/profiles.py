@@ -23,7 +23,7 @@ from features.config import LatentsConfig, TextFeaturesConfig
 from orchestration.launch import AccelerateLaunch, LaunchForm, LocalLaunch
 from orchestration.models import is_pinned, resolve_models
 from pipelines.config import FrozenConfig, ModelRef
-from pipelines.errors import ThroughlineError
+from pipelines.errors import ThroughlineError, in_plain_words, problem_in_words
 from pipelines.object_store import StoreConfig, TransferConfig
 from pipelines.stage import Verify
 from pipelines.stage_configs import DatasetConfig, ImagesConfig, LaionSelectionConfig, LaionSubsetConfig, ShardsConfig
@@ -312,8 +312,12 @@ def _read_profile_file(name: str, known: Mapping[str, Any]) -> tuple[str, dict[s
     try:
         text = path.read_text()
         content = tomllib.loads(text) if path.suffix == ".toml" else json.loads(text)
-    except (OSError, ValueError) as error:
-        raise ThroughlineError(f"{path}: can't be read as a profile ({error})") from error
+    except OSError as error:
+        raise ThroughlineError(
+            f"{path}: can't be read as a profile: {in_plain_words(error)}; name another file, or one of {', '.join(known)}"
+        ) from error
+    except ValueError as error:
+        raise ThroughlineError(f"{path}: can't be read as a profile ({error}); mend that line") from error
     base = content.pop("base", None)
     if base not in known:
         raise ThroughlineError(f'{path}: base is {base!r}; start the file with base = "<one of {", ".join(known)}>"')
@@ -349,7 +353,8 @@ def _merge(base: Any, overrides: Mapping[str, Any]) -> Any:
 
 
 def _problems(error: ValidationError) -> str:
-    return "; ".join(
-        f"{'.'.join(map(str, problem['loc'])) or 'it'}: {problem['msg'].removeprefix('Value error, ')}"
-        for problem in error.errors()
-    )
+    def said(problem: Mapping[str, Any]) -> str:
+        path = ".".join(map(str, problem["loc"]))  # empty where fields contradict each other: the text names them
+        return f"{path}: {problem_in_words(problem)}" if path else problem_in_words(problem)
+
+    return "; ".join(said(problem) for problem in error.errors())

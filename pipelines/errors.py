@@ -1,7 +1,11 @@
 """The one exception type that reaches users as a sentence, and how others are quoted in it."""
 
 import errno
+import json
 import os
+from collections.abc import Mapping
+from types import NoneType
+from typing import Any
 
 
 class ThroughlineError(Exception):
@@ -11,6 +15,15 @@ class ThroughlineError(Exception):
 def first_line(error: BaseException) -> str:
     """Return the first words of an error's message, or the name of its type."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def problem_in_words(problem: Mapping[str, Any]) -> str:
+    """Return what a pydantic error says of one field, its name left out, with the value found where that is short."""
+    said, found = str(problem["msg"]).removeprefix("Value error, "), problem.get("input")
+    tells = problem["type"] in ("value_error", "extra_forbidden", "missing")  # its own sentence, or no value to blame
+    if tells or not isinstance(found, (str, int, float, NoneType)):
+        return said
+    return f"{said}, found {json.dumps(found, ensure_ascii=False)}"
 
 
 _IN_WORDS = {

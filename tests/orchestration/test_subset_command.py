@@ -102,7 +102,7 @@ def test_the_clip_preset_takes_its_threshold_from_the_pool(tmp_path: Path, capsy
         (["--preset", "best"], "error: preset best: unknown; known: laion400m, "),
         (["--set", "min_side_px"], "error: --set min_side_px: expected RULE=VALUE"),
         (["--set", "min_side_px=wide"], "error: rule min_side_px: Input should be a valid integer"),
-        (["--where", "width >"], "error: rule where: where, position 8: expected a column"),
+        (["--where", "width >"], "error: rule where: position 8: expected a column"),
         (
             ["--where", "beauty > 1"],
             "p.parquet: where, position 1: no column beauty; known: clip_l14_similarity_score, ",
@@ -113,7 +113,7 @@ def test_the_clip_preset_takes_its_threshold_from_the_pool(tmp_path: Path, capsy
         (["--workers", "0"], "error: --workers 0: expected at least 1"),
         (["--where", ""], "error: --where '': expected a value, found nothing"),
         (["--ray", ""], "error: --ray '': expected a value, found nothing"),
-        (["--set", "min_aesthetic=5"], "p.parquet: no column aesthetic, which the rule aesthetic_missing needs"),
+        (["--set", "min_aesthetic=5"], "p.parquet: no column aesthetic, which the rule min_aesthetic needs; switch"),
     ],
 )
 def test_what_is_wrong_is_one_sentence(tmp_path: Path, words: list[str], message: str) -> None:
