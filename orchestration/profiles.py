@@ -313,9 +313,8 @@ def _read_profile_file(name: str, known: Mapping[str, Any]) -> tuple[str, dict[s
         text = path.read_text()
         content = tomllib.loads(text) if path.suffix == ".toml" else json.loads(text)
     except OSError as error:
-        raise ThroughlineError(
-            f"{path}: can't be read as a profile: {in_plain_words(error)}; name another file, or one of {', '.join(known)}"
-        ) from error
+        said = f"{path}: can't be read as a profile: {in_plain_words(error)}"
+        raise ThroughlineError(f"{said}; name another file, or one of {', '.join(known)}") from error
     except ValueError as error:
         raise ThroughlineError(f"{path}: can't be read as a profile ({error}); mend that line") from error
     base = content.pop("base", None)
