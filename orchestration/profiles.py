@@ -243,7 +243,16 @@ class Profile(FrozenConfig):
 
     def warnings(self) -> list[str]:
         """Return what is legal and still worth knowing."""
-        return [*self._lonely_machines(), *self._unpinned_models()]
+        return [*self._uneven_processes(), *self._lonely_machines(), *self._unpinned_models()]
+
+    def _uneven_processes(self) -> Iterator[str]:
+        launch, wanted = self.launch("checkpoint"), self.training.num_processes
+        started = launch.num_processes if isinstance(launch, AccelerateLaunch) else 1
+        if started != wanted:
+            yield (
+                f"training.num_processes is {wanted}, launches.checkpoint starts {started}; set training.num_processes "
+                "and launches.checkpoint.num_processes to one number"
+            )
 
     def _lonely_machines(self) -> Iterator[str]:
         for stage, launch in self.launches.items():

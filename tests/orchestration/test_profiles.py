@@ -61,6 +61,15 @@ def test_unpinned_models_are_named(tmp_path: Path) -> None:
     assert load_profile("demo", tmp_path).text_encoder.revision == LOCAL
 
 
+def test_processes_that_nobody_starts_are_named(tmp_path: Path) -> None:
+    changes = ["training.num_processes=2"]
+    assert load_profile("demo", tmp_path, changes).warnings() == [
+        "training.num_processes is 2, launches.checkpoint starts 1; set training.num_processes and "
+        "launches.checkpoint.num_processes to one number"
+    ]
+    assert load_profile("demo", tmp_path, [*changes, "launches.checkpoint.num_processes=2"]).warnings() == []
+
+
 def test_machines_that_can_not_find_each_other_are_named(tmp_path: Path) -> None:
     (said,) = (text for text in load_profile("paper", tmp_path).warnings() if "pinned" not in text)
     assert said == (
