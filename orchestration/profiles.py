@@ -258,9 +258,8 @@ class Profile(FrozenConfig):
         for stage, launch in self.launches.items():
             if isinstance(launch, AccelerateLaunch) and launch.num_machines > 1 and launch.is_on_loopback:
                 yield (
-                    f"launches.{stage}.main_process_ip is {launch.main_process_ip}, where the other "
-                    f"{launch.num_machines - 1} of its num_machines={launch.num_machines} find nobody; set it to the "
-                    "address of machine 0"
+                    f"launches.{stage}.main_process_ip is {launch.main_process_ip}, which of its "
+                    f"num_machines={launch.num_machines} only machine 0 can reach; set it to that one's address"
                 )
 
     def _unpinned_models(self) -> list[str]:

@@ -73,8 +73,8 @@ def test_processes_that_nobody_starts_are_named(tmp_path: Path) -> None:
 def test_machines_that_can_not_find_each_other_are_named(tmp_path: Path) -> None:
     (said,) = (text for text in load_profile("paper", tmp_path).warnings() if "pinned" not in text)
     assert said == (
-        "launches.checkpoint.main_process_ip is 127.0.0.1, where the other 7 of its num_machines=8 find nobody; set it "
-        "to the address of machine 0"
+        "launches.checkpoint.main_process_ip is 127.0.0.1, which of its num_machines=8 only machine 0 can reach; set "
+        "it to that one's address"
     )
 
 
