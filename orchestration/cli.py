@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import signal
 import sys
 import time
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from orchestration import estimate_command, subset_command
+from pipelines.errors import ThroughlineError, in_plain_words
 
 if TYPE_CHECKING:
     from orchestration.execution import Execution
@@ -128,6 +130,11 @@ def _add_profile(parser: argparse.ArgumentParser) -> None:
 
 def _output_root(location: str) -> str:
     """Return the change of a profile that keeps its outputs there."""
+    if not location:
+        raise ThroughlineError(
+            "--output-root '': expected a folder or s3://bucket/prefix, found nothing, as of an unset shell variable; "
+            "name one, or leave the option out"
+        )
     return f"outputs={json.dumps(location if '://' in location else str(Path(location).absolute()))}"
 
 
@@ -140,13 +147,14 @@ def _load(name: str | None, changes: Sequence[str]) -> "Profile":
 
 def _execution(arguments: argparse.Namespace) -> "Execution":
     from orchestration.execution import Execution
+    from orchestration.folders import usable_root
     from orchestration.nodes import GRAPH
     from orchestration.plan import Plan
     from orchestration.surroundings import surroundings_of
     from pipelines.storage import store_of
 
     profile = _load(arguments.profile, arguments.changes)
-    root = profile.open_output_root()
+    root = usable_root(profile)
     store = store_of(root)
     if store is not None:
         store.check()
@@ -164,8 +172,9 @@ def _run(arguments: argparse.Namespace) -> int:
 
     execution = _execution(arguments)
     plan, profile = execution.plan, execution.plan.profile
-    selection = arguments.select or (f"group:{arguments.only}" if arguments.only else None)
-    nodes = plan.graph.select(selection) if selection else list(plan.graph.nodes.values())
+    only = f"group:{arguments.only}" if arguments.only else None
+    selection = arguments.select if arguments.select is not None else only
+    nodes = list(plan.graph.nodes.values()) if selection is None else plan.graph.select(selection)
     console = Console()
     console.line(f"profile {profile.name}: {len(nodes)} assets, outputs in {location_of(plan.output_root)}")
     for warning in profile.warnings():
@@ -203,7 +212,6 @@ def _status(arguments: argparse.Namespace) -> int:
 def _audit(arguments: argparse.Namespace) -> int:
     from orchestration.audit import Auditor, find_output, refs_of_run
     from pipelines.environment import home_folder
-    from pipelines.errors import ThroughlineError
 
     plan = _execution(arguments).plan
     if arguments.run is None:
@@ -326,7 +334,11 @@ def _plan(arguments: argparse.Namespace) -> int:
     if arguments.reasons:
         estimate_command.print_reasons()
         return 0
-    return estimate_command.run_plan(arguments, _load(arguments.profile, arguments.changes))
+    from orchestration.folders import usable_root
+
+    profile = _load(arguments.profile, arguments.changes)
+    usable_root(profile)
+    return estimate_command.run_plan(arguments, profile)
 
 
 def _ui(arguments: argparse.Namespace) -> int:
@@ -361,14 +373,12 @@ _COMMANDS = {
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line; a failure is one sentence on standard error and exit status 1."""
-    arguments = _parser().parse_args(argv)
-    from pipelines.errors import ThroughlineError
-
     # A script's background command starts with SIGINT ignored, and Dagster treats SIGTERM as it finds SIGINT: without
     # this such a run could not be stopped by either.
     for stop_signal in (signal.SIGINT, signal.SIGTERM):
         signal.signal(stop_signal, signal.default_int_handler)
     try:
+        arguments = _parser().parse_args(argv)
         status = _COMMANDS[arguments.command](arguments)
     except ThroughlineError as error:
         sys.exit(f"error: {error}")
@@ -378,6 +388,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     except BrokenPipeError:
         sys.stderr.close()
         status = EXIT_FAILED
+    except OSError as error:
+        if error.filename is None:
+            raise  # nothing that the user named, so most likely a mistake in here
+        sys.exit(
+            f"error: {os.fsdecode(error.filename)}: {in_plain_words(error)}; mend that and run the same command again: "
+            "what is finished is kept"
+        )
     sys.exit(status)
 
 

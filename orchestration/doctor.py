@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import importlib.util
+import math
 import os
 import shutil
 import socket
@@ -13,13 +14,16 @@ from enum import StrEnum
 from pathlib import Path
 
 from orchestration.console import CROSS, TICK
+from orchestration.folders import UnusableFolder, refuse_unusable_home, refuse_unusable_root
 from orchestration.instance import dagster_home
 from orchestration.profiles import Profile
+from orchestration.ray_probe import named_clusters, probe
 from orchestration.storage import described_storage
 from pipelines.config import ModelRef
 from pipelines.environment import POSTGRES_URL
 from pipelines.errors import ThroughlineError
 from pipelines.object_store import ObjectStore
+from pipelines.ray_cluster import LOCAL_RAY
 
 _IMPORT_SECONDS = 180
 _GIB = 1 << 30
@@ -64,9 +68,10 @@ def _symptoms(profile: Profile) -> Iterator[Symptom]:
     yield from _hardware(profile)
     yield from _models(profile)
     yield from _source(profile)
-    yield _storage(profile)
+    yield from _folders(profile)
     yield from _store(profile)
     yield from _ports(profile)
+    yield from _ray(profile)
     for warning in profile.warnings():
         yield Symptom(Verdict.NOTE, warning)
 
@@ -169,7 +174,8 @@ def _hardware(profile: Profile) -> Iterator[Symptom]:
         )
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / _GIB
     verdict = Verdict.GOOD if memory >= needs.memory_gib else Verdict.BAD
-    yield Symptom(verdict, f"{memory:.0f} GiB of memory, {needs.memory_gib:.0f} wanted; {os.cpu_count()} cores")
+    mend = "" if verdict is Verdict.GOOD else _smaller(profile, memory)
+    yield Symptom(verdict, f"{memory:.0f} GiB of memory, {needs.memory_gib:.0f} wanted; {os.cpu_count()} cores", mend)
     folder = Path(profile.home)
     while not folder.exists():
         folder = folder.parent
@@ -177,6 +183,20 @@ def _hardware(profile: Profile) -> Iterator[Symptom]:
     verdict = Verdict.GOOD if free >= needs.disk_gib else Verdict.BAD
     mend = "" if verdict is Verdict.GOOD else "export THROUGHLINE_HOME=/a/larger/disk/throughline"
     yield Symptom(verdict, f"{free:.0f} GiB free under {folder}, {needs.disk_gib:.0f} wanted", mend)
+
+
+def _smaller(profile: Profile, memory_gib: float) -> str:
+    """Return what to do where memory is short: a larger machine, or the settings that hold most of it at a time."""
+    needs, pool = profile.needs, profile.captions.pool
+    settings = [f"images.decode_workers={profile.images.decode_workers}"]
+    if pool.ray_address == LOCAL_RAY:
+        settings.append(f"captions.pool.object_store_memory_bytes={pool.object_store_memory_bytes}")
+    if profile.text_features is not None:
+        settings.append(f"training.text_memory_bytes={profile.training.text_memory_bytes}")
+    return (
+        f"a machine of {needs.memory_gib:.0f} GiB; or lower {', '.join(settings)}, and say what is enough then: "
+        f"--set needs.memory_gib={math.floor(memory_gib)}"
+    )
 
 
 def _gpu_memories_gib() -> list[float]:
@@ -224,6 +244,17 @@ def _hub_model(model: ModelRef) -> Symptom:
     )
 
 
+def _folders(profile: Profile) -> Iterator[Symptom]:
+    try:
+        refuse_unusable_home(Path(profile.home), to_write=True)
+        yield _storage(profile)
+        refuse_unusable_root(profile, to_write=True)
+    except UnusableFolder as error:
+        yield Symptom(Verdict.BAD, error.what, error.mend)
+    else:
+        yield Symptom(Verdict.GOOD, f"{profile.output_root} can hold outputs")
+
+
 def _store(profile: Profile) -> Iterator[Symptom]:
     if profile.store is None:
         return
@@ -267,6 +298,19 @@ def _storage(profile: Profile) -> Symptom:
         return Symptom(Verdict.BAD, said, mend or f"see docs/sharing.md, or use SQLite: unset {POSTGRES_URL}")
 
 
+def _ray(profile: Profile) -> Iterator[Symptom]:
+    for address, fields in named_clusters(profile).items():
+        stages = ", ".join(dict.fromkeys(field.partition(".")[0] for field in fields))
+        try:
+            yield Symptom(Verdict.GOOD, f"a Ray cluster listens at {probe(address)}, for {stages}")
+        except ThroughlineError as error:
+            yield Symptom(
+                Verdict.BAD,
+                f"ray_address {address}, where {stages} are to run: {error}",
+                "ray start --head --port=6379  # there; the other machines and the token: docs/ray.md",
+            )
+
+
 def _ports(profile: Profile) -> Iterator[Symptom]:
     if profile.world is None:
         return
@@ -279,7 +323,8 @@ def _ports(profile: Profile) -> Iterator[Symptom]:
             yield Symptom(
                 Verdict.BAD,
                 f"port {port}, where the demo's web is served, is taken ({error.strerror})",
-                f"ss -ltnp 'sport = :{port}'  # and stop it, or run with --set world.port=8766",
+                f"ss -ltnp 'sport = :{port}'  # and stop it, or run with --set world.port=8766 "
+                "--set 'images.fetch.allowed_private_hosts=[\"127.0.0.1:8766\"]'",
             )
             return
     yield Symptom(Verdict.GOOD, f"port {port} is free for the demo's web")

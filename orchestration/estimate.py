@@ -1,7 +1,7 @@
 """What a profile will cost, stage by stage, before anything runs: pure arithmetic over `estimate_inputs`.
 
-Not to be confused with `orchestration.plan`, which says what each asset is made from. The stages prompt_sets,
-judge_calibration, fusion_analysis, results and report are left out: they are minutes.
+Not to be confused with `orchestration.plan`, which says what each asset is made from. What is small beside
+the stages estimated is left out; docs/plan.md names it with the reasons.
 """
 
 from dataclasses import dataclass, fields, is_dataclass, replace

@@ -48,7 +48,7 @@ def run_plan(arguments: argparse.Namespace, profile: "Profile") -> int:
     from orchestration.estimate_measurements import facts_of, measured_for
     from orchestration.estimate_table import estimate_lines
 
-    wanted = tuple(arguments.stages.split(",")) if arguments.stages else STAGES
+    wanted = STAGES if arguments.stages is None else tuple(arguments.stages.split(","))
     unknown = [name for name in wanted if name not in STAGES]
     if unknown:
         raise ThroughlineError(f"no stage {unknown[0]!r} in an estimate; there are {', '.join(STAGES)}")

@@ -24,6 +24,7 @@ def notes_of(inputs: "Inputs", result: "Estimate") -> Iterator[str]:
         yield from _epochs(inputs, result)
     yield from _disk(inputs, result)
     yield from _slowest(result)
+    yield from _machines(result)
     rules = unknown_rules(inputs.profile.laion_subset)
     if rules and "pass_other" not in inputs.chosen and not _measures_rules(inputs):
         yield (
@@ -94,6 +95,18 @@ def _epochs(inputs: "Inputs", result: "Estimate") -> Iterator[str]:
         yield f"{said}: a small set for so many steps."
     else:
         yield f"{said}."
+
+
+def _machines(result: "Estimate") -> Iterator[str]:
+    most = result.filtering[-1]
+    enough = next(row for row in result.filtering if row.seconds.value == most.seconds.value)
+    if enough is most:
+        return
+    yield (
+        f"Filtering takes as long on {most.nodes} machines as on {enough.nodes}: all {count_text(result.parts.value)} "
+        "files are worked on at once there, and what is left is compared between files by one process "
+        f"({time_text(enough.selection_seconds.value)})."
+    )
 
 
 def _slowest(result: "Estimate") -> Iterator[str]:

@@ -154,9 +154,16 @@ class Graph:
 
     def select(self, selection: str) -> list[Node]:
         """Return the nodes of a comma-separated selection: ``name``, ``+name`` (and what it needs), ``name+`` (and
-        what needs it), ``group:evaluation``. Raises ThroughlineError for a name the graph does not have."""
+        what needs it), ``group:evaluation``. Raises ThroughlineError for a name the graph does not have, and for a
+        selection without any: an unset shell variable must not mean the whole graph."""
         names: set[str] = set()
-        for word in filter(None, (word.strip() for word in selection.split(","))):
+        words = list(filter(None, (word.strip() for word in selection.split(","))))
+        if not words:
+            raise ThroughlineError(
+                f"selection {selection!r}: expected names of assets, found none; name some, such as images or "
+                "group:training, or leave the selection out to take them all"
+            )
+        for word in words:
             if word.startswith("group:"):
                 group = word.removeprefix("group:")
                 members = {node.name for node in self.nodes.values() if node.group == group}

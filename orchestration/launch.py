@@ -26,6 +26,8 @@ from pipelines.stage import StageRequest, write_request
 
 PROJECT_ROOT = Path(__file__).resolve().parent.parent
 _GUARD = PROJECT_ROOT / "orchestration" / "guard.py"
+ON_OTHER_MACHINE = "start on machine"
+"""Begins the line that says what another machine has to run, followed by its rank and the command."""
 _PROGRESS_MARK = '{"progress":'
 _ERROR_MARK = "error: "
 _TAIL_LINES = 400
@@ -83,6 +85,13 @@ class AccelerateLaunch(FrozenConfig):
         if self.num_machines > 1 and (self.main_process_ip is None or self.main_process_port is None):
             raise ValueError("several machines need main_process_ip and main_process_port, those of machine 0")
         return self
+
+    @property
+    def is_on_loopback(self) -> bool:
+        """Whether only this machine can reach the address of machine 0."""
+        return self.main_process_ip is not None and (
+            self.main_process_ip in ("localhost", "::1") or self.main_process_ip.startswith("127.")
+        )
 
     @property
     def variables(self) -> dict[str, str]:
@@ -216,7 +225,13 @@ class Launcher:
             for path, content in form.files(paths).items():
                 path.write_text(content)
             ranks = (rank for rank in range(form.num_machines) if rank != form.machine_rank)
-            others = [f"machine {rank}: {shlex.join(form.command_on(rank, module, paths))}" for rank in ranks]
+            # Nothing else tells the other machines their environment.
+            variables = [f"{name}={value}" for name, value in form.variables.items()]
+            before = ["env", *variables] if variables else []
+            others = [
+                f"{ON_OTHER_MACHINE} {rank}: {shlex.join([*before, *form.command_on(rank, module, paths)])}"
+                for rank in ranks
+            ]
         with log_path.open("w", buffering=1) as log:
             log.write(f"$ {shlex.join(command)}\n")
             for line in others:

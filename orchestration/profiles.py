@@ -2,7 +2,7 @@
 
 import json
 import tomllib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Self, TypeVar
 
@@ -20,10 +20,10 @@ from evaluation.config import (
     TrajectorySettings,
 )
 from features.config import LatentsConfig, TextFeaturesConfig
-from orchestration.launch import LaunchForm, LocalLaunch
+from orchestration.launch import AccelerateLaunch, LaunchForm, LocalLaunch
 from orchestration.models import is_pinned, resolve_models
 from pipelines.config import FrozenConfig, ModelRef
-from pipelines.errors import ThroughlineError
+from pipelines.errors import ThroughlineError, in_plain_words, problem_in_words
 from pipelines.object_store import StoreConfig, TransferConfig
 from pipelines.stage import Verify
 from pipelines.stage_configs import DatasetConfig, ImagesConfig, LaionSelectionConfig, LaionSubsetConfig, ShardsConfig
@@ -123,7 +123,10 @@ class Profile(FrozenConfig):
 
     @model_validator(mode="after")
     def _agree(self) -> Self:
-        problems = [*self._output_problems(), *self._model_problems(), *self._shape_problems(), *self._arm_problems()]
+        problems = [
+            *self._output_problems(), *self._world_problems(), *self._model_problems(), *self._shape_problems(),
+            *self._arm_problems(),
+        ]  # fmt: skip
         if problems:
             raise ValueError("; ".join(problems))
         return self
@@ -136,6 +139,12 @@ class Profile(FrozenConfig):
         except ValidationError as error:
             return [f"outputs: {problem['msg'].removeprefix('Value error, ')}" for problem in error.errors()]
         return []
+
+    def _world_problems(self) -> list[str]:
+        allowed = self.images.fetch.allowed_private_hosts
+        if self.world is None or (own := f"127.0.0.1:{self.world.port}") in allowed:
+            return []
+        return [f"images.fetch.allowed_private_hosts is {json.dumps(allowed)}, without the demo's own web, {own}"]
 
     def _model_problems(self) -> list[str]:
         pairs = {
@@ -234,6 +243,26 @@ class Profile(FrozenConfig):
 
     def warnings(self) -> list[str]:
         """Return what is legal and still worth knowing."""
+        return [*self._uneven_processes(), *self._lonely_machines(), *self._unpinned_models()]
+
+    def _uneven_processes(self) -> Iterator[str]:
+        launch, wanted = self.launch("checkpoint"), self.training.num_processes
+        started = launch.num_processes if isinstance(launch, AccelerateLaunch) else 1
+        if started != wanted:
+            yield (
+                f"training.num_processes is {wanted}, launches.checkpoint starts {started}; set training.num_processes "
+                "and launches.checkpoint.num_processes to one number"
+            )
+
+    def _lonely_machines(self) -> Iterator[str]:
+        for stage, launch in self.launches.items():
+            if isinstance(launch, AccelerateLaunch) and launch.num_machines > 1 and launch.is_on_loopback:
+                yield (
+                    f"launches.{stage}.main_process_ip is {launch.main_process_ip}, which of its "
+                    f"num_machines={launch.num_machines} only machine 0 can reach; set it to that one's address"
+                )
+
+    def _unpinned_models(self) -> list[str]:
         return [
             f"{where}: {model.id} is not pinned to a commit (revision {model.revision!r}); the first run pins it to "
             "what the hub has then"
@@ -291,8 +320,11 @@ def _read_profile_file(name: str, known: Mapping[str, Any]) -> tuple[str, dict[s
     try:
         text = path.read_text()
         content = tomllib.loads(text) if path.suffix == ".toml" else json.loads(text)
-    except (OSError, ValueError) as error:
-        raise ThroughlineError(f"{path}: can't be read as a profile ({error})") from error
+    except OSError as error:
+        said = f"{path}: can't be read as a profile: {in_plain_words(error)}"
+        raise ThroughlineError(f"{said}; name another file, or one of {', '.join(known)}") from error
+    except ValueError as error:
+        raise ThroughlineError(f"{path}: can't be read as a profile ({error}); mend that line") from error
     base = content.pop("base", None)
     if base not in known:
         raise ThroughlineError(f'{path}: base is {base!r}; start the file with base = "<one of {", ".join(known)}>"')
@@ -328,7 +360,8 @@ def _merge(base: Any, overrides: Mapping[str, Any]) -> Any:
 
 
 def _problems(error: ValidationError) -> str:
-    return "; ".join(
-        f"{'.'.join(map(str, problem['loc'])) or 'it'}: {problem['msg'].removeprefix('Value error, ')}"
-        for problem in error.errors()
-    )
+    def said(problem: Mapping[str, Any]) -> str:
+        path = ".".join(map(str, problem["loc"]))  # empty where fields contradict each other: the text names them
+        return f"{path}: {problem_in_words(problem)}" if path else problem_in_words(problem)
+
+    return "; ".join(said(problem) for problem in error.errors())

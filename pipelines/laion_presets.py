@@ -10,7 +10,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from pipelines.errors import ThroughlineError
+from pipelines.errors import ThroughlineError, problem_in_words
 from pipelines.stage_configs import LaionSubsetConfig
 
 
@@ -76,7 +76,7 @@ def sd_2() -> LaionSubsetConfig:
 
 
 def sd_2_512() -> LaionSubsetConfig:
-    """Stable Diffusion 2's 512-pixel stage (the same card): as `sd_2`, of at least 512 x 512 pixels."""
+    """Stable Diffusion 2's 512-pixel stage (the same card): as `sd-2`, of at least 512 x 512 pixels."""
     return LaionSubsetConfig(max_punsafe=0.1, min_aesthetic=4.5, min_side_px=512)
 
 
@@ -104,14 +104,14 @@ def datacomp_clip_l14() -> LaionSubsetConfig:
 
 
 def datacomp_clip_b32() -> LaionSubsetConfig:
-    """The same by ViT-B/32 score; see `datacomp_clip_l14`."""
+    """The same by ViT-B/32 score; see `datacomp-clip-l14`."""
     return LaionSubsetConfig(drop_duplicate_urls=False)
 
 
 def datacomp_laion2b() -> LaionSubsetConfig:
     """DataComp's remake of LAION-2B's rules (arXiv 2304.14108): ViT-B/32 score of at least 0.28, English.
 
-    English there is cld3's verdict on the text, to be joined as for `datacomp_basic`.
+    English there is cld3's verdict on the text, to be joined as for `datacomp-basic`.
     """
     return LaionSubsetConfig(min_similarity=0.28, languages_allowed=("en",), drop_duplicate_urls=False)
 
@@ -155,5 +155,5 @@ def preset_rules(name: str | None, changes: Mapping[str, Any]) -> LaionSubsetCon
     except ValidationError as error:
         item = error.errors()[0]
         where = ".".join(map(str, item["loc"]))
-        message = item["msg"].removeprefix("Value error, ")
+        message = problem_in_words(item)
         raise ThroughlineError(f"rule {where}: {message}" if where else message) from error

@@ -45,11 +45,13 @@ class Rows:
 
 @dataclass(frozen=True)
 class Rule:
-    """`drops` returns a mask of the rows that the rule drops; `columns` are the roles it reads that a file may lack."""
+    """`drops` returns a mask of the rows that the rule drops; `columns` are the roles it reads that a file may lack;
+    `field` is what switches it on in the configuration."""
 
     reason: str
     drops: Callable[[Rows], BoolArray]
     columns: tuple[str, ...] = ()
+    field: str = ""
 
 
 def rules_of(config: LaionSubsetConfig) -> list[Rule]:
@@ -64,20 +66,14 @@ def rules_of(config: LaionSubsetConfig) -> list[Rule]:
         *_list_rules(config),
         *_text_rules(config),
     ]
-    for role, allowed in (("language", config.languages_allowed), ("license", config.licenses_allowed)):
-        rules += _label_rules(config, role, allowed)
-    thresholds = (
-        ("similarity", "low", config.min_similarity),
-        ("similarity_l14", "low", config.min_similarity_l14),
-        ("aesthetic", "low", config.min_aesthetic),
-        ("pwatermark", "high", config.max_pwatermark),
-        ("punsafe", "high", config.max_punsafe),
-    )
-    for role, side, threshold in thresholds:
+    rules += _label_rules(config, "language", "languages_allowed")
+    rules += _label_rules(config, "license", "licenses_allowed")
+    for field in ("min_similarity", "min_similarity_l14", "min_aesthetic", "max_pwatermark", "max_punsafe"):
+        threshold: float | None = getattr(config, field)
         if threshold is not None:
-            drop = _threshold_rule(role, side, threshold)
-            rules += _with_missing(config, f"{role}_missing", drop)
-    rules += _label_rules(config, "nsfw", config.nsfw_allowed)
+            drop = _threshold_rule(field, threshold)
+            rules += _with_missing(config, f"{drop.columns[0]}_missing", drop)
+    rules += _label_rules(config, "nsfw", "nsfw_allowed")
     rules += _size_rules(config)
     if config.where is not None:
         rules += _where_rules(Expression(config.where), config.keep_missing)
@@ -215,7 +211,8 @@ def _num_words(texts: pa.Array) -> pa.Array:
     return pc.count_substring_regex(texts, r"[^\s\pZ\x0b\x1c-\x1f\x{85}]+")
 
 
-def _label_rules(config: LaionSubsetConfig, role: str, allowed: tuple[str, ...] | None) -> list[Rule]:
+def _label_rules(config: LaionSubsetConfig, role: str, field: str) -> list[Rule]:
+    allowed: tuple[str, ...] | None = getattr(config, field)
     if allowed is None:
         return []
     words = pa.array([word.upper() for word in allowed], pa.string())
@@ -229,12 +226,13 @@ def _label_rules(config: LaionSubsetConfig, role: str, allowed: tuple[str, ...] 
         places = labels.indices.fill_null(len(wrong)).to_numpy(zero_copy_only=False)
         return np.append(wrong, False)[places]
 
-    return _with_missing(config, f"{role}_missing", Rule(role, drops, (role,)))
+    return _with_missing(config, f"{role}_missing", Rule(role, drops, (role,), field))
 
 
-def _threshold_rule(role: str, side: str, threshold: float) -> Rule:
-    compare = pc.less if side == "low" else pc.greater_equal
-    return Rule(f"{role}_{side}", lambda rows: _mask(compare(rows[role], threshold)), (role,))
+def _threshold_rule(field: str, threshold: float) -> Rule:
+    bound, _, role = field.partition("_")
+    compare, side = (pc.less, "low") if bound == "min" else (pc.greater_equal, "high")
+    return Rule(f"{role}_{side}", lambda rows: _mask(compare(rows[role], threshold)), (role,), field)
 
 
 def _size_rules(config: LaionSubsetConfig) -> list[Rule]:
@@ -242,10 +240,15 @@ def _size_rules(config: LaionSubsetConfig) -> list[Rule]:
     rules = []
     if (least := config.min_side_px) is not None:
         rules.append(
-            Rule("too_small", lambda rows: _is_below(rows["width"], least) | _is_below(rows["height"], least), sides)
+            Rule(
+                "too_small",
+                lambda rows: _is_below(rows["width"], least) | _is_below(rows["height"], least),
+                sides,
+                "min_side_px",
+            )
         )
     if (most := config.max_aspect) is not None:
-        rules.append(Rule("aspect_extreme", lambda rows: _aspects(rows) > most, sides))
+        rules.append(Rule("aspect_extreme", lambda rows: _aspects(rows) > most, sides, "max_aspect"))
     return _with_missing(config, "size_missing", *rules) if rules else []
 
 
@@ -270,7 +273,7 @@ def _with_missing(config: LaionSubsetConfig, reason: str, *rules: Rule) -> list[
     def drops(rows: Rows) -> BoolArray:
         return np.logical_or.reduce([_mask(pc.is_null(rows[role], nan_is_null=True)) for role in roles])
 
-    return [Rule(reason, drops, roles), *rules]
+    return [Rule(reason, drops, roles, rules[0].field), *rules]
 
 
 def _where_rules(expression: Expression, keep_missing: bool) -> list[Rule]:

@@ -78,8 +78,8 @@ def _open_checked(config: LaionSubsetConfig, part: Part, path: Path) -> "tuple[l
         for role in rule.columns:
             if role not in part.columns:
                 raise ThroughlineError(
-                    f"{path}: no column {role}, which the rule {rule.reason} needs; switch that rule off "
-                    "or leave the file out"
+                    f"{path}: no column {role}, which the rule {rule.field} needs; switch that rule off "
+                    f"({rule.field}=null) or leave the file out"
                 )
     return rules, _named_columns(config.where, part.columns, path) if config.where else {}
 

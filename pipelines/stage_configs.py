@@ -152,7 +152,8 @@ class LaionSubsetConfig(FrozenConfig):
             try:
                 Expression(where)
             except ThroughlineError as error:
-                raise ValueError(str(error)) from error
+                # The field's name stands before it wherever it is shown.
+                raise ValueError(str(error).removeprefix("where, ")) from error
         return where
 
 

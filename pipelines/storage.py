@@ -19,7 +19,7 @@ from pydantic import ValidationError
 
 from pipelines.atomic import exclusive, write_bytes, write_json
 from pipelines.digest import digest_json, file_sha256
-from pipelines.errors import ThroughlineError
+from pipelines.errors import ThroughlineError, problem_in_words
 from pipelines.manifest import MANIFEST_NAME, FileEntry, Manifest, parse_manifest, read_manifest
 from pipelines.object_store import SCHEME, ObjectFile, ObjectStore, StoreConfig
 from pipelines.progress import Progress
@@ -48,7 +48,7 @@ def open_root(location: str, home: Path) -> Path:
     try:
         config = StoreConfig(url=location)
     except ValidationError as error:
-        raise ThroughlineError(error.errors()[0]["msg"].removeprefix("Value error, ")) from error
+        raise ThroughlineError(problem_in_words(error.errors()[0])) from error
     root = working_folder(home, config)
     bind(root, config)
     return root

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from orchestration import cli
 from orchestration.cli import main
 from orchestration.console import progress_text
 from orchestration.ui import refuse_taken_port
@@ -79,6 +80,71 @@ def test_an_empty_source_is_one_sentence(tmp_path: Path) -> None:
 def test_an_unknown_asset_is_one_sentence() -> None:
     said = _main("run", "--profile", "single_gpu", "--select", "imagez")
     assert isinstance(said, str) and said.startswith("error: no asset 'imagez' in the graph; it has: laion_index")
+
+
+@pytest.mark.parametrize("selection", ["", " , "])
+def test_an_empty_selection_is_refused_not_taken_for_the_whole_graph(selection: str) -> None:
+    said = _main("run", "--profile", "single_gpu", "--select", selection)
+    assert said == (
+        f"error: selection {selection!r}: expected names of assets, found none; name some, such as images or "
+        "group:training, or leave the selection out to take them all"
+    )
+
+
+@pytest.mark.parametrize("command", ["run", "status", "ui"])
+@pytest.mark.parametrize("below", ["", "/below"])
+def test_a_file_where_outputs_should_lie_is_one_sentence(command: str, below: str, tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_text("not a folder")
+    found = f"the file {file} in its path" if below else "a file"
+    said = _main(command, "--profile", "single_gpu", "--output-root", f"{file}{below}")
+    assert said == (
+        f"error: output root {file}{below}: expected a folder, found {found}; name another with: "
+        "--output-root /a/folder"
+    )
+
+
+@pytest.mark.parametrize("words", [["run"], ["plan", "--calibrate"], ["status"]])
+def test_a_home_that_is_a_file_is_one_sentence(
+    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "file"
+    file.write_text("not a folder")
+    monkeypatch.setenv("THROUGHLINE_HOME", str(file))
+    assert _main(*words, "--profile", "single_gpu") == (
+        f"error: THROUGHLINE_HOME {file}: expected a folder, found a file; name another with: "
+        "export THROUGHLINE_HOME=/a/folder"
+    )
+
+
+def test_what_the_system_refuses_is_one_sentence_and_a_mistake_of_ours_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DAGSTER_HOME", str(tmp_path / "file"))
+    (tmp_path / "file").write_text("not a folder")
+    said = _main("run", "--profile", "single_gpu")
+    assert said == (
+        f"error: {tmp_path}/file: it is there already, and is not what was expected; mend that and run the same "
+        "command again: what is finished is kept"
+    )
+
+    def broken(arguments: object) -> int:
+        raise OSError("of no file")
+
+    monkeypatch.setitem(cli._COMMANDS, "status", broken)
+    with pytest.raises(OSError, match="of no file"):
+        main(["status"])
+
+
+def test_an_empty_output_root_is_refused() -> None:
+    said = _main("run", "--output-root", "")
+    assert isinstance(said, str) and said.startswith("error: --output-root '': expected a folder or s3://bucket/prefix")
+
+
+@pytest.mark.parametrize("port", ["99999", "0", "-1"])
+def test_a_port_that_is_none_is_one_sentence(port: str) -> None:
+    said = _main("ui", "--profile", "single_gpu", "--port", port)
+    assert said == f"error: --port {port}: expected 1 to 65535; leave it out for the default"
 
 
 def test_status_of_nothing_says_what_is_missing(capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,11 +15,13 @@ from orchestration.estimate_inputs import Facts, Inputs, Measured
 from orchestration.estimate_survival import share_of_sides
 from orchestration.estimate_table import estimate_lines
 from orchestration.estimate_units import bytes_text, count_text, time_text
+from orchestration.nodes import GRAPH
 from orchestration.profiles import load_profile
 from pipelines.errors import ThroughlineError
 from training.config import Strategy
 from training.step_cost import training_flops
 
+ROOT = Path(__file__).resolve().parents[2]
 PARAMETERS = {Strategy.PENULTIMATE: 2_246_693_952, Strategy.FUSE_DIT: 1_711_646_784}
 PROMPTS = {"geneval": 553, "genai_bench": 1600, "drawbench": 200}
 ROUND = (
@@ -124,6 +126,23 @@ def test_filtering_deals_whole_parts_to_machines(tmp_path: Path) -> None:
     assert (two.processes.value, two.seconds.value) == (4, 9)
     small = inputs_of(tmp_path, *ROUND, *words, changes=("needs.memory_gib=3",))
     assert estimate(small).filtering[0].processes.value == 2  # of 1.1 GB each in 3.2 GB
+
+
+def test_a_number_of_machines_that_is_enough_is_said(tmp_path: Path) -> None:
+    said = [note for note in estimate(inputs_of(tmp_path)).notes if note.startswith("Filtering takes as long")]
+    assert said == [
+        "Filtering takes as long on 16 machines as on 1: all 32 files are worked on at once there, and what is left is "
+        "compared between files by one process (4.35 min)."
+    ]
+    many = estimate(inputs_of(tmp_path, "part_rows=1e5")).notes
+    assert not any(note.startswith("Filtering takes as long") for note in many)
+
+
+def test_an_asset_is_estimated_or_named_with_the_reason_why_not() -> None:
+    text = (ROOT / "docs" / "plan.md").read_text()
+    left_out = text[text.index("## What is left out") : text.index("## The published scale")]
+    for name in GRAPH.nodes:
+        assert name in STAGES or f"`{name}`" in left_out, name
 
 
 @pytest.fixture

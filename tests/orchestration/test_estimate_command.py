@@ -59,6 +59,7 @@ def test_the_table_names_units_sources_and_the_way_to_measure(capsys: pytest.Cap
 def test_wrong_words_are_one_sentence() -> None:
     assert str(plan("--assume", "gpu_count=4")).startswith("error: no assumption 'gpu_count'; there are rows, ")
     assert str(plan("--rows", "-3")).startswith("error: --assume rows=-3: input should be greater than or equal to 1")
+    assert str(plan("--stages", "")).startswith("error: no stage '' in an estimate; there are laion_subset,")
     assert str(plan("--stages", "laion")).startswith("error: no stage 'laion' in an estimate; there are laion_subset,")
 
 

@@ -1,6 +1,8 @@
 import json
 import os
+import shlex
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -9,8 +11,16 @@ from pathlib import Path
 import pytest
 
 from orchestration.execution import Execution
-from orchestration.launch import AccelerateLaunch, LocalLaunch, RayJobLaunch, StageFailed
+from orchestration.launch import (
+    ON_OTHER_MACHINE,
+    AccelerateLaunch,
+    Launcher,
+    LocalLaunch,
+    RayJobLaunch,
+    StageFailed,
+)
 from pipelines.errors import ThroughlineError
+from pipelines.stage import StageRequest
 from tests.orchestration.conftest import Recorder, execution_of
 from tests.orchestration.small.stages import KeepConfig, SmallProfile
 
@@ -138,6 +148,56 @@ def test_accelerate_reads_the_configuration_written_for_it(tmp_path: Path) -> No
     differing = [(one, two) for one, two in zip(first, second, strict=True) if one != two]
     assert differing == [("0", "1")]
     assert first[first.index("0") - 1] == "--machine_rank"
+
+
+@pytest.mark.slow
+def test_two_machines_train_what_one_process_trains(tmp_path: Path) -> None:
+    """Two launchers on the loopback, of rank 0 and 1, the second started by the line that a person would be shown."""
+    from tests.tiny_models import write_causal_lm
+    from tests.training.conftest import NUM_LAYERS, write_tiny_data
+    from tests.training.test_checkpoint import flat, metrics
+    from training.checkpoint import STAGE
+    from training.config import Strategy
+
+    data = write_tiny_data(tmp_path / "inputs", write_causal_lm(tmp_path / "llm", num_layers=NUM_LAYERS))
+
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    form = AccelerateLaunch(
+        num_processes=2, num_machines=2, cpu=True, main_process_ip="127.0.0.1", main_process_port=port
+    )
+    second: list[subprocess.Popen[bytes]] = []
+
+    def hear(line: str) -> None:
+        if line.startswith(ON_OTHER_MACHINE):
+            rank, _, command = line.removeprefix(ON_OTHER_MACHINE).strip().partition(": ")
+            assert rank == "1"
+            environment = {**os.environ, "PYTHONPATH": str(Path.cwd()), "OMP_NUM_THREADS": "1"}
+            second.append(subprocess.Popen(shlex.split(command), env=environment, stderr=subprocess.DEVNULL))
+
+    two = data.config(Strategy.JOINT, steps=8, num_processes=2)
+    request = StageRequest(
+        stage="checkpoint",
+        partition="joint",
+        config=two.model_dump(mode="json"),
+        inputs={name: [str(item.manifest_path) for item in items] for name, items in data.inputs.items()},
+        output_root=str(tmp_path / "two"),
+    )
+    try:
+        Launcher(tmp_path / "logs", on_line=hear).run("training.checkpoint", [request], form)
+        (other,) = second
+        assert other.wait(60) == 0
+    finally:
+        for process in second:
+            process.kill()
+    single = STAGE.run(data.config(Strategy.JOINT, steps=8), data.inputs, tmp_path / "one", "joint")
+    double = STAGE.find_finished(two, data.inputs, tmp_path / "two", "joint")
+    assert double is not None
+    assert double.manifest.measurements["num_processes"] == 2
+    assert double.manifest.summary["consumption_digest"] == single.manifest.summary["consumption_digest"]
+    assert double.path("ledger.parquet").read_bytes() == single.path("ledger.parquet").read_bytes()
+    for a, b in zip(metrics(single), metrics(double), strict=True):
+        assert flat(a) == pytest.approx(flat(b), rel=1e-3)
 
 
 @pytest.mark.parametrize(

@@ -55,10 +55,35 @@ def test_the_paper_s_rows_are_one_of_each_url_over_all_parts(tmp_path: Path) -> 
 
 
 def test_unpinned_models_are_named(tmp_path: Path) -> None:
-    warnings = load_profile("paper", tmp_path).warnings()
+    warnings = load_profile("paper", tmp_path, ["launches.checkpoint.main_process_ip=10.0.0.1"]).warnings()
     assert warnings and all("is not pinned to a commit" in warning for warning in warnings)
     assert load_profile("demo", tmp_path).warnings() == []
     assert load_profile("demo", tmp_path).text_encoder.revision == LOCAL
+
+
+def test_processes_that_nobody_starts_are_named(tmp_path: Path) -> None:
+    changes = ["training.num_processes=2"]
+    assert load_profile("demo", tmp_path, changes).warnings() == [
+        "training.num_processes is 2, launches.checkpoint starts 1; set training.num_processes and "
+        "launches.checkpoint.num_processes to one number"
+    ]
+    assert load_profile("demo", tmp_path, [*changes, "launches.checkpoint.num_processes=2"]).warnings() == []
+
+
+def test_machines_that_can_not_find_each_other_are_named(tmp_path: Path) -> None:
+    (said,) = (text for text in load_profile("paper", tmp_path).warnings() if "pinned" not in text)
+    assert said == (
+        "launches.checkpoint.main_process_ip is 127.0.0.1, which of its num_machines=8 only machine 0 can reach; set "
+        "it to that one's address"
+    )
+
+
+def test_the_demos_web_must_be_one_that_may_be_asked(tmp_path: Path) -> None:
+    with pytest.raises(ThroughlineError, match=r"allowed_private_hosts is .*, without the demo's own web, 127"):
+        load_profile("demo", tmp_path, ["world.port=8766"])
+    both = ["world.port=8766", 'images.fetch.allowed_private_hosts=["127.0.0.1:8766"]']
+    profile = load_profile("demo", tmp_path, both)
+    assert profile.world is not None and profile.world.port == 8766
 
 
 def test_fields_are_set_by_path(tmp_path: Path) -> None:
@@ -82,11 +107,13 @@ def test_a_cluster_is_named_on_the_command_line_and_changes_no_result(tmp_path: 
     [
         ("images.workers.cpus_per_unit=0", r"images\.workers\.cpus_per_unit: .*greater than 0"),
         ("training.stepz=3", r"training\.stepz: Extra inputs are not permitted"),
-        ("training.steps=no", r"training\.steps: .*integer"),
+        ("training.steps=no", r"training\.steps: .*integer.*, found \"no\"$"),
+        ("training.steps=0", r"training\.steps: Input should be greater than 0, found 0$"),
+        ("laion_subset.where=width >", r"laion_subset\.where: position 8: expected a column"),
         ("training.steps", "expected field.field=value"),
         ('arms=["uniform","jointt"]', "no such strategy"),
         ('strategies=["uniform"]', "arm penultimate needs strategy penultimate, which is not trained"),
-        ('arms=["joint"]', "results.baseline penultimate is not among the arms"),
+        ('arms=["joint"]', "^profile single_gpu: results.baseline penultimate is not among the arms"),
         ("latents.autoencoder.revision=main", r"latents\.autoencoder is .*, the profile's is"),
         ("model.gate_signal=estimated", "needs time gates, which penultimate, uniform, static, fuse_dit, depth_wise"),
         ("model.latent_size=64", "asks for 512 px, images are 256 px"),
@@ -112,7 +139,9 @@ def test_a_toml_file_changes_a_base(tmp_path: Path) -> None:
     path.write_text("[training]\nsteps = 9\n")
     with pytest.raises(ThroughlineError, match="start the file with base = "):
         load_profile(str(path), tmp_path)
-    with pytest.raises(ThroughlineError, match="can't be read as a profile"):
+    with pytest.raises(
+        ThroughlineError, match=r"none.toml: can't be read as a profile: no such file or folder; name another"
+    ):
         load_profile(str(tmp_path / "none.toml"), tmp_path)
     with pytest.raises(ThroughlineError, match="there are demo, single_gpu, paper"):
         load_profile("no_such_profile", tmp_path)

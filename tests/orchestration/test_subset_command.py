@@ -102,14 +102,18 @@ def test_the_clip_preset_takes_its_threshold_from_the_pool(tmp_path: Path, capsy
         (["--preset", "best"], "error: preset best: unknown; known: laion400m, "),
         (["--set", "min_side_px"], "error: --set min_side_px: expected RULE=VALUE"),
         (["--set", "min_side_px=wide"], "error: rule min_side_px: Input should be a valid integer"),
-        (["--where", "width >"], "error: rule where: where, position 8: expected a column"),
+        (["--where", "width >"], "error: rule where: position 8: expected a column"),
         (
             ["--where", "beauty > 1"],
             "p.parquet: where, position 1: no column beauty; known: clip_l14_similarity_score, ",
         ),
         (["--set", "opt_outs=absent.txt"], "error: absent.txt: the list can't be read"),
         (["--limit", "0"], "error: --limit 0: expected at least 1"),
-        (["--set", "min_aesthetic=5"], "p.parquet: no column aesthetic, which the rule aesthetic_missing needs"),
+        (["--workers", "-3"], "error: --workers -3: expected at least 1"),
+        (["--workers", "0"], "error: --workers 0: expected at least 1"),
+        (["--where", ""], "error: --where '': expected a value, found nothing"),
+        (["--ray", ""], "error: --ray '': expected a value, found nothing"),
+        (["--set", "min_aesthetic=5"], "p.parquet: no column aesthetic, which the rule min_aesthetic needs; switch"),
     ],
 )
 def test_what_is_wrong_is_one_sentence(tmp_path: Path, words: list[str], message: str) -> None:
@@ -118,6 +122,15 @@ def test_what_is_wrong_is_one_sentence(tmp_path: Path, words: list[str], message
         main(["subset", "--input", str(tmp_path / "in"), "--out", str(tmp_path / "out"), *words])
     assert message in str(caught.value.code)
     assert "\n" not in str(caught.value.code)
+
+
+def test_a_file_where_the_output_root_should_lie_is_one_sentence(tmp_path: Path) -> None:
+    file = write_part(tmp_path / "in" / "p.parquet", 0)
+    with pytest.raises(SystemExit) as caught:
+        main(["subset", "--input", str(file), "--out", str(file)])
+    assert caught.value.code == (
+        f"error: --out {file}: expected a folder, found a file; name another with: --out /a/folder"
+    )
 
 
 @settings(max_examples=40, deadline=None)

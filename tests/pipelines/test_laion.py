@@ -368,7 +368,7 @@ def test_a_rule_without_its_column_names_both(tmp_path: Path) -> None:
     path = tmp_path / "laion" / "p.parquet"
     path.parent.mkdir()
     pq.write_table(pa.table({"URL": [URL], "TEXT": ["a"]}), path)
-    with pytest.raises(ThroughlineError, match=r"p.parquet: no column similarity, which the rule similarity_missing"):
+    with pytest.raises(ThroughlineError, match=r"p.parquet: no column similarity, which the rule min_similarity"):
         run_subset(path.parent, tmp_path / "out", min_similarity=0.3)
     assert kept(run_subset(path.parent, tmp_path / "out"))[0]["similarity"] is None
 

@@ -1,3 +1,4 @@
+import re
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,7 @@ def test_every_preset_names_its_source() -> None:
     for name, preset in PRESETS.items():
         assert preset.__doc__, name
         assert any(
-            word in preset.__doc__ for word in ("arXiv", "card", "laion-datasets", "laion.ai", "`datacomp_clip_l14`")
+            word in preset.__doc__ for word in ("arXiv", "card", "laion-datasets", "laion.ai", "`datacomp-clip-l14`")
         )
 
 
@@ -66,7 +67,13 @@ def test_changes_go_over_the_preset_and_wrong_ones_are_named() -> None:
         preset_rules("best", {})
     with pytest.raises(ThroughlineError, match="rule min_beauty: unknown; known: opt_outs, "):
         preset_rules(None, {"min_beauty": 5})
-    with pytest.raises(ThroughlineError, match="rule where: where, position 6: expected"):
+    with pytest.raises(ThroughlineError, match="rule where: position 6: expected"):
         preset_rules(None, {"where": "width"[:4] + ">"})
     with pytest.raises(ThroughlineError, match="min_text_words 9 exceeds max_text_words 3"):
         preset_rules(None, {"min_text_words": 9, "max_text_words": 3})
+
+
+def test_presets_refer_to_each_other_by_the_names_they_go_by() -> None:
+    for preset in PRESETS.values():
+        for name in re.findall(r"(?<!`)`([a-z0-9_.-]+)`(?!`)", preset.__doc__ or ""):
+            assert name in PRESETS, preset.__doc__
