@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import logging
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
@@ -11,13 +12,15 @@ from evaluation.prompt_files import EvaluationPrompt
 from evaluation.prompt_sets import read_prompts
 from pipelines.config import ModelRef
 from pipelines.errors import ThroughlineError
-from pipelines.stage import Stage, StageOutput, StageResult, StageRun
+from pipelines.stage import FinishedUnit, Stage, StageOutput, StageResult, StageRun
 from training.config import Arm, SamplerConfig
 
 if TYPE_CHECKING:
     from PIL import Image
 
     from training.sampling import Sampler
+
+logger = logging.getLogger(__name__)
 
 
 def png_bytes(image: "Image.Image") -> bytes:
@@ -36,6 +39,9 @@ class _RememberingEncoder:
 
     def __init__(self, encoder: Any, max_num_bytes: int) -> None:
         self._encoder = encoder
+        self.max_tokens: int = encoder.max_tokens
+        self.truncated: set[str] = set()
+        """Texts that were longer than `max_tokens` and were cut."""
         self._left = max_num_bytes
         self._known: dict[str, Any] = {}
 
@@ -47,6 +53,8 @@ class _RememberingEncoder:
         if text in self._known:
             return self._known[text]
         (encoded,) = self._encoder.encode([text])
+        if encoded.was_truncated:
+            self.truncated.add(text)
         num_bytes = encoded.hidden_states.numel() * encoded.hidden_states.element_size()
         if num_bytes <= self._left:
             self._left -= num_bytes
@@ -68,7 +76,7 @@ def _autoencoder(model: ModelRef, device: str, subfolder: str | None) -> Any:
     return load_autoencoder(model, device, subfolder)
 
 
-def _load_sampler(checkpoint: StageOutput, config: SamplesConfig) -> "Sampler":
+def _load_sampler(checkpoint: StageOutput, config: SamplesConfig) -> "tuple[Sampler, _RememberingEncoder]":
     """Load the checkpoint; encoder, autoencoder and encoded prompts stay for the next request of this process."""
     import torch
 
@@ -79,14 +87,16 @@ def _load_sampler(checkpoint: StageOutput, config: SamplesConfig) -> "Sampler":
         torch.set_num_threads(config.threads)
     made_with = read_conditioning(checkpoint)
     version, subfolder = made_with.template_version, made_with.autoencoder_subfolder
-    return load_sampler(
+    encoder = _text_encoder(config.text_encoder, version, config.device, config.prompt_memory_bytes)
+    sampler = load_sampler(
         checkpoint,
         config.text_encoder,
         config.autoencoder,
         device=config.device,
-        encoder=_text_encoder(config.text_encoder, version, config.device, config.prompt_memory_bytes),
+        encoder=encoder,
         decoder=_autoencoder(config.autoencoder, config.device, subfolder),
     )
+    return sampler, encoder
 
 
 def produce(run: StageRun[SamplesConfig]) -> StageResult:
@@ -113,7 +123,7 @@ def produce(run: StageRun[SamplesConfig]) -> StageResult:
     todo = [(name, chunk) for name, chunk in units if not run.is_finished(name)]
     num_done = (len(prompts) - sum(len(chunk) for _, chunk in todo)) * per_prompt
     if todo:
-        sampler = _load_sampler(checkpoint, config)
+        sampler, encoder = _load_sampler(checkpoint, config)
         settings = config.sampler.model_copy(update={"gate_shift": arm.gate_shift})
         with run.progress(len(prompts) * per_prompt, "images", initial=num_done) as progress:
             for name, chunk in todo:
@@ -127,12 +137,39 @@ def produce(run: StageRun[SamplesConfig]) -> StageResult:
                         rows.append(_row(prompt, sample_index, path, data))
                     unit.account(rows_in=len(chunk) * per_prompt, rows_out=len(rows))
                     unit.notes["rows"] = rows
+                    truncated = [prompt.prompt_id for prompt in chunk if prompt.prompt in encoder.truncated]
+                    unit.notes["truncated"] = truncated
                 progress.advance(len(rows))
-    rows = [row for unit in run.finished_units() if unit.name != "table" for row in unit.notes["rows"]]
+        _warn_of_truncated(run, encoder.max_tokens)
+    rows = [row for unit in _sampled_units(run) for row in unit.notes["rows"]]
     if not run.is_finished("table"):
         _write_table(run, rows)
-    summary = {"num_images": len(rows), "num_prompts": len(prompts), "images_per_prompt": per_prompt}
+    summary = {
+        "num_images": len(rows),
+        "num_prompts": len(prompts),
+        "num_truncated_prompts": len(_truncated(run)),
+        "images_per_prompt": per_prompt,
+    }
     return StageResult(summary=summary, seeds={"noise": config.seed})
+
+
+def _sampled_units(run: StageRun[SamplesConfig]) -> list[FinishedUnit]:
+    return [unit for unit in run.finished_units() if unit.name != "table"]
+
+
+def _truncated(run: StageRun[SamplesConfig]) -> list[str]:
+    """Ids of the prompts that were cut."""
+    return [prompt_id for unit in _sampled_units(run) for prompt_id in unit.notes["truncated"]]
+
+
+def _warn_of_truncated(run: StageRun[SamplesConfig], max_tokens: int) -> None:
+    truncated = _truncated(run)
+    if truncated:
+        logger.warning(
+            "%s: %d prompts, such as %s, are longer in their template than the %d tokens that the text encoder reads, "
+            "and were drawn without their ends; shorten them in the benchmark's file",
+            run.label, len(truncated), truncated[0], max_tokens,
+        )  # fmt: skip
 
 
 def _sample(
@@ -163,7 +200,7 @@ def _write_table(run: StageRun[SamplesConfig], rows: Sequence[dict[str, Any]]) -
         pq.write_table(pa.Table.from_pylist(list(rows), schema=schema), stream)
 
 
-STAGE = Stage(name="samples", code_version="1", config_type=SamplesConfig, produce=produce)
+STAGE = Stage(name="samples", code_version="2", config_type=SamplesConfig, produce=produce)
 
 if __name__ == "__main__":
     from evaluation.samples import STAGE as stage

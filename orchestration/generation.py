@@ -33,6 +33,7 @@ class GenerationRequest:
 
     prompt: str
     out: Path
+    """Its suffix is .png."""
     arms: tuple[Arm, ...] = ()
     profile_argument: str | None = None
     """How the user named the profile, for advice."""
@@ -70,6 +71,8 @@ def generate(profile: "Profile", request: GenerationRequest) -> list[Path]:
     """
     if request.num_images < 1:
         raise ThroughlineError(f"{request.num_images} images were asked for; ask for 1 or more")
+    if request.out.suffix.lower() != ".png":
+        raise ThroughlineError(f"--out {request.out}: images are written as PNG; give it a name that ends in .png")
     checkpoints = _checkpoints(profile, request)
     samples = profile.resolved(profile.samples)
     artist = _Artist(samples, request)

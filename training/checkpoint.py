@@ -133,6 +133,8 @@ def _write(
                 "consumption_digest": ledger.consumption_digest,
                 "num_samples_seen": ledger.num_samples_seen,
                 "num_distinct_samples": len(seen),
+                # Stored text features were cut when they were made, and their own manifests say how many.
+                "num_truncated_captions": ledger.num_truncated if source.encodes_captions else None,
                 "num_parameters": sum(tensor.numel() for tensor in trained.weights.values()),
                 "steps": run.config.training.steps,
                 **trained.metrics.losses,
@@ -216,7 +218,7 @@ class CheckpointStage(Stage[CheckpointConfig]):
             super().main(argv)
 
 
-STAGE = CheckpointStage(name="checkpoint", code_version="3", config_type=CheckpointConfig, produce=produce)
+STAGE = CheckpointStage(name="checkpoint", code_version="4", config_type=CheckpointConfig, produce=produce)
 
 if __name__ == "__main__":
     from training.checkpoint import STAGE as stage

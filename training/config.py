@@ -169,7 +169,8 @@ class TrainingConfig(FrozenConfig):
     keep_checkpoints: int = execution_field(2, ge=1)
     """Scratch checkpoints that stay, the newest; they go when the run is finished."""
     keep_every: int | None = execution_field(None, gt=0)
-    """Scratch checkpoints after each multiple of so many steps stay too; a multiple of checkpoint_every."""
+    """Scratch checkpoints after each multiple of so many steps stay too while the run is under way, for going back
+    further than the newest; they go with the others when it is finished. A multiple of checkpoint_every."""
     checkpoint_activations: bool = execution_field(False)
     """Compute each block's activations again in the backward pass: less memory, about a third more time."""
     compile: bool = execution_field(False)

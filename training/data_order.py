@@ -9,6 +9,9 @@ from torch import Tensor
 
 from pipelines.sample_order import SampleOrder
 
+LEDGER_COLUMNS = ("first_step", "times_seen", "truncated")
+"""What a ledger keeps of each sample."""
+
 
 class DataOrder:
     """Training order as a pure function of (data version of the dataset, seed, batch size, step).
@@ -29,7 +32,7 @@ class DataOrder:
 
 
 class Ledger:
-    """What a run consumed: for each sample the first step and how often, and one rolling digest over all.
+    """What a run consumed: of each sample the first step, how often, whether its caption was cut; one digest over all.
 
     digest_0 = SHA-256(data version, seed, batch size), digest_k+1 = SHA-256(digest_k, step k, keys of step k in order).
     Two runs with equal digests saw the same samples in the same order.
@@ -41,6 +44,7 @@ class Ledger:
         self._digest = hashlib.sha256(f"ledger:{data_version}:{seed}:{batch_size}".encode()).digest()
         self.first_step = np.full(len(sample_keys), -1, dtype=np.int64)
         self.times_seen = np.zeros(len(sample_keys), dtype=np.int64)
+        self.truncated = np.zeros(len(sample_keys), dtype=bool)
 
     def record(self, step: int, indices: np.ndarray) -> None:
         """Record the samples of a step, in the order of their positions in the global batch."""
@@ -49,6 +53,15 @@ class Ledger:
         np.add.at(self.times_seen, indices, 1)
         words = self._digest + step.to_bytes(8, "little") + np.ascontiguousarray(self._keys[indices]).tobytes()
         self._digest = hashlib.sha256(words).digest()
+
+    def note_truncated(self, indices: np.ndarray) -> None:
+        """Note samples whose captions were cut; they may have been noted before."""
+        self.truncated[indices] = True
+
+    @property
+    def num_truncated(self) -> int:
+        """Distinct samples whose captions were cut."""
+        return int(self.truncated.sum())
 
     @property
     def consumption_digest(self) -> str:
@@ -62,10 +75,9 @@ class Ledger:
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the counts for a snapshot; `consumption_digest` goes beside them."""
-        return {"first_step": torch.from_numpy(self.first_step), "times_seen": torch.from_numpy(self.times_seen)}
+        return {name: torch.from_numpy(getattr(self, name)) for name in LEDGER_COLUMNS}
 
     def restore(self, tensors: Mapping[str, Tensor], consumption_digest: str) -> None:
         """Take up what `tensors` and `consumption_digest` said when a snapshot was made."""
-        self.first_step = tensors["first_step"].numpy().copy()
-        self.times_seen = tensors["times_seen"].numpy().copy()
+        self.first_step, self.times_seen, self.truncated = (tensors[name].numpy().copy() for name in LEDGER_COLUMNS)
         self._digest = bytes.fromhex(consumption_digest)

@@ -20,10 +20,12 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from diffusers.utils import logging
+from diffusers.utils.accelerate_utils import apply_forward_hook
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from features.templates import unconditional_template
 from features.text_encoder import TextEncoder
 from pipelines.config import ModelRef
 from pipelines.digest import LOCAL_PREFIX, local_revision
@@ -34,6 +36,8 @@ from training.feature_source import pad_texts, prepare_text
 from training.fuse_dit import FuseDiT
 from training.model_card import model_card
 from training.sampling import TextBatch, sample_latents
+from training.saved_model import ConditioningRecord
+from training.schedule import build_scheduler, check_scheduler
 from training.shared_attention import shared_attention_of
 
 logger = logging.get_logger(__name__)
@@ -64,6 +68,11 @@ class ThroughlineTransformer(ModelMixin, ConfigMixin):
         """Velocity, as `Backbone.forward`; t = 0 is noise and t = 1 is data, unlike diffusers' timesteps."""
         return self.backbone(latents, t, prepared, lengths, text_mask)
 
+    @apply_forward_hook
+    def placed_backbone(self) -> Backbone:
+        """Return the backbone, moved to its accelerator first where the pipeline keeps its parts off it."""
+        return self.backbone
+
 
 class _InterruptedError(Exception):
     """A callback asked to stop; carries the latents so far."""
@@ -75,6 +84,7 @@ class _InterruptedError(Exception):
 class ThroughlinePipeline(DiffusionPipeline):
     """Text to image with one checkpoint. A scheduler of flow matching can be swapped for another."""
 
+    model_cpu_offload_seq = "text_encoder->transformer->vae"
     _callback_tensor_inputs = ["latents"]  # noqa: RUF012 - diffusers' name and form
     _optional_components = ["text_encoder", "tokenizer"]  # noqa: RUF012
 
@@ -90,13 +100,16 @@ class ThroughlinePipeline(DiffusionPipeline):
         num_inference_steps: int = 50,
         guidance_scale: float = 6.0,
         lineage: dict[str, Any] | None = None,
+        prompt_drop_form: str = "instruction",
     ) -> None:
         """`num_inference_steps` and `guidance_scale` are the defaults of a call; `lineage` is what the card states.
 
-        Without encoder and tokenizer, those that `lineage` names are loaded at the first call; from a local folder by
-        `load_text_encoder`.
+        `prompt_drop_form` says what an empty prompt is, as in training. Without encoder and tokenizer, those that
+        `lineage` names are loaded at the first call; from a local folder by `load_text_encoder`. Raises ValueError for
+        a scheduler that is not of flow matching, as a call does.
         """
         super().__init__()
+        check_scheduler(scheduler)
         self.register_modules(
             transformer=transformer, vae=vae, scheduler=scheduler, text_encoder=text_encoder, tokenizer=tokenizer
         )
@@ -106,6 +119,7 @@ class ThroughlinePipeline(DiffusionPipeline):
             num_inference_steps=num_inference_steps,
             guidance_scale=guidance_scale,
             lineage=lineage,
+            prompt_drop_form=prompt_drop_form,
         )
         self.vae_scale_factor = 2 ** (len(vae.config.block_out_channels) - 1)
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
@@ -171,10 +185,13 @@ class ThroughlinePipeline(DiffusionPipeline):
     ) -> ImagePipelineOutput | tuple[Any]:
         """Draw `num_images_per_prompt` images of each prompt, those of a prompt one after the other.
 
+        An empty prompt draws unconditionally; one that is longer than the encoder reads is cut, with a warning.
         `height` and `width` are pixels, by default those of training. `latents` (B, C, h, w) are the noise to start
         from, instead of `generator`'s. `gate_shift` is Eq. 11. `output_type` is pil, np, pt or latent; latents come out
-        scaled as in training. Raises ValueError for arguments that don't go together.
+        scaled as in training. Raises ValueError for arguments that don't go together, or a scheduler that is not of
+        flow matching.
         """
+        check_scheduler(self.scheduler)
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         negatives = self._negatives(negative_prompt, len(prompts))
         settings = SamplerConfig(
@@ -214,7 +231,7 @@ class ThroughlinePipeline(DiffusionPipeline):
         self.scheduler.set_timesteps(settings.num_steps, device=noise.device)
         timesteps = self.scheduler.timesteps
         self._num_timesteps = len(timesteps)
-        backbone, dtype = self.transformer.backbone, self.transformer.dtype
+        backbone, dtype = self.transformer.placed_backbone(), self.transformer.dtype
         # adaLN and gates compute their times in fp32, beside weights of a lower type.
         mixed = nullcontext() if dtype == torch.float32 else torch.autocast(noise.device.type, dtype)
         with self.progress_bar(total=len(timesteps)) as bar, mixed:
@@ -241,6 +258,7 @@ class ThroughlinePipeline(DiffusionPipeline):
     def _encode(self, texts: Sequence[str], images_per_text: int, device: torch.device) -> tuple[TextBatch, Tensor]:
         """Prepared text of the distinct texts, and which of them each image is drawn for."""
         encoder = self.prompt_encoder()
+        unprompted = self._encoder(unconditional_template(self.config.template_version, self.config.prompt_drop_form))
         backbone = self.transformer.backbone
         if isinstance(backbone, FuseDiT):
             backbone.share_attention(shared_attention_of(self.text_encoder, backbone.config.shared_layers))
@@ -248,9 +266,12 @@ class ThroughlinePipeline(DiffusionPipeline):
         prepared = []
         for text in distinct:
             # One by one, because rounding depends on a text's batch mates.
-            (encoded,) = encoder.encode([text])
+            (encoded,) = (encoder if text else unprompted).encode([text])
             if encoded.was_truncated:
-                logger.warning(f"a prompt is longer than the {encoder.max_tokens} tokens that are read: {text[:80]!r}")
+                logger.warning(
+                    f"a prompt is longer than the {encoder.max_tokens} tokens that are read, and its end is left out; "
+                    f"shorten it: {text[:80]!r}"
+                )
             hidden_states = encoded.hidden_states.to(self.text_encoder.device)
             prepared.append(prepare_text(backbone.prepare_text, hidden_states, torch.float32).cpu())
         stacked, lengths, mask = pad_texts(prepared)
@@ -262,9 +283,12 @@ class ThroughlinePipeline(DiffusionPipeline):
         """Return the text encoder in the form that training and sampling use; it is loaded first where it is named."""
         if self.text_encoder is None or self.tokenizer is None:
             self.load_text_encoder()
+        return self._encoder(self.config.template_version)
+
+    def _encoder(self, template_version: str) -> TextEncoder:
         return TextEncoder(
             self.text_encoder, self.tokenizer, ref=self._named_encoder(), layers=None,
-            template_version=self.config.template_version, max_tokens=self.config.max_tokens,
+            template_version=template_version, max_tokens=self.config.max_tokens,
         )  # fmt: skip
 
     def load_text_encoder(self, folder: str | Path | None = None) -> None:
@@ -340,20 +364,19 @@ class ThroughlinePipeline(DiffusionPipeline):
         vae: AutoencoderKL,
         encoder: TextEncoder | None,
         settings: SamplerConfig,
-        template_version: str,
+        made_with: ConditioningRecord,
         lineage: Mapping[str, Any],
     ) -> Self:
         """Put loaded parts together; `encoder` None leaves it to be loaded by the name in `lineage`."""
-        from training.schedule import build_scheduler
-
         return cls(
             transformer=transformer,
             vae=vae,
             scheduler=build_scheduler(settings.num_steps, settings.time_shift),
             text_encoder=None if encoder is None else encoder.model,
             tokenizer=None if encoder is None else encoder.tokenizer,
-            template_version=template_version,
+            template_version=made_with.template_version,
             num_inference_steps=settings.num_steps,
             guidance_scale=settings.guidance_scale,
             lineage=dict(lineage),
+            prompt_drop_form=made_with.prompt_drop_form,
         )

@@ -22,6 +22,8 @@ class EncodedText:
         self._batches = device.type != "cpu"
         """On a CPU every text is encoded by itself: rounding depends on batch mates, and a resumed run draws others."""
         self._waiting: dict[int, Tensor] = {}
+        self.truncated: set[int] = set()
+        """Samples whose captions were read here and cut, because they are longer than the encoder reads."""
 
     def ask_for(self, indices: Sequence[int]) -> None:
         """Say which samples are read next, so that an accelerator encodes them together."""
@@ -37,4 +39,5 @@ class EncodedText:
     def _encode(self, indices: Sequence[int]) -> dict[int, Tensor]:
         captions = [self._samples[index].caption for index in indices]
         encoded = self._load_encoder().encode(captions, _MAX_BATCH_TOKENS, keep_on_device=True)
+        self.truncated.update(index for index, text in zip(indices, encoded, strict=True) if text.was_truncated)
         return {index: text.hidden_states for index, text in zip(indices, encoded, strict=True)}

@@ -89,7 +89,7 @@ def build_pipeline(
     lineage = lineage_of(checkpoint, settings, size_px=saved.config.latent_size * vae.downscale)
     lineage["text_encoder"]["saved_in"] = with_text_encoder
     return ThroughlinePipeline.assemble(
-        transformer.eval().requires_grad_(False), vae.model, encoder, settings, made_with.template_version, lineage
+        transformer.eval().requires_grad_(False), vae.model, encoder, settings, made_with, lineage
     )
 
 

@@ -177,6 +177,10 @@ class PreparedText:
         self._kept: dict[int, Tensor] = {}
         self._free_bytes = memory_bytes
 
+    def is_truncated(self, index: int) -> bool:
+        """Whether a sample's caption was read by this process and cut; False for stored features, which don't say."""
+        return isinstance(self._source, EncodedText) and index in self._source.truncated
+
     def ask_for(self, indices: Sequence[int]) -> None:
         """Say which samples are read next."""
         self._source.ask_for([index for index in indices if index not in self._kept])
@@ -274,6 +278,8 @@ class FeatureSource:
         self._check_latents(config)
         dtype = getattr(torch, config.training.text_dtype)
         encoder = TextSource(config, inputs)
+        self.encodes_captions = encoder.encodes_captions
+        """Whether captions are encoded as they are drawn, which is when those that are cut are known here."""
         self.text_metadata = encoder.metadata
         self.unconditional = prepare_text(prepare, encoder.unconditional(), dtype)
         self._text = {
@@ -285,6 +291,10 @@ class FeatureSource:
     def ask_for_texts(self, split: str, indices: Sequence[int]) -> None:
         """Say which texts are read next; where none are stored an accelerator encodes them together."""
         self._text[split].ask_for(indices)
+
+    def truncated(self, split: str, indices: Sequence[int]) -> list[bool]:
+        """Say of each sample whether its caption was encoded by this process and cut."""
+        return [self._text[split].is_truncated(index) for index in indices]
 
     def text(self, split: str, index: int) -> Tensor:
         """Return the prepared text (K, S, C') of a sample; errors name its key."""
@@ -314,6 +324,11 @@ class TextSource:
         self.metadata: dict[str, str] = {}
         if self._cached:
             self._check_cached()
+
+    @property
+    def encodes_captions(self) -> bool:
+        """Whether no text features are stored."""
+        return not self._cached
 
     def of_split(self, split: Split) -> CachedText | EncodedText:
         """Return what gives the hidden states (L, S, C) of the split's samples by index."""

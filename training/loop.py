@@ -275,7 +275,7 @@ def train_step(run: Run, step: int) -> StepTaken:
     seen: list[Tensor] = []
     consumed: list[Tensor] = []
     grad_norm, bad, of_head = math.nan, None, None
-    numbers, read = torch.empty(0, 4), indices
+    numbers, read = torch.empty(0, 5), indices
     for start in range(first, first + share, micro):
         batch = read_batch(run.source, training, step, range(start, start + micro), indices).to(run.device)
         with accelerator.accumulate(run.model):
@@ -284,7 +284,9 @@ def train_step(run: Run, step: int) -> StepTaken:
                 local, of_head = batch_losses(run.model, batch)
             accelerator.backward(local.mean())
             head = torch.zeros_like(local) if of_head is None else of_head
-            seen.append(torch.stack([local.detach(), batch.t, batch.lengths.float(), head], dim=1))
+            truncated = run.source.truncated(TRAIN, indices[start : start + micro].tolist())
+            cut = torch.tensor(truncated, dtype=torch.float32, device=run.device)
+            seen.append(torch.stack([local.detach(), batch.t, batch.lengths.float(), head, cut], dim=1))
             consumed.append(batch.sample_indices)
             if not accelerator.sync_gradients:
                 continue
@@ -298,7 +300,8 @@ def train_step(run: Run, step: int) -> StepTaken:
     if bad is not None:
         _leave_out(run, bad)
     run.ledger.record(step, read)
-    losses, t, lengths, of_heads = numbers.unbind(1)
+    losses, t, lengths, of_heads, cut = numbers.unbind(1)
+    _note_truncated(run, read[cut.bool().numpy()])
     loss = float(losses.mean())
     if bad is None:
         run.bad_steps.take(loss)
@@ -325,6 +328,18 @@ def _of_all_processes(run: Run, numbers: Tensor, indices: Tensor) -> tuple[Tenso
     if run.accelerator.num_processes > 1:
         numbers, indices = cast(Tensor, gather(numbers)), cast(Tensor, gather(indices))
     return numbers.cpu(), indices.cpu().numpy()
+
+
+def _note_truncated(run: Run, indices: np.ndarray) -> None:
+    """Note samples whose captions were cut in the ledger; a run's first are told of."""
+    if len(indices) and not run.ledger.num_truncated and run.accelerator.is_main_process:
+        logger.warning(
+            "sample %s: its caption is longer in its template than the text encoder reads, and its end is left out, as "
+            "may be the ends of others; shorten captions (captions.max_caption_tokens), or go by the manifest's "
+            "num_truncated_captions",
+            run.source.splits[TRAIN].key(int(indices[0])),
+        )
+    run.ledger.note_truncated(indices)
 
 
 def _leave_out(run: Run, bad: BadStep) -> None:

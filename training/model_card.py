@@ -32,8 +32,8 @@ pipe = ThroughlinePipeline.from_pretrained("path/to/this/folder")
 pipe("three red cars on a wooden table").images[0].save("cars.png")
 ```
 
-`DiffusionPipeline.from_pretrained("path/to/this/folder", trust_remote_code=True)` gives the same; the code it runs is
-the import in `pipeline.py`. From a hub, download the folder first (`huggingface_hub.snapshot_download`).
+`DiffusionPipeline.from_pretrained("path/to/this/folder", trust_remote_code=True)` gives the same, and takes the id of a
+repository on a hub too; the code it runs is the import in `pipeline.py`.
 
 Defaults of a call: {num_inference_steps} steps, guidance {guidance_scale:g}{size}. {encoder_place}
 

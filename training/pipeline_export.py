@@ -43,7 +43,7 @@ def _export(run: StageRun[PipelineExportConfig]) -> None:
         unit.notes["text_encoder"] = lineage["text_encoder"]
 
 
-STAGE = Stage(name="pipeline_export", code_version="1", config_type=PipelineExportConfig, produce=produce)
+STAGE = Stage(name="pipeline_export", code_version="2", config_type=PipelineExportConfig, produce=produce)
 
 if __name__ == "__main__":
     from training.pipeline_export import STAGE as stage

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from training.bad_steps import BadSteps
 from training.config import CheckpointConfig, TrainingConfig
-from training.data_order import DataOrder, Ledger
+from training.data_order import LEDGER_COLUMNS, DataOrder, Ledger
 from training.dit import Backbone
 from training.feature_source import TRAIN, FeatureSource
 from training.metrics_file import METRICS_NAME, MetricsFile
@@ -98,7 +98,7 @@ class Run:
                 }
         for name, average in self.ema.items():
             average.copy_(laid_like(average, tensors[f"ema.{name}"]))
-        ledger = {name: tensors[f"ledger.{name}"] for name in ("first_step", "times_seen")}
+        ledger = {name: tensors[f"ledger.{name}"] for name in LEDGER_COLUMNS}
         self.ledger.restore(ledger, snapshot.state["consumption_digest"])
         if self.accelerator.is_main_process:
             self.metrics.take_up(snapshot.num_steps_done)

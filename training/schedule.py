@@ -28,6 +28,24 @@ def build_scheduler(num_steps: int, shift: float) -> "FlowMatchEulerDiscreteSche
     return scheduler
 
 
+def check_scheduler(scheduler: Any) -> None:
+    """Raise ValueError for a scheduler whose steps or times are not those of flow matching as here."""
+    name, config = type(scheduler).__name__, scheduler.config
+    is_flow_matching = any(base.__name__.startswith("FlowMatch") for base in type(scheduler).__mro__)
+    if not is_flow_matching and not (
+        config.get("prediction_type") == "flow_prediction" and config.get("use_flow_sigmas")
+    ):
+        raise ValueError(
+            f"{name} is not set to flow matching, which the model was trained with; take one of diffusers' FlowMatch "
+            "schedulers, or make it with prediction_type='flow_prediction', use_flow_sigmas=True and flow_shift"
+        )
+    if config.get("num_train_timesteps") != NUM_TRAIN_TIMESTEPS:
+        raise ValueError(
+            f"{name} has num_train_timesteps {config.get('num_train_timesteps')}, times here run to "
+            f"{NUM_TRAIN_TIMESTEPS}; make it with that"
+        )
+
+
 def flow_time(timestep: Tensor) -> Tensor:
     """Return t of a scheduler timestep."""
     return 1 - timestep / NUM_TRAIN_TIMESTEPS

@@ -36,6 +36,7 @@ class Snapshot:
 class Snapshots:
     """The snapshots in one folder, ``step-<steps done>``: the newest `keep` stay, and those of each `keep_every` steps.
 
+    They serve going on, or going further back, while a run is under way; its stage removes the folder at the end.
     A snapshot is ``state.json``, which names the other files with their digests, and tensors in files of at most
     `max_shard_bytes`.
     """

@@ -20,7 +20,7 @@ Key = TypeVar("Key")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options that say what is timed; the defaults are the shape that README's figures are of."""
+    """Add the options that say what is timed; the defaults are the shape of the committed results."""
     names = [strategy.value for strategy in Strategy]
     parser.add_argument("--strategies", nargs="+", choices=names, default=[*names], metavar="NAME")
     for name, value, text in (

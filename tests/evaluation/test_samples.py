@@ -1,6 +1,8 @@
 """Samples: real checkpoints of tiny models, drawn from by the real sampler."""
 
 import hashlib
+import logging
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -9,6 +11,7 @@ from PIL import Image
 
 from evaluation import samples
 from evaluation.config import SamplesConfig
+from evaluation.prompt_files import EvaluationPrompt
 from evaluation.samples import STAGE
 from pipelines.config import ModelRef
 from pipelines.errors import ThroughlineError
@@ -141,3 +144,57 @@ def test_a_partition_that_does_not_fit_is_named(
     with pytest.raises(ThroughlineError) as caught:
         STAGE.run(config, inputs(checkpoints[Strategy.STATIC], prompts), tmp_path, partition)
     assert said in str(caught.value)
+
+
+@pytest.mark.parametrize("killed", [False, True])
+def test_prompts_beyond_what_the_encoder_reads_are_counted_and_told(
+    killed: bool,
+    config: SamplesConfig,
+    checkpoints: dict[Strategy, StageOutput],
+    prompts: StageOutput,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    real = samples.read_prompts
+
+    def lengthened(output: StageOutput, benchmark: str | None = None) -> list[EvaluationPrompt]:
+        """The second of six prompts, and the last, are longer than 512 tokens."""
+        return [
+            replace(prompt, prompt=prompt.prompt + " dog" * 600 * (index in (1, 5)))
+            for index, prompt in enumerate(real(output, benchmark))
+        ]
+
+    monkeypatch.setattr(samples, "read_prompts", lengthened)
+    given = inputs(checkpoints[Strategy.STATIC], prompts)
+    if killed:  # after the first unit of three prompts
+        draw = samples._sample
+        chunks: list[object] = []
+
+        def killed_at_the_second(*args: object) -> object:
+            chunks.append(args)
+            if len(chunks) == 2:
+                raise KeyboardInterrupt
+            return draw(*args)  # type: ignore[arg-type]
+
+        monkeypatch.setattr(samples, "_sample", killed_at_the_second)
+        with pytest.raises(KeyboardInterrupt):
+            STAGE.run(config, given, tmp_path, "static|geneval")
+    with caplog.at_level(logging.WARNING):
+        output = STAGE.run(config, given, tmp_path, "static|geneval")
+    assert output.manifest.summary["num_truncated_prompts"] == 2
+    (message,) = [record.getMessage() for record in caplog.records if record.name == samples.__name__]
+    assert "samples static|geneval: 2 prompts, such as geneval-00001, are longer" in message
+    assert "512 tokens" in message and "shorten them" in message
+
+
+def test_prompts_that_are_read_whole_are_no_matter_for_a_warning(
+    config: SamplesConfig,
+    checkpoints: dict[Strategy, StageOutput],
+    prompts: StageOutput,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    output = STAGE.run(config, inputs(checkpoints[Strategy.STATIC], prompts), tmp_path, "static|geneval")
+    assert output.manifest.summary["num_truncated_prompts"] == 0
+    assert "longer" not in caplog.text

@@ -133,6 +133,8 @@ def test_what_cannot_be_drawn_is_one_sentence(home: Home) -> None:
         ("dog " * 600, *common): "tokens long in its template, the text encoder reads 512; shorten it",
         ("a dog", *common, "--steps", "0"): "num_steps: Input should be greater than 0",
         ("a dog", *common, "--num-images", "0"): "error: 0 images were asked for",
+        ("a dog", *common[:3], str(home.folder / "x.jpg")): "x.jpg: images are written as PNG; give it a name",
+        ("a dog", *common[:3], str(home.folder / "x")): "/x: images are written as PNG; give it a name",
         ("a dog", "--strategy", "deep", *common[2:]): "error: no strategy 'deep'; known: penultimate, uniform",
         ("a dog", "--strategy", "static+shift", *common[2:]): "the shift of Eq. 11 needs a time gate",
         ("a dog", *common[2:]): "error: name a strategy with --strategy",
@@ -144,7 +146,7 @@ def test_what_cannot_be_drawn_is_one_sentence(home: Home) -> None:
     home.write_profile(home.llm, home.autoencoder.model_copy(update={"revision": "sha256:other"}))
     said = home.generate("a dog", *common)
     assert isinstance(said, str) and "given tiny-vae at sha256:other; name the former" in said
-    assert not (home.folder / "x.png").exists()
+    assert not list(home.folder.glob("x*"))
     (checkpoint.folder / "model.safetensors").write_bytes(b"short")
     said = home.generate("a dog", *common)
     assert isinstance(said, str) and "model.safetensors: 5 bytes, manifest says" in said

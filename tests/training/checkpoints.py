@@ -24,8 +24,12 @@ def write_checkpoint(
     model: ModelConfig = TINY_MODEL,
     *,
     code_version: str = "1",
+    **conditioning: str,
 ) -> StageOutput:
-    """Publish a checkpoint of an untrained model under `root`; another `code_version` gives another one."""
+    """Publish a checkpoint of an untrained model under `root`; another `code_version` gives another one.
+
+    `conditioning` are fields of its record in place of the usual ones.
+    """
 
     def produce(run: StageRun[CheckpointConfig]) -> None:
         from safetensors.torch import save
@@ -40,7 +44,7 @@ def write_checkpoint(
             autoencoder_subfolder=None,
             scaling_factor=1.5,
             shift_factor=0.06,
-        )
+        ).model_copy(update=conditioning)
         with run.unit("model") as unit:
             unit.write(WEIGHTS_NAME, save(built(strategy, model).state_dict(), metadata={"format": "pt"}))
             unit.write(MODEL_CONFIG_NAME, model.model_dump_json().encode())

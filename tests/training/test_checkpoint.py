@@ -130,6 +130,11 @@ def test_execution_fields_leave_the_result_alone(
     assert other.data_version == outputs[Strategy.FUSE_DIT].data_version
 
 
+def test_a_finished_run_leaves_no_snapshot_whatever_was_kept(tiny_data: TinyData, tmp_path: Path) -> None:
+    run(tiny_data, tmp_path, keep_every=2)
+    assert not list(tmp_path.rglob("step-*"))
+
+
 def test_accumulation_sees_the_same_samples(
     outputs: dict[Strategy, StageOutput], tiny_data: TinyData, tmp_path: Path
 ) -> None:

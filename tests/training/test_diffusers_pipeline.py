@@ -1,6 +1,9 @@
 """The exported pipeline: it loads as diffusers loads one, draws what the sampler draws, and behaves as a pipeline."""
 
+import io
 import json
+import logging
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +12,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import DiffusionPipeline, FlowMatchHeunDiscreteScheduler
+from accelerate.hooks import CpuOffload
+from diffusers import (
+    DDIMScheduler,
+    DiffusionPipeline,
+    DPMSolverMultistepScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
+    UniPCMultistepScheduler,
+)
 from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoConfig
@@ -173,6 +184,25 @@ def test_a_fresh_process_loads_the_folder_both_ways(exported: Path, tmp_path: Pa
     assert first == second and first.startswith("(1, 32, 32, 3)")
 
 
+def test_a_fresh_process_loads_it_by_its_id_of_a_hub(exported: Path, tmp_path: Path) -> None:
+    """From the hub's cache, laid out as a download leaves it."""
+    commit, repository = "c0ffee" * 6 + "beef", tmp_path / "hub" / "models--user--repo"
+    shutil.copytree(exported, repository / "snapshots" / commit)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(commit)
+    code = (
+        "import torch\nfrom diffusers import DiffusionPipeline\n"
+        "pipe = DiffusionPipeline.from_pretrained('user/repo', trust_remote_code=True)\n"
+        "print(pipe('a dog', generator=torch.Generator().manual_seed(1), output_type='np').images.shape)\n"
+    )
+    environment = {"PYTHONPATH": str(ROOT), "HF_HOME": str(tmp_path), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "(1, 32, 32, 3)"
+
+
 def test_without_trust_the_general_class_refuses_the_folders_code(exported: Path) -> None:
     with pytest.raises(ValueError, match="trust_remote_code"):
         DiffusionPipeline.from_pretrained(exported)
@@ -213,7 +243,20 @@ def test_each_prompt_has_its_own_negative_prompt(pipe: Any) -> None:
     assert torch.equal(*unguided)
 
 
-def test_schedulers_can_be_swapped(pipe: Any) -> None:
+FLOW = {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "settings", "num_evaluations"),
+    [
+        (FlowMatchHeunDiscreteScheduler, {}, 15),
+        (DPMSolverMultistepScheduler, FLOW | {"flow_shift": SETTINGS.time_shift}, 8),
+        (UniPCMultistepScheduler, FLOW | {"flow_shift": SETTINGS.time_shift}, 8),
+    ],
+)
+def test_schedulers_of_flow_matching_can_be_swapped(
+    pipe: Any, scheduler: Any, settings: dict[str, Any], num_evaluations: int
+) -> None:
     noise = _noise("a dog", 0)[None]
 
     def drawn(num_steps: int) -> Tensor:
@@ -221,10 +264,97 @@ def test_schedulers_can_be_swapped(pipe: Any) -> None:
 
     exact = drawn(64)
     euler_error = (drawn(8) - exact).abs().mean()
-    pipe.scheduler = FlowMatchHeunDiscreteScheduler.from_config(pipe.scheduler.config)
-    heun_error = (drawn(8) - exact).abs().mean()
-    assert pipe.num_timesteps == 15
-    assert heun_error < euler_error
+    pipe.scheduler = scheduler.from_config(pipe.scheduler.config, **settings)
+    error = (drawn(8) - exact).abs().mean()
+    assert pipe.num_timesteps == num_evaluations
+    assert error < euler_error
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "match"),
+    [
+        (DDIMScheduler(), "DDIMScheduler is not set to flow matching.*FlowMatch.*flow_prediction.*use_flow_sigmas"),
+        (DPMSolverMultistepScheduler(), "DPMSolverMultistepScheduler is not set to flow matching"),
+        (DPMSolverMultistepScheduler(use_flow_sigmas=True), "is not set to flow matching"),
+        (DPMSolverMultistepScheduler(prediction_type="flow_prediction"), "is not set to flow matching"),
+        (FlowMatchEulerDiscreteScheduler(num_train_timesteps=100), "num_train_timesteps 100, times here run to 1000"),
+    ],
+)
+def test_other_schedulers_are_refused(pipe: Any, exported: Path, scheduler: Any, match: str) -> None:
+    with pytest.raises(ValueError, match=match):
+        ThroughlinePipeline.from_pretrained(exported, scheduler=scheduler)
+    pipe.scheduler = scheduler
+    with pytest.raises(ValueError, match=match):
+        pipe("a dog")
+
+
+def test_moving_the_pipeline_moves_all_its_parts(pipe: Any) -> None:
+    parts = {name: part for name, part in pipe.components.items() if isinstance(part, torch.nn.Module)}
+    assert set(parts) == {"transformer", "vae", "text_encoder"}
+    pipe.to(torch.float64)
+    assert {value.dtype for part in parts.values() for value in part.parameters()} == {torch.float64}
+    pipe.to("meta")
+    assert pipe.device.type == "meta"
+    assert {value.device.type for part in parts.values() for value in part.parameters()} == {"meta"}
+
+
+def test_offloading_brings_each_part_to_the_device_when_its_turn_comes(
+    pipe: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    noise, brought = _noise("a dog", 0)[None], []
+    expected = pipe("a dog", latents=noise, output_type="pt").images
+    original = CpuOffload.pre_forward
+
+    def watched(hook: CpuOffload, module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+        brought.append(module)
+        return original(hook, module, *args, **kwargs)
+
+    monkeypatch.setattr(CpuOffload, "pre_forward", watched)
+    pipe.enable_model_cpu_offload(device="cpu")
+    torch.testing.assert_close(pipe("a dog", latents=noise, output_type="pt").images, expected)
+    assert list(dict.fromkeys(brought)) == [pipe.text_encoder, pipe.transformer, pipe.vae]
+
+
+def test_the_progress_bar_counts_evaluations(pipe: Any) -> None:
+    for scheduler, total in ((FlowMatchEulerDiscreteScheduler, 3), (FlowMatchHeunDiscreteScheduler, 5)):
+        pipe.scheduler = scheduler.from_config(pipe.scheduler.config)
+        shown = io.StringIO()
+        pipe.set_progress_bar_config(file=shown, mininterval=0, miniters=1)
+        pipe("a dog", output_type="latent")
+        assert all(f" {done}/{total} " in shown.getvalue() for done in range(total + 1))
+    pipe.set_progress_bar_config(file=shown, disable=True)
+    before = shown.getvalue()
+    pipe("a dog", output_type="latent")
+    assert shown.getvalue() == before
+
+
+def test_a_prompt_beyond_what_is_read_is_cut_with_a_warning(pipe: Any, caplog: pytest.LogCaptureFixture) -> None:
+    noise, prompt = _noise("a dog", 0)[None], "dog " * 600
+    with caplog.at_level(logging.WARNING):
+        drawn = pipe(prompt, latents=noise, output_type="latent").images
+    (message,) = [record.message for record in caplog.records if "tokens that are read" in record.message]
+    assert "longer than the 512 tokens" in message and "shorten it: 'dog dog" in message
+    assert torch.equal(pipe(prompt + "house", latents=noise, output_type="latent").images, drawn)
+
+
+@pytest.mark.parametrize("form", ["instruction", "empty"])
+def test_an_empty_prompt_draws_unconditionally_as_the_sampler_does(
+    form: str, tmp_path: Path, llm: ModelRef, autoencoder: ModelRef
+) -> None:
+    checkpoint = write_checkpoint(
+        tmp_path, Strategy.STATIC, llm, autoencoder, template_version="released-1", prompt_drop_form=form
+    )
+    folder = export_pipeline(checkpoint, llm, autoencoder, SETTINGS, tmp_path / "export")
+    pipe: Any = ThroughlinePipeline.from_pretrained(folder)
+    sampler = load_sampler(checkpoint, llm, autoencoder)
+    for prompt in ("a dog", ""):
+        drawn = pipe(prompt, latents=_noise(prompt, 0)[None], output_type="latent").images
+        torch.testing.assert_close(drawn, sampler.latents([prompt], [0], 7, SETTINGS), atol=1e-3, rtol=1e-3)
+    of_none = [
+        pipe("", latents=_noise("", 0)[None], guidance_scale=guidance_scale, output_type="latent").images
+        for guidance_scale in (1.0, 6.0)
+    ]
+    torch.testing.assert_close(*of_none, atol=1e-4, rtol=1e-4)
 
 
 def test_callbacks_see_and_change_latents_and_can_stop(pipe: Any) -> None:

@@ -130,6 +130,32 @@ def test_keys_and_values_follow_the_text_path_in_either_order_of_products(strate
     assert orders == ({False, True} if model.fusion.num_variants > 1 else {False})
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("timestep_conditioning", ["none", "adaln"])
+@pytest.mark.parametrize("strategy", Strategy)
+def test_outputs_and_gradients_are_finite_in_every_precision(
+    strategy: Strategy, timestep_conditioning: str, dtype: torch.dtype
+) -> None:
+    """With hidden states as large as an LLM's outliers, which float16 would not hold squared."""
+    model = built(strategy, TINY_MODEL.model_copy(update={"timestep_conditioning": timestep_conditioning}))
+    generator = torch.Generator().manual_seed(4)
+    shapes = [(NUM_LAYERS, length, TEXT_WIDTH) for length in (3, 7)]
+    hidden_states = [torch.randn(shape, generator=generator) * 1000 for shape in shapes]
+    stacked, lengths, mask = pad_texts([prepare_text(model.prepare_text, item, dtype) for item in hidden_states])
+    x, t = latents(2), torch.tensor([0.0, 0.9])
+    exact = model(x, t, stacked, lengths, mask)
+    model.requires_grad_(True)
+    with torch.autocast("cpu", dtype=dtype, enabled=dtype is not torch.float32):
+        forward = model(x, t, stacked, lengths, mask)
+        cached = model.velocity(x, t, model.text_keys_values(stacked, t), lengths, mask)
+    for output in (forward, cached):
+        assert output.isfinite().all()
+        assert (output.float() - exact).abs().mean() < 0.05 * exact.abs().mean()
+    forward.float().square().mean().backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None and parameter.grad.isfinite().all(), name
+
+
 @pytest.mark.parametrize("strategy", Strategy)
 def test_text_reaches_the_output(strategy: Strategy) -> None:
     model = built(strategy)

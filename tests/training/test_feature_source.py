@@ -1,5 +1,6 @@
 """What training reads: the text that stands for "no prompt", and features that can't be trained on."""
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from pipelines.errors import ThroughlineError
 from pipelines.shard_samples import ShardSamples
 from tests.tiny_models import write_autoencoder
 from tests.training.conftest import TinyData, publish, text_feature_file
+from training import loop
 from training.checkpoint import STAGE
 from training.config import CheckpointConfig, Strategy
 from training.dit import build_model
@@ -93,6 +95,71 @@ def test_texts_that_are_asked_for_are_encoded_together(tiny_data: TinyData) -> N
     for index in (2, 5):
         torch.testing.assert_close(together.hidden_states(index), alone.hidden_states(index), atol=0.05, rtol=0.05)
     assert calls == [2, 1, 1]
+
+
+MAX_TOKENS = 12
+
+
+@pytest.fixture
+def short_sighted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The text encoder reads few tokens, so that some captions are cut."""
+
+    def load(*args: Any) -> TextEncoder:
+        encoder = load_text_encoder(*args)
+        encoder.max_tokens = MAX_TOKENS
+        return encoder
+
+    monkeypatch.setattr("training.feature_source.load_text_encoder", load)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("short_sighted")
+def test_captions_that_are_cut_are_counted_whatever_the_layout_and_told_of_once(
+    tiny_data: TinyData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    inputs = tiny_data.without("text_features").inputs
+    config = tiny_data.config(Strategy.STATIC, prompt_drop=0.0)
+    samples = ShardSamples.of_dataset(inputs["dataset"][0], inputs["shards"], "train")
+    encoder = load_text_encoder(tiny_data.llm, "plain-1")
+    lengths = encoder.count_tokens([sample.caption for sample in samples])
+    expected = sum(length > MAX_TOKENS for length in lengths)
+    assert 0 < expected < len(lengths)
+    with caplog.at_level(logging.WARNING):
+        whole = STAGE.run(config, inputs, tmp_path / "whole", "static")
+    assert whole.manifest.summary["num_truncated_captions"] == expected
+    (message,) = [record.getMessage() for record in caplog.records if record.name == "training.loop"]
+    assert "longer in its template than the text encoder reads" in message
+    assert "shorten captions (captions.max_caption_tokens)" in message
+
+    split = config.training.model_copy(update={"accumulation_steps": 2})
+    summary = STAGE.run(
+        config.model_copy(update={"training": split}), inputs, tmp_path / "split", "static"
+    ).manifest.summary
+    assert summary["num_truncated_captions"] == expected
+
+    original = loop.train_step
+
+    def killed(run: loop.Run, step: int) -> loop.StepTaken:
+        if step == 5:  # after snapshots that hold all samples as seen
+            raise KeyboardInterrupt
+        return original(run, step)
+
+    monkeypatch.setattr(loop, "train_step", killed)
+    with pytest.raises(KeyboardInterrupt):
+        STAGE.run(config, inputs, tmp_path / "killed", "static")
+    monkeypatch.setattr(loop, "train_step", original)
+    caplog.clear()
+    assert STAGE.run(config, inputs, tmp_path / "killed", "static").data_version == whole.data_version
+    assert not [record for record in caplog.records if record.name == "training.loop"], "told before the kill"
+
+
+@pytest.mark.slow
+def test_captions_that_others_encoded_are_not_counted(tiny_data: TinyData, tmp_path: Path) -> None:
+    config = tiny_data.config(Strategy.STATIC, steps=1, warmup_steps=0)
+    whole_texts = tiny_data.without("text_features").inputs
+    for inputs, expected in ((tiny_data.inputs, None), (whole_texts, 0)):
+        output = STAGE.run(config, inputs, tmp_path, "static")
+        assert output.manifest.summary["num_truncated_captions"] == expected
 
 
 def test_a_checkpoint_that_does_not_say_was_trained_with_the_instruction() -> None:

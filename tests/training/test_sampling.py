@@ -67,15 +67,16 @@ def _sample_plainly(model: Backbone, prompt: str, index: int, seed: int, setting
 
 
 @pytest.mark.parametrize("strategy", Strategy)
-@pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
+@pytest.mark.parametrize("guidance_scale", [1.0, 3.0, 6.0])
 def test_cached_sampling_equals_computing_everything_at_every_step(strategy: Strategy, guidance_scale: float) -> None:
+    """To 1e-5 of the image's largest value; small values have the rounding of the large ones they are sums of."""
     sampler = _sampler(strategy)
     settings = SamplerConfig(num_steps=4, guidance_scale=guidance_scale, gate_shift=strategy.has_time_gate)
     prompts, indices = ["a red dog", "two blue houses", "a red dog"], [0, 0, 3]
     drawn = sampler.latents(prompts, indices, 7, settings)
     for row, (prompt, index) in enumerate(zip(prompts, indices, strict=True)):
         expected = _sample_plainly(sampler.saved.model, prompt, index, 7, settings)
-        torch.testing.assert_close(drawn[row], expected, atol=1e-5, rtol=1e-4)
+        assert (drawn[row] - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
 @pytest.mark.parametrize("strategy", Strategy)

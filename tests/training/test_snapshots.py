@@ -54,7 +54,7 @@ def test_a_damaged_newest_falls_back_to_the_one_before(
     assert snapshots.load_newest() is not None
 
 
-def test_snapshots_of_some_steps_stay_for_good(tmp_path: Path) -> None:
+def test_snapshots_of_some_steps_outlast_newer_ones_while_the_run_is_under_way(tmp_path: Path) -> None:
     snapshots = Snapshots(tmp_path, keep=2, keep_every=10)
     _save(snapshots, 5, 10, 15, 20, 25, 30, 35)
     assert [int(path.name[-2:]) for path in sorted(tmp_path.iterdir())] == [10, 20, 30, 35]
