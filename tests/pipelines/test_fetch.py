@@ -15,9 +15,10 @@ from pipelines.stage_configs import EntryList, FetchConfig, ImageTransform
 from tests.pipelines.bad_decoder import decode_or_misbehave
 from tests.pipelines.hostile_server import JPEG, HostileServer
 from tests.pipelines.laion_world import entry_list
+from tests.pipelines.polite_server import PoliteServer, self_signed
 
 
-def config_for(server: HostileServer, **changes: object) -> FetchConfig:
+def config_for(server: HostileServer | PoliteServer, **changes: object) -> FetchConfig:
     values: dict[str, object] = {
         "connect_seconds": 1.0,
         "read_seconds": 1.0,
@@ -324,6 +325,44 @@ def test_a_list_that_was_changed_stops_the_download_before_it_begins(server: Hos
     (tmp_path / "urls.txt").write_text("another\n")
     with pytest.raises(ThroughlineError, match=r"urls.txt: SHA-256 .* the list was changed, name it again"):
         Fetcher(config_for(server, **lists))
+
+
+class CountingResolver(FixedResolver):
+    def __init__(self) -> None:
+        super().__init__(["127.0.0.1"])
+        self.num_lookups = 0
+
+    async def resolve(
+        self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_INET
+    ) -> list[ResolveResult]:
+        self.num_lookups += 1
+        return await super().resolve(host, port, family)
+
+
+def test_connections_are_kept_and_used_again() -> None:
+    with PoliteServer() as polite:
+        config = config_for(polite, connections_per_host=2)
+        outcomes = fetch_all(config, [polite.url(f"/{number}") for number in range(12)])
+        assert all(outcome.body == JPEG for outcome in outcomes)
+        assert (polite.num_requests, polite.num_connections) == (12, 2)
+
+
+def test_a_name_is_looked_up_once_however_many_connections_it_takes(server: HostileServer) -> None:
+    resolver = CountingResolver()
+    host = f"pictures.example:{server.port}"
+    config = config_for(server, allowed_private_hosts=(host,), connections_per_host=1)
+    outcomes = fetch_all(config, [f"http://{host}/jpeg?{number}" for number in range(6)], resolver)
+    assert all(outcome.body == JPEG for outcome in outcomes)
+    assert resolver.num_lookups == 1, "the server hangs up after each answer, so these were six connections"
+
+
+def test_a_certificate_must_be_vouched_for_unless_that_is_switched_off(tmp_path: Path) -> None:
+    with PoliteServer(self_signed(tmp_path / "server.pem")) as polite:
+        (refused,) = fetch_all(config_for(polite), [polite.url("/a")])
+        assert (refused.status, polite.num_requests) == (FetchStatus.TLS_ERROR, 0)
+        assert "CERTIFICATE_VERIFY_FAILED" in refused.detail
+        (taken,) = fetch_all(config_for(polite, verify_tls=False), [polite.url("/a")])
+        assert (taken.status, taken.body, taken.final_url) == (FetchStatus.OK, JPEG, polite.url("/a"))
 
 
 def test_an_allowed_host_is_allowed_on_its_port_alone(server: HostileServer) -> None:
