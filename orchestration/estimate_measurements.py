@@ -203,7 +203,7 @@ def _images(profile: "Profile") -> Iterator[tuple[str, Measured]]:
     def picture_bytes(manifest: Manifest) -> float:
         return sum(entry.num_bytes for entry in manifest.files if entry.path.startswith("images-"))
 
-    same, here = _find(profile, "images", profile.images)
+    same, here = _find(profile, "images", profile.images_config)
     yield from _named("fetched_share", same.ratio(_rows_out, _rows_in))
     yield from _named("image_row_bytes", same.ratio(picture_bytes, _rows_out))
     yield from _named("fetch_rows_per_second", here.ratio(_done("rows_per_second"), _measurement("seconds")))

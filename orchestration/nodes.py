@@ -106,7 +106,7 @@ DATA_NODES = (
         module="pipelines.images",
         group=Group.DATA,
         description="The pictures behind the links, as square RGB JPEGs, and a status with a reason for every row.",
-        configure=lambda profile, _: profile.images,
+        configure=lambda profile, _: profile.images_config,
         partition=PartitionKind.PART,
         inputs=(
             Input(name="selection", asset="laion_selection", file=PART_ROWS_FILE),

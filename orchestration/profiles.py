@@ -195,6 +195,17 @@ class Profile(FrozenConfig):
         return self.arms
 
     @property
+    def images_config(self) -> ImagesConfig:
+        """Return the download's configuration: what the subset's lists deny is denied on redirects too."""
+        subset, fetch = self.laion_subset, self.images.fetch
+        lists = {
+            "opt_outs": fetch.opt_outs or subset.opt_outs,
+            "urls_denied": fetch.urls_denied or subset.urls_denied,
+            "domains_denied": fetch.domains_denied or subset.domains_denied,
+        }
+        return self.images.model_copy(update={"fetch": fetch.model_copy(update=lists)})
+
+    @property
     def benchmarks(self) -> tuple[Benchmark, ...]:
         return self.prompt_sets.benchmarks
 

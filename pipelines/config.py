@@ -21,16 +21,27 @@ def execution_field(default: Any = ..., **kwargs: Any) -> Any:
     return Field(default, json_schema_extra={"identity": False}, **kwargs)
 
 
-def _is_identity(field: FieldInfo) -> bool:
+def added_field(default: Any, **kwargs: Any) -> Any:
+    """Declare a field that came to a configuration when outputs of it existed already.
+
+    At its default, which must mean what happened before, it stays out of fingerprint and data version, so that these
+    outputs are still found.
+    """
+    return Field(default, json_schema_extra={"identity": "unless default"}, **kwargs)
+
+
+def _is_identity(field: FieldInfo, value: Any) -> bool:
     extra = field.json_schema_extra
-    return not (isinstance(extra, dict) and extra.get("identity") is False)
+    identity = extra.get("identity") if isinstance(extra, dict) else None
+    return identity is not False and (identity != "unless default" or value != field.default)
 
 
 def identity_of(value: Any) -> Any:
-    """Return the JSON form of a configuration with every execution field left out, at any depth."""
+    """Return the JSON form of a configuration with every execution field left out, at any depth, and every added field
+    at its default."""
     if isinstance(value, BaseModel):
-        fields = type(value).model_fields
-        return {name: identity_of(getattr(value, name)) for name, field in fields.items() if _is_identity(field)}
+        values = {name: (field, getattr(value, name)) for name, field in type(value).model_fields.items()}
+        return {name: identity_of(item) for name, (field, item) in values.items() if _is_identity(field, item)}
     if isinstance(value, dict):
         return {str(key): identity_of(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):

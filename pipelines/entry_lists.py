@@ -3,11 +3,14 @@
 An entry is kept as a 128-bit hash, so that an opt-out list of many millions costs 16 bytes an entry.
 """
 
+from collections.abc import Collection, Iterable
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipelines.digest import file_sha256
 from pipelines.errors import ThroughlineError
+from pipelines.sample_key import SAMPLE_KEY_BYTES
 
 if TYPE_CHECKING:
     import numpy as np
@@ -96,3 +99,50 @@ def hosts_of(urls: "pa.Array") -> "pa.DictionaryArray":
     pattern = r"^(?i:https?)://(?:[^/?#@]*@)*(?P<host>\[[^\]/?#]*\]|[^/?#:@\s]+)"
     found = pc.struct_field(pc.extract_regex(urls, pattern), "host")
     return pc.utf8_rtrim(pc.utf8_lower(found), ".").dictionary_encode()
+
+
+class Denials:
+    """Which URLs no request may go to; asked for one at a time, before each request of a download."""
+
+    def __init__(
+        self, opt_outs: "EntryList | None", urls_denied: "EntryList | None", domains_denied: "EntryList | None"
+    ) -> None:
+        """Raises ThroughlineError where a list file can't be read."""
+        out, urls, domains = (read_entries(item) if item else () for item in (opt_outs, urls_denied, domains_denied))
+        names = tuple(entry for entry in out if "://" not in entry and not _is_key(entry))
+        self._urls = {"opted_out": _hash_set(entry for entry in out if "://" in entry), "url_denied": _hash_set(urls)}
+        self._domains = {"opted_out": DomainSet(names), "domain_denied": DomainSet(domains)}
+
+    def reason(self, spellings: Collection[str], hosts: Collection[str]) -> str | None:
+        """Return ``opted_out``, ``url_denied`` or ``domain_denied``, or None for a URL that may be asked for.
+
+        `spellings` are ways to write the URL, `hosts` ways to write its host; one that is listed suffices.
+        """
+        import pyarrow as pa
+
+        for word in ("opted_out", "url_denied", "domain_denied"):
+            urls, domains = self._urls.get(word), self._domains.get(word)
+            if urls is not None and len(urls) and urls.contains(pa.array(list(spellings), pa.string())).any():
+                return word
+            if domains is not None and any(map(domains.contains_host, hosts)):
+                return word
+        return None
+
+
+@lru_cache(maxsize=2)
+def denials_of(
+    opt_outs: "EntryList | None", urls_denied: "EntryList | None", domains_denied: "EntryList | None"
+) -> Denials | None:
+    """Return what the lists deny, None where there is no list; a process reads them once, whatever it downloads."""
+    lists = (opt_outs, urls_denied, domains_denied)
+    return Denials(*lists) if any(lists) else None
+
+
+def _hash_set(entries: Iterable[str]) -> HashSet:
+    import pyarrow as pa
+
+    return HashSet(pa.array(entries, pa.string()))
+
+
+def _is_key(entry: str) -> bool:
+    return len(entry) == 2 * SAMPLE_KEY_BYTES and all(digit in "0123456789abcdefABCDEF" for digit in entry)

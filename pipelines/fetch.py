@@ -22,6 +22,7 @@ from aiohttp.abc import AbstractResolver
 from yarl import URL
 
 from pipelines.address_guard import BlockedAddressError, GuardedResolver, check_literal
+from pipelines.entry_lists import denials_of
 from pipelines.fetch_status import MAY_HEAL, TIMEOUTS, FetchStatus
 from pipelines.stage_configs import FetchConfig
 
@@ -103,7 +104,7 @@ class Fetcher:
     """Fetches many URLs at once within the configured limits. Use as an asynchronous context manager.
 
     `has_room` holds requests back while it is not set. `resolver` replaces the system's name resolution underneath the
-    address guard.
+    address guard. Raises ThroughlineError where a list of what is denied can't be read.
     """
 
     def __init__(
@@ -113,6 +114,7 @@ class Fetcher:
         self._has_room = has_room
         self._inner_resolver = resolver
         self._allowed = frozenset(config.allowed_private_hosts)
+        self._denials = denials_of(config.opt_outs, config.urls_denied, config.domains_denied)
         self._total_slots = asyncio.Semaphore(config.total_connections)
         self._hosts = _Hosts(config.connections_per_host, config.host_delay_seconds)
         self._refusals: dict[str, tuple[float, Fetched]] = {}
@@ -182,6 +184,9 @@ class Fetcher:
             if len(seen) > self._config.max_redirects:
                 detail = f"more than {self._config.max_redirects}"
                 return Fetched(status=FetchStatus.TOO_MANY_REDIRECTS, detail=detail)
+            denied = self._denied(target, url if not seen else None)
+            if denied is not None:
+                return denied
             seen.add(target)
             host = target.host or ""
             async with self._hosts.hold(host), self._total_slots:
@@ -196,6 +201,15 @@ class Fetcher:
                     self._hosts.leave_alone(host, wait_seconds)
                 return answer
             target = answer
+
+    def _denied(self, target: URL, stated: str | None) -> Fetched | None:
+        """Return the outcome for a hop that the lists deny; `stated` is how the row itself writes it, if it does."""
+        if self._denials is None:
+            return None
+        spellings = {str(target), target.human_repr(), stated.strip() if stated else str(target)}
+        hosts = {(host or "").rstrip(".") for host in (target.host, target.raw_host, f"[{target.host}]")}
+        reason = self._denials.reason(spellings, hosts)
+        return Fetched(status=FetchStatus(reason), detail=plain_text(f"{target}")) if reason else None
 
     async def _hop(self, target: URL, budget_seconds: float) -> Fetched | URL:
         """Ask one server; return the outcome, or where it redirects to."""

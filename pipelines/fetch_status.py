@@ -7,9 +7,11 @@ class FetchStatus(StrEnum):
     """`ok`, or the reason why the row ends at the download."""
 
     OK = "ok"
-    # Never asked
+    # Never asked, at the row's own URL or at a hop of a redirect
     BAD_URL = "bad_url"
     BLOCKED_ADDRESS = "blocked_address"
+    URL_DENIED = "url_denied"
+    DOMAIN_DENIED = "domain_denied"
     # No answer
     DNS_ERROR = "dns_error"
     CONNECT_ERROR = "connect_error"
@@ -75,5 +77,5 @@ MAY_HEAL_LATER = MAY_HEAL | {
 
 TIMEOUTS = frozenset({FetchStatus.CONNECT_TIMEOUT, FetchStatus.READ_TIMEOUT, FetchStatus.TOTAL_TIMEOUT})
 
-NO_FAILURE = frozenset({FetchStatus.OK, FetchStatus.OPTED_OUT})
+NO_FAILURE = frozenset({FetchStatus.OK, FetchStatus.OPTED_OUT, FetchStatus.URL_DENIED, FetchStatus.DOMAIN_DENIED})
 """Statuses that say nothing is wrong with network, server or configuration."""

@@ -14,7 +14,8 @@ from pipelines.stage import StageOutput
 
 
 class ShardSamples(Sequence[Sample]):
-    """Samples by index. Shards are opened when they are needed, and the least recently used is closed.
+    """Samples by index. Shards are opened when they are needed, and the least recently used is closed; one that lies in
+    an object store alone is fetched when it is first opened, and stays in the working folder.
 
     Copies that go to other processes, forked or spawned, are independent; within a process it belongs to one thread.
     Raises BadSampleError for a sample that contradicts itself, ThroughlineError for a shard that cannot be read.
@@ -35,6 +36,8 @@ class ShardSamples(Sequence[Sample]):
         self.data_version = data_version
         self._max_open, self._verify = max_open_shards, verify_digests
         self._open: OrderedDict[int, Shard] = OrderedDict()
+        self._outputs: list[StageOutput] = []
+        """The output that each of `paths` belongs to; none where they are files alone."""
 
     @classmethod
     def of_shards(cls, paths: Sequence[Path], **options: Any) -> Self:
@@ -78,13 +81,13 @@ class ShardSamples(Sequence[Sample]):
         **options: Any,
     ) -> Self:
         """Take samples by their places: part, name of the shard and, int (n,), row in it."""
-        for output in shards:
-            output.fetch()
-        folders = {output.manifest.partition or "": output.folder for output in shards}
+        outputs = {output.manifest.partition or "": output for output in shards}
         paths: dict[tuple[str, str], int] = {}
         places = zip(parts, names, strict=True)
         shard_of = np.array([paths.setdefault(place, len(paths)) for place in places], dtype=np.int32)
-        return cls([folders[part] / name for part, name in paths], shard_of, row_of, data_version, **options)
+        samples = cls([outputs[part].folder / name for part, name in paths], shard_of, row_of, data_version, **options)
+        samples._outputs = [outputs[part] for part, _ in paths]
+        return samples
 
     def __len__(self) -> int:
         return len(self.shard_of)
@@ -108,7 +111,10 @@ class ShardSamples(Sequence[Sample]):
     def _shard(self, number: int) -> Shard:
         shard = self._open.get(number)
         if shard is None:
-            shard = self._open[number] = Shard(self.paths[number], verify_digests=self._verify)
+            path = self.paths[number]
+            if self._outputs:
+                path = self._outputs[number].path(path.name)
+            shard = self._open[number] = Shard(path, verify_digests=self._verify)
             if len(self._open) > self._max_open:
                 self._open.popitem(last=False)[1].close()
         else:

@@ -6,7 +6,7 @@ from typing import Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from pipelines.config import FrozenConfig, execution_field
+from pipelines.config import FrozenConfig, added_field, execution_field
 
 
 class WorkersConfig(FrozenConfig):
@@ -189,6 +189,11 @@ class FetchConfig(FrozenConfig):
     """Agent name whose opt-out directives are obeyed as well (``X-Robots-Tag: <agent>: noai``)."""
     opt_out_directives: tuple[str, ...] = ("noai", "noimageai", "noindex", "noimageindex")
     """Directives of X-Robots-Tag that drop a picture; the default is img2dataset's. Empty: none are honoured."""
+    opt_outs: EntryList | None = added_field(None)
+    """URLs and domains that no request may go to, on any hop of a redirect, as in `LaionSubsetConfig`. In a profile
+    this list and the next two are those of its `laion_subset` where nothing else is set."""
+    urls_denied: EntryList | None = added_field(None)
+    domains_denied: EntryList | None = added_field(None)
     connect_seconds: float = Field(default=10.0, gt=0)
     read_seconds: float = Field(default=10.0, gt=0)
     """Longest silence of a server."""

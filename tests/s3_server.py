@@ -25,6 +25,9 @@ TRANSFER = TransferConfig(connect_seconds=2, read_seconds=15, attempts=3, part_b
 _MOST_BUCKETS = 200
 _REMEMBERS_SECONDS = 1
 """How long rclone trusts its list of a folder; with 0 its locks block each other and it stops answering."""
+_DRIPS, _DRIP_SECONDS = 8, 0.4
+"""How many pieces a slow transfer comes in for a while, and the silence before each: together more than a time-out
+of the tests of the client, each alone far less."""
 _BUSY = b"<?xml version='1.0'?><Error><Code>SlowDown</Code><Message>Reduce your request rate</Message></Error>"
 
 
@@ -95,7 +98,8 @@ class Fault:
 
     where: str
     kind: str
-    """busy, stall, reset upload, corrupt upload, lose answer, reset download, cut download, corrupt download."""
+    """busy, stall, reset upload, corrupt upload, lose answer, reset download, cut download, corrupt download; drip
+    upload and drip download, which move slowly for a while and do no harm."""
     times: int = 1
     after_bytes: int = 100_000
 
@@ -174,7 +178,7 @@ class _Pipe:
 
     def __init__(self, source: socket.socket, target: socket.socket, fault: Fault | None) -> None:
         self._source, self._target, self._fault = source, target, fault
-        self._carried = 0
+        self._carried = self._num_drips = 0
 
     def carry(self, first: bytes) -> None:
         data = first
@@ -191,7 +195,11 @@ class _Pipe:
     def _pass(self, data: bytearray) -> bool:
         fault, start = self._fault, self._carried
         self._carried += len(data)
-        if fault is not None and start <= fault.after_bytes < self._carried:
+        if fault is not None and fault.kind.startswith("drip"):
+            if self._carried > fault.after_bytes and self._num_drips < _DRIPS:
+                self._num_drips += 1
+                time.sleep(_DRIP_SECONDS)
+        elif fault is not None and start <= fault.after_bytes < self._carried:
             offset = fault.after_bytes - start
             if fault.kind.startswith("corrupt"):
                 data[offset] ^= 1

@@ -1,15 +1,26 @@
 """The documents name files, options and functions that exist."""
 
+import json
+import math
 import re
+import tomllib
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
+from orchestration.profiles import load_profile
+from pipelines.laion_presets import PRESETS, TOP_SHARES
+from pipelines.sample_order import SampleOrder
+from pipelines.stage_configs import LaionSubsetConfig
+from tests.pipelines.test_shard_stream import NUM_SAMPLES, write_shards
 from training.config import ModelConfig, Strategy
 from training.flops import KNOWN_TEXT_ENCODERS, count_flops
 
 ROOT = Path(__file__).resolve().parents[1]
 COMPARISON = ROOT / "docs" / "paper-and-released-code.md"
+DATA = ROOT / "docs" / "data.md"
 FREE_WORDS = {"adaln", "paper", "single_gpu", "+shift", "throughline"}
 """Values and names of other things than a module's contents."""
 
@@ -57,3 +68,50 @@ def test_the_comparison_prints_what_the_counter_counts(strategy: Strategy) -> No
         count_flops(ModelConfig(), strategy, encoder, latent_size=64, cached=cached).total for cached in (False, True)
     ]
     assert _sampling_costs()[strategy] == [f"{total / 1e12:.2f}" for total in counted]
+
+
+def _blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", DATA.read_text(), re.DOTALL)
+
+
+def _rules_in(cell: str) -> dict[str, Any]:
+    found = {}
+    for name, sign, text in re.findall(r"`(\w+)([=>])([^`]+)`", cell):
+        value = json.loads(text)
+        found[name] = math.nextafter(value, math.inf) if sign == ">" else value
+    return found
+
+
+def test_the_table_of_presets_is_the_presets() -> None:
+    cells = [[cell.strip() for cell in line.split("|")[1:4]] for line in DATA.read_text().splitlines()]
+    rows = {row[0].strip("`"): row for row in cells if len(row) == 3 and row[0].strip("`") in PRESETS}
+    assert rows.keys() == PRESETS.keys()
+    plain = LaionSubsetConfig().model_dump(mode="json")
+    for name, (_, rules, _) in rows.items():
+        preset = PRESETS[name]().model_dump(mode="json")
+        assert _rules_in(rules) == {field: value for field, value in preset.items() if value != plain[field]}, name
+        assert f"top {TOP_SHARES[name][1]:.0%}".replace("%", " %") in rules if name in TOP_SHARES else True
+
+
+@pytest.mark.parametrize("block", _blocks("toml"))
+def test_profiles_in_the_page_about_data_can_be_loaded(block: str, tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text(block.replace("<sha256sum of the file>", "0" * 64))
+    assert tomllib.loads(path.read_text()).keys() > {"base"}
+    assert load_profile(str(path), tmp_path) != load_profile("single_gpu", tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+def test_the_example_reads_shards_and_goes_on_in_another_layout(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (block,) = _blocks("python")
+    (tmp_path / "shards").mkdir()
+    write_shards(tmp_path / "shards")
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    exec(block, names)
+    order = SampleOrder(names["samples"].data_version, 7, NUM_SAMPLES).take(0, NUM_SAMPLES)
+    assert (names["consumed"], list(names["captions"])) == (12, [str(index) for index in order[8:12]])
+    assert capsys.readouterr().out.strip() == str(order[12:14])
+    np.testing.assert_array_equal(next(names["rest"]).indices, order[18:20])

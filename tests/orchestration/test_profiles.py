@@ -102,6 +102,18 @@ def test_a_cluster_is_named_on_the_command_line_and_changes_no_result(tmp_path: 
     assert {load_profile("demo", tmp_path).images.workers.ray_address, here.images.workers.ray_address} == {None}
 
 
+def test_what_the_subset_s_lists_deny_is_denied_to_the_download(tmp_path: Path) -> None:
+    opt_outs, denied = (f'{{"path": "{name}.txt", "sha256": "{name[0] * 64}"}}' for name in ("all", "before"))
+    changes = [f"laion_subset.opt_outs={opt_outs}", f"laion_subset.domains_denied={opt_outs}"]
+    profile = load_profile("single_gpu", tmp_path, [*changes, f"images.fetch.domains_denied={denied}"])
+    fetch = GRAPH["images"].configure(profile, None).fetch
+    assert fetch.opt_outs == profile.laion_subset.opt_outs
+    assert fetch.domains_denied == profile.images.fetch.domains_denied != profile.laion_subset.domains_denied
+    assert fetch.urls_denied is None
+    plain = load_profile("single_gpu", tmp_path)
+    assert GRAPH["images"].configure(plain, None) == plain.images
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

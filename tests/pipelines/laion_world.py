@@ -14,7 +14,7 @@ from pipelines.config import FrozenConfig, ModelRef
 from pipelines.image_rows import image_units
 from pipelines.manifest import DROPPED_NAME
 from pipelines.stage import Stage, StageOutput, StageRequest, StageResult, StageRun, write_request
-from pipelines.stage_configs import FetchConfig, ImagesConfig, LaionIndexConfig, LaionSubsetConfig
+from pipelines.stage_configs import EntryList, FetchConfig, ImagesConfig, LaionIndexConfig, LaionSubsetConfig
 from tests.pipelines.hostile_server import HostileServer
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -50,6 +50,11 @@ def write_laion(path: Path, rows: Sequence[dict[str, Any]], schema: pa.Schema = 
     path.parent.mkdir(parents=True, exist_ok=True)
     pq.write_table(pa.Table.from_pylist(list(rows), schema), path, **options)
     return path
+
+
+def entry_list(path: Path, *lines: str) -> EntryList:
+    path.write_text("\n".join(lines) + "\n")
+    return EntryList.scan(path)
 
 
 def run_index(source: Path, root: Path) -> StageOutput:

@@ -43,7 +43,13 @@ def whole(output: StageOutput) -> bool:
     return not damaged_files(output.folder, output.manifest, read_bytes=True)
 
 
-def run_chain(server: HostileServer, source: Path, root: Path, workers: WorkersConfig) -> dict[str, StageOutput]:
+def run_chain(
+    server: HostileServer,
+    source: Path,
+    root: Path,
+    workers: WorkersConfig,
+    before_shards: Callable[[], Any] = lambda: None,
+) -> dict[str, StageOutput]:
     """Run the data stages, each unit in the way of `workers`; captions stand for a model's."""
     subset = run_subset(source, root, drop_duplicate_urls=False, workers=workers)
     config = images_config(server, workers=workers)
@@ -51,6 +57,7 @@ def run_chain(server: HostileServer, source: Path, root: Path, workers: WorkersC
     config = config.model_copy(update={"fetch": patient})
     pictures = images.STAGE.run(config, {"subset": [subset]}, root, "00000")
     captions = run_captions(pictures, root)
+    before_shards()
     inputs = {"images": [pictures], "captions": [captions]}
     tars = shards.STAGE.run(ShardsConfig(workers=workers), inputs, root, "00000")
     rolled_up = dataset.STAGE.run(

@@ -1,20 +1,24 @@
 import asyncio
 import socket
 import time
+from pathlib import Path
 
 import pytest
 from aiohttp.abc import AbstractResolver, ResolveResult
 
 from pipelines.decode_pool import DecodePool
+from pipelines.errors import ThroughlineError
 from pipelines.fetch import Fetched, Fetcher, _Hosts
 from pipelines.fetch_status import FetchStatus
 from pipelines.image_decode import decode
-from pipelines.stage_configs import FetchConfig, ImageTransform
+from pipelines.stage_configs import EntryList, FetchConfig, ImageTransform
 from tests.pipelines.bad_decoder import decode_or_misbehave
 from tests.pipelines.hostile_server import JPEG, HostileServer
+from tests.pipelines.laion_world import entry_list
+from tests.pipelines.polite_server import PoliteServer, self_signed
 
 
-def config_for(server: HostileServer, **changes: object) -> FetchConfig:
+def config_for(server: HostileServer | PoliteServer, **changes: object) -> FetchConfig:
     values: dict[str, object] = {
         "connect_seconds": 1.0,
         "read_seconds": 1.0,
@@ -142,6 +146,14 @@ EXPECTED = {
     "/redirect-private": "blocked_address",
     "/redirect-localhost": "blocked_address",
     "/redirect-mapped": "blocked_address",
+    "/redirect-opted-out-domain": "opted_out",
+    "/redirect-opted-out-idn": "opted_out",
+    "/redirect-opted-out-url": "opted_out",
+    "/redirect-opted-out-spaces": "opted_out",
+    "/redirect-denied-domain": "domain_denied",
+    "/redirect-denied-url": "url_denied",
+    "/redirect-denied-late": "domain_denied",
+    "/redirect-denied-address": "domain_denied",
     "/loop-a": "redirect_loop",
     "/deep/0": "too_many_redirects",
     "/oversized": "body_too_large",
@@ -166,9 +178,20 @@ EXPECTED = {
 }
 
 
-def test_every_hostile_answer_gets_its_status_and_none_disturbs_another(server: HostileServer) -> None:
+def lists_for(server: HostileServer, folder: Path) -> dict[str, EntryList]:
+    """What the owner of a data set may not use, or doesn't want."""
+    urls = [server.url("/taken-down.jpg"), server.url("/taken down.jpg")]
+    return {
+        "opt_outs": entry_list(folder / "opt-outs.txt", "artist.example", "münchen.example", "0" * 32, *urls),
+        "urls_denied": entry_list(folder / "urls.txt", "http://pictures.example/denied.jpg"),
+        "domains_denied": entry_list(folder / "domains.txt", "denied.example", "[2606:2800:21f::1]"),
+    }
+
+
+def test_every_hostile_answer_gets_its_status_and_none_disturbs_another(server: HostileServer, tmp_path: Path) -> None:
+    config = config_for(server, **lists_for(server, tmp_path))
     start = time.monotonic()
-    outcomes = fetch_all(config_for(server), [server.url(path) for path in EXPECTED])
+    outcomes = fetch_all(config, [server.url(path) for path in EXPECTED])
     assert time.monotonic() - start < 15
     found = {
         path: (outcome.status if outcome.status != "ok" else decode(outcome.body, TRANSFORM).status).value
@@ -270,6 +293,76 @@ def test_names_that_do_not_resolve_and_servers_that_do_not_speak_tls(server: Hos
     assert (unknown.status, unknown.detail) == (FetchStatus.DNS_ERROR, "nowhere.example:80: name not resolved")
     assert plain.status == FetchStatus.TLS_ERROR
     assert server.host in plain.detail
+
+
+class AskedResolver(NoResolver):
+    def __init__(self) -> None:
+        super().__init__([])
+        self.asked: list[str] = []
+
+    async def resolve(
+        self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_INET
+    ) -> list[ResolveResult]:
+        self.asked.append(host)
+        return await super().resolve(host, port, family)
+
+
+def test_what_the_lists_deny_is_not_asked_for_nor_looked_up(server: HostileServer, tmp_path: Path) -> None:
+    config, resolver = config_for(server, **lists_for(server, tmp_path)), AskedResolver()
+    paths = ["/redirect-opted-out-domain", "/redirect-denied-late", "/taken down.jpg"]
+    urls = ["http://a.artist.example/x", "http://pictures.example/denied.jpg", "http://pictures.example/other.jpg"]
+    server.requests.clear()
+    outcomes = fetch_all(config, [*map(server.url, paths), *urls], resolver)
+    statuses = [outcome.status.value for outcome in outcomes]
+    assert statuses == ["opted_out", "domain_denied", "opted_out", "opted_out", "url_denied", "dns_error"]
+    assert outcomes[0].detail == "http://cdn.artist.example/x.jpg"
+    assert set(resolver.asked) == {"pictures.example"}
+    assert server.requests == dict.fromkeys((*paths[:2], "/redirect-denied-domain"), 1)
+
+
+def test_a_list_that_was_changed_stops_the_download_before_it_begins(server: HostileServer, tmp_path: Path) -> None:
+    lists = lists_for(server, tmp_path)
+    (tmp_path / "urls.txt").write_text("another\n")
+    with pytest.raises(ThroughlineError, match=r"urls.txt: SHA-256 .* the list was changed, name it again"):
+        Fetcher(config_for(server, **lists))
+
+
+class CountingResolver(FixedResolver):
+    def __init__(self) -> None:
+        super().__init__(["127.0.0.1"])
+        self.num_lookups = 0
+
+    async def resolve(
+        self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_INET
+    ) -> list[ResolveResult]:
+        self.num_lookups += 1
+        return await super().resolve(host, port, family)
+
+
+def test_connections_are_kept_and_used_again() -> None:
+    with PoliteServer() as polite:
+        config = config_for(polite, connections_per_host=2)
+        outcomes = fetch_all(config, [polite.url(f"/{number}") for number in range(12)])
+        assert all(outcome.body == JPEG for outcome in outcomes)
+        assert (polite.num_requests, polite.num_connections) == (12, 2)
+
+
+def test_a_name_is_looked_up_once_however_many_connections_it_takes(server: HostileServer) -> None:
+    resolver = CountingResolver()
+    host = f"pictures.example:{server.port}"
+    config = config_for(server, allowed_private_hosts=(host,), connections_per_host=1)
+    outcomes = fetch_all(config, [f"http://{host}/jpeg?{number}" for number in range(6)], resolver)
+    assert all(outcome.body == JPEG for outcome in outcomes)
+    assert resolver.num_lookups == 1, "the server hangs up after each answer, so these were six connections"
+
+
+def test_a_certificate_must_be_vouched_for_unless_that_is_switched_off(tmp_path: Path) -> None:
+    with PoliteServer(self_signed(tmp_path / "server.pem")) as polite:
+        (refused,) = fetch_all(config_for(polite), [polite.url("/a")])
+        assert (refused.status, polite.num_requests) == (FetchStatus.TLS_ERROR, 0)
+        assert "CERTIFICATE_VERIFY_FAILED" in refused.detail
+        (taken,) = fetch_all(config_for(polite, verify_tls=False), [polite.url("/a")])
+        assert (taken.status, taken.body, taken.final_url) == (FetchStatus.OK, JPEG, polite.url("/a"))
 
 
 def test_an_allowed_host_is_allowed_on_its_port_alone(server: HostileServer) -> None:

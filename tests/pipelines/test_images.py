@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipelines import images
-from pipelines.config import FrozenConfig
+from pipelines.config import FrozenConfig, identity_of
 from pipelines.errors import ThroughlineError
 from pipelines.image_rows import image_units
 from pipelines.images import read_shards
@@ -22,6 +22,7 @@ from pipelines.stage import Stage, StageOutput, StageRun
 from pipelines.stage_configs import FetchConfig, ImagesConfig
 from tests.pipelines.hostile_server import HostileServer
 from tests.pipelines.laion_world import (
+    entry_list,
     images_config,
     laion_row,
     run_images,
@@ -326,6 +327,29 @@ def test_settings_that_decide_which_rows_arrive_are_part_of_the_fingerprint() ->
     assert fingerprint(ImagesConfig(decode_workers=7, max_failure_share=0.5)) == fingerprint(ImagesConfig())
     for fetch in (FetchConfig(total_seconds=1), FetchConfig(opt_out_directives=()), FetchConfig(retries=0)):
         assert fingerprint(ImagesConfig(fetch=fetch)) != fingerprint(ImagesConfig())
+
+
+def test_a_row_that_leads_to_an_opted_out_domain_ends_there(server: HostileServer, tmp_path: Path) -> None:
+    urls = [server.url("/redirect-opted-out-domain"), server.url("/redirect-denied-domain"), server.url("/redirect")]
+    lists = {
+        "opt_outs": entry_list(tmp_path / "opt-outs.txt", "artist.example"),
+        "domains_denied": entry_list(tmp_path / "domains.txt", "denied.example"),
+    }
+    fetch = no_retries(server).model_copy(update=lists)
+    output = run_images(server, subset_of(urls, tmp_path), tmp_path, fetch=fetch)
+    assert output.manifest.summary["statuses"] == {"domain_denied": 1, "ok": 1, "opted_out": 1}
+    dropped = pq.read_table(output.path("dropped.parquet")).to_pylist()
+    assert {row["reason"]: row["detail"] for row in dropped} == {
+        "opted_out": "http://cdn.artist.example/x.jpg",
+        "domain_denied": "http://img.denied.example:81/x.jpg",
+    }
+
+
+def test_without_lists_earlier_downloads_are_still_found(tmp_path: Path) -> None:
+    fetch = identity_of(FetchConfig())
+    assert not {"opt_outs", "urls_denied", "domains_denied"} & fetch.keys()
+    listed = entry_list(tmp_path / "list.txt", "artist.example")
+    assert identity_of(FetchConfig(opt_outs=listed)) == fetch | {"opt_outs": {"sha256": listed.sha256}}
 
 
 def test_progress_tells_failures_by_reason(

@@ -20,7 +20,7 @@ from pipelines.row_expression import Expression
 from pipelines.row_hashes import hex_keys, sample_keys, string_hashes
 from pipelines.sample_key import sample_key
 from pipelines.stage_configs import EntryList, LaionSubsetConfig
-from tests.pipelines.laion_world import drop_reasons, kept_rows, run_subset, write_laion
+from tests.pipelines.laion_world import drop_reasons, entry_list, kept_rows, run_subset, write_laion
 
 JOINED = pa.schema(
     {
@@ -111,11 +111,6 @@ def test_missing_values_pass_scores_labels_and_conditions_where_the_policy_says_
     }
     outcome(tmp_path / "keep", cases, keep_missing=True, **rules)
     outcome(tmp_path / "drop", [(cases[2][0], "where_unknown")], **rules)
-
-
-def entry_list(path: Path, *lines: str) -> EntryList:
-    path.write_text("\n".join(lines) + "\n")
-    return EntryList.scan(path)
 
 
 def test_lists_of_urls_and_domains(tmp_path: Path) -> None:

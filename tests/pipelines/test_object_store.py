@@ -2,6 +2,7 @@
 
 import hashlib
 import random
+import time
 from pathlib import Path
 
 import pytest
@@ -96,6 +97,22 @@ def test_a_download_survives_a_fault(s3: FaultyProxy, bucket: str, large: Object
     assert back.path.read_bytes() == large.path.read_bytes()
     if kind in ("reset download", "cut download"):
         assert s3.seen.count(s3.seen[-1]) == 3, "it went on where it was"
+
+
+@pytest.mark.parametrize("kind", ["drip upload", "drip download"])
+def test_a_transfer_that_is_slow_but_moves_is_waited_for(
+    s3: FaultyProxy, bucket: str, large: ObjectFile, kind: str
+) -> None:
+    store = object_store(bucket, read_seconds=2, attempts=1)
+    start = time.monotonic()
+    s3.faults = [Fault("PUT .*partNumber=2", kind)] if kind == "drip upload" else []
+    store.upload([large])
+    s3.faults += [Fault("GET .*file.bin", kind)] if kind == "drip download" else []
+    back = ObjectFile(large.key, large.path.with_name("back"), large.sha256, large.num_bytes)
+    store.download(back)
+    assert s3.faults[0].times == 0 and time.monotonic() - start > 3, "it was slow, and longer so than a time-out"
+    assert back.path.read_bytes() == large.path.read_bytes()
+    assert arrives(store, large)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""A Ray cluster of a head and two nodes on one machine, of which one is killed in mid-job."""
+"""A Ray cluster of a head and two nodes on one machine, of which one is killed in mid-job, and later another one."""
 
 import os
 import threading
@@ -8,8 +8,10 @@ from typing import Any
 
 import pytest
 
+from pipelines import shards
 from pipelines.ray_cluster import RAY_ENVIRONMENT
-from pipelines.stage_configs import WorkersConfig
+from pipelines.stage import StageRun
+from pipelines.stage_configs import ShardsConfig, WorkersConfig
 from tests.pipelines.laion_world import laion_row, write_laion
 from tests.pipelines.ray_world import GatedServer, run_chain, selected, versions, wait_until, write_source
 
@@ -35,26 +37,57 @@ def cluster() -> Iterator[Any]:
     started.shutdown()
 
 
-def test_a_node_killed_in_mid_job_costs_no_row_and_makes_none_twice(
-    cluster: Any, gated: GatedServer, tmp_path: Path, caplog: pytest.LogCaptureFixture
+def _hold_shards(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    """Let a shard wait, after it noted in `folder` that it was begun, until there is a file ``gate``."""
+    make = shards._make_unit
+
+    def held(run: StageRun[ShardsConfig], name: str, item: None) -> None:
+        import time
+
+        (folder / f"begun-{run.scratch.parent.name}").touch()  # a name of this attempt
+        while not (folder / "gate").exists():
+            time.sleep(0.02)
+        make(run, name, item)
+
+    folder.mkdir()
+    monkeypatch.setattr(shards, "_make_unit", held)
+
+
+def test_nodes_killed_in_mid_job_cost_no_row_and_make_none_twice(
+    cluster: Any, gated: GatedServer, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     workers = WorkersConfig(ray_address=cluster.address)
     source = write_source(gated, tmp_path / "laion")
-    killed = threading.Event()
+    held = tmp_path / "held"
+    killed: list[str] = []
 
-    def kill_a_node() -> None:
-        # Each node has room for one shard, so two pictures asked for are both nodes at work.
-        wait_until(lambda: sum(path.startswith("/held/") for path in gated.requests) >= 2)
-        cluster.remove_node(next(iter(cluster.worker_nodes)), allow_graceful=False)
-        killed.set()
-        gated.gate.set()
+    def kill_nodes() -> None:
+        first, second = cluster.worker_nodes
+        try:
+            # Each node has room for one shard, so two pictures asked for are both nodes at work.
+            wait_until(lambda: sum(path.startswith("/held/") for path in gated.requests) >= 2)
+            cluster.remove_node(first, allow_graceful=False)
+            killed.append("images")
+            gated.gate.set()
+            wait_until(lambda: len(list(held.glob("begun-*"))) >= 2)
+            cluster.remove_node(second, allow_graceful=False)  # the one that came late does the rest
+            killed.append("shards")
+        finally:
+            gated.gate.set()
+            (held / "gate").touch()
 
-    killer = threading.Thread(target=kill_a_node)
-    killer.start()
-    on_ray = run_chain(gated, source, tmp_path / "ray", workers)
-    killer.join()
-    assert killed.is_set()
-    assert [record for record in caplog.records if "it is done again" in record.getMessage()]
+    def add_a_node() -> None:
+        cluster.add_node(num_cpus=1, object_store_memory=80 << 20)
+
+    with monkeypatch.context() as patched:
+        _hold_shards(patched, held)
+        killer = threading.Thread(target=kill_nodes)
+        killer.start()
+        on_ray = run_chain(gated, source, tmp_path / "ray", workers, before_shards=add_a_node)
+        killer.join()
+    assert killed == ["images", "shards"]
+    again = [record.getMessage() for record in caplog.records if "it is done again" in record.getMessage()]
+    assert {message.split()[0] for message in again} == {"images", "shards"}
     assert versions(on_ray) == versions(run_chain(gated, source, tmp_path / "here", WorkersConfig()))
 
     for part in range(2):

@@ -8,13 +8,17 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
+from torch.utils.data import DataLoader
 
 from pipelines import shards
 from pipelines.errors import ThroughlineError
 from pipelines.manifest import MANIFEST_NAME, damaged_files
 from pipelines.object_store import StoreConfig
+from pipelines.sample_order import Share
 from pipelines.shard_samples import ShardSamples
+from pipelines.shard_stream import ShardStream
 from pipelines.stage import Stage, StageOutput, StageRun
 from pipelines.stage_configs import DatasetConfig, ShardsConfig
 from pipelines.storage import OutputStore, bind, location_of, store_of
@@ -22,6 +26,7 @@ from pipelines.store_errors import StorageError
 from tests.pipelines.hostile_server import HostileServer
 from tests.pipelines.laion_world import laion_row, run_captions, run_images, run_subset, write_laion
 from tests.pipelines.store_stage import STAGE, mirrored
+from tests.pipelines.test_shard_stream import NUM_SAMPLES, write_shards
 from tests.pipelines.toy_stage import ToyConfig
 from tests.s3_server import TRANSFER, Fault, FaultyProxy, S3Server
 
@@ -214,6 +219,40 @@ def test_the_data_stages_run_on_an_object_store(
     assert [sample.caption for sample in samples] == [
         sample.caption for sample in ShardSamples.of_dataset(local[4], [local[3]], "train")
     ]
+
+
+def _write_tars(run: StageRun[ToyConfig]) -> None:
+    run.scratch.joinpath("tars").mkdir(exist_ok=True)
+    with run.unit("tars") as unit:
+        for path in write_shards(run.scratch / "tars"):
+            unit.adopt(path, path.name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_reader_fetches_a_shard_when_it_opens_it(
+    s3: FaultyProxy, bucket: str, tmp_path: Path, num_workers: int
+) -> None:
+    stage = Stage(name="tars", code_version="1", config_type=ToyConfig, produce=_write_tars)
+    here, there = mirrored(tmp_path / "here", bucket), mirrored(tmp_path / "there", bucket)
+    tars = stage.run(ToyConfig(), {}, here, "00000")
+    names = [f"shard-{index // 10:05d}.tar" for index in range(NUM_SAMPLES)]
+    rows = np.arange(NUM_SAMPLES, dtype=np.int32) % 10
+
+    def fetched() -> list[str]:
+        return [line.split()[1].rpartition("/")[2] for line in s3.seen if line.startswith("GET ") and ".tar" in line]
+
+    found = StageOutput.load(there / "tars" / tars.data_version / MANIFEST_NAME)
+    samples = ShardSamples.of_places([found], ["00000"] * NUM_SAMPLES, names, rows, "version")
+    assert fetched() == []
+    assert (samples[15].caption, samples[10].caption) == ("15", "10")
+    assert fetched() == ["shard-00001.tar"]
+    assert [path.name for path in found.folder.glob("*.tar")] == ["shard-00001.tar"]
+
+    stream = ShardStream(samples, Share(batch_size=4, stop=NUM_SAMPLES), seed=7, decode=lambda sample: sample.caption)
+    captions = [text for batch in DataLoader(stream, batch_size=None, num_workers=num_workers) for text in batch.items]
+    assert captions == [str(index) for index in stream.order.take(0, NUM_SAMPLES).tolist()]
+    assert sorted(fetched()) == ["shard-00000.tar", "shard-00001.tar", "shard-00002.tar"]
 
 
 def test_a_folder_belongs_to_one_store(tmp_path: Path) -> None:
