@@ -3,7 +3,9 @@
 An entry is kept as a 128-bit hash, so that an opt-out list of many millions costs 16 bytes an entry.
 """
 
+import string
 from collections.abc import Collection, Iterable
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -67,6 +69,13 @@ class HashSet:
         return inside & values.is_valid().to_numpy(zero_copy_only=False)
 
 
+def hash_set(entries: Iterable[str]) -> HashSet:
+    """Return the set of some entries."""
+    import pyarrow as pa
+
+    return HashSet(pa.array(entries, pa.string()))
+
+
 class DomainSet:
     """A set of domains; a host is in it if it or any domain above it is."""
 
@@ -101,6 +110,29 @@ def hosts_of(urls: "pa.Array") -> "pa.DictionaryArray":
     return pc.utf8_rtrim(pc.utf8_lower(found), ".").dictionary_encode()
 
 
+@dataclass(frozen=True)
+class OptOuts:
+    """The entries of an opt-out list by what they name: rows by sample key, pictures by URL, everything of a domain."""
+
+    keys: tuple[str, ...]
+    """32 hexadecimal digits each, lower case."""
+    urls: tuple[str, ...]
+    domains: tuple[str, ...]
+
+    @classmethod
+    def read(cls, entries: "EntryList | None") -> "OptOuts":
+        """Raises ThroughlineError where the list file can't be read."""
+        keys, urls, domains = [], [], []
+        for entry in read_entries(entries) if entries else ():
+            if "://" in entry:
+                urls.append(entry)
+            elif len(entry) == 2 * SAMPLE_KEY_BYTES and all(digit in string.hexdigits for digit in entry):
+                keys.append(entry.lower())
+            else:
+                domains.append(entry)
+        return cls(tuple(keys), tuple(urls), tuple(domains))
+
+
 class Denials:
     """Which URLs no request may go to; asked for one at a time, before each request of a download."""
 
@@ -108,10 +140,10 @@ class Denials:
         self, opt_outs: "EntryList | None", urls_denied: "EntryList | None", domains_denied: "EntryList | None"
     ) -> None:
         """Raises ThroughlineError where a list file can't be read."""
-        out, urls, domains = (read_entries(item) if item else () for item in (opt_outs, urls_denied, domains_denied))
-        names = tuple(entry for entry in out if "://" not in entry and not _is_key(entry))
-        self._urls = {"opted_out": _hash_set(entry for entry in out if "://" in entry), "url_denied": _hash_set(urls)}
-        self._domains = {"opted_out": DomainSet(names), "domain_denied": DomainSet(domains)}
+        out = OptOuts.read(opt_outs)
+        urls, domains = (read_entries(item) if item else () for item in (urls_denied, domains_denied))
+        self._urls = {"opted_out": hash_set(out.urls), "url_denied": hash_set(urls)}
+        self._domains = {"opted_out": DomainSet(out.domains), "domain_denied": DomainSet(domains)}
 
     def reason(self, spellings: Collection[str], hosts: Collection[str]) -> str | None:
         """Return ``opted_out``, ``url_denied`` or ``domain_denied``, or None for a URL that may be asked for.
@@ -136,13 +168,3 @@ def denials_of(
     """Return what the lists deny, None where there is no list; a process reads them once, whatever it downloads."""
     lists = (opt_outs, urls_denied, domains_denied)
     return Denials(*lists) if any(lists) else None
-
-
-def _hash_set(entries: Iterable[str]) -> HashSet:
-    import pyarrow as pa
-
-    return HashSet(pa.array(entries, pa.string()))
-
-
-def _is_key(entry: str) -> bool:
-    return len(entry) == 2 * SAMPLE_KEY_BYTES and all(digit in "0123456789abcdefABCDEF" for digit in entry)

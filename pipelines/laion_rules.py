@@ -13,10 +13,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipelines.entry_lists import DomainSet, HashSet, read_entries
+from pipelines.entry_lists import DomainSet, OptOuts, hash_set, read_entries
 from pipelines.row_expression import Expression
 from pipelines.row_hashes import hex_keys
-from pipelines.sample_key import SAMPLE_KEY_BYTES
 from pipelines.stage_configs import EntryList, LaionSubsetConfig
 
 # The order in which rules are asked: a row counts under the first that drops it.
@@ -124,10 +123,10 @@ def _list_rules(config: LaionSubsetConfig) -> Iterable[Rule]:
     if config.opt_outs is not None:
         yield Rule("opted_out", _opted_out(config.opt_outs))
     if config.urls_denied is not None:
-        denied = _hash_set(read_entries(config.urls_denied))
+        denied = hash_set(read_entries(config.urls_denied))
         yield Rule("url_denied", lambda rows: denied.contains(rows["url"]))
     if config.urls_allowed is not None:
-        allowed = _hash_set(read_entries(config.urls_allowed))
+        allowed = hash_set(read_entries(config.urls_allowed))
         yield Rule("url_not_allowed", lambda rows: ~allowed.contains(rows["url"]))
     if config.domains_denied is not None:
         bad = DomainSet(read_entries(config.domains_denied))
@@ -137,31 +136,19 @@ def _list_rules(config: LaionSubsetConfig) -> Iterable[Rule]:
         yield Rule("domain_not_allowed", lambda rows: ~good.contains(rows["url"]))
 
 
-def _hash_set(entries: Iterable[str]) -> HashSet:
-    return HashSet(pa.array(entries, pa.string()))
-
-
 def _opted_out(entry_list: EntryList) -> Callable[[Rows], BoolArray]:
-    entries = read_entries(entry_list)
-    keys = [entry.lower() for entry in entries if _is_key(entry)]
-    urls = [entry for entry in entries if "://" in entry]
-    domains = DomainSet(tuple(entry for entry in entries if "://" not in entry and not _is_key(entry)))
-    known_keys, known_urls = _hash_set(keys), _hash_set(urls)
-    has_domains = len(keys) + len(urls) < len(entries)
+    entries = OptOuts.read(entry_list)
+    keys, urls, domains = hash_set(entries.keys), hash_set(entries.urls), DomainSet(entries.domains)
 
     def drops(rows: Rows) -> BoolArray:
-        mask = known_urls.contains(rows["url"])
-        if len(known_keys):
-            mask |= known_keys.contains(hex_keys(rows.keys))
-        if has_domains:
+        mask = urls.contains(rows["url"])
+        if entries.keys:
+            mask |= keys.contains(hex_keys(rows.keys))
+        if entries.domains:
             mask |= domains.contains(rows["url"])
         return mask
 
     return drops
-
-
-def _is_key(entry: str) -> bool:
-    return len(entry) == 2 * SAMPLE_KEY_BYTES and all(digit in "0123456789abcdefABCDEF" for digit in entry)
 
 
 def _text_rules(config: LaionSubsetConfig) -> Iterable[Rule]:
