@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from orchestration.nodes import GRAPH
 from orchestration.profiles import load_profile
 from pipelines.laion_presets import PRESETS, TOP_SHARES
 from pipelines.sample_order import SampleOrder
@@ -115,3 +116,9 @@ def test_the_example_reads_shards_and_goes_on_in_another_layout(
     assert (names["consumed"], list(names["captions"])) == (12, [str(index) for index in order[8:12]])
     assert capsys.readouterr().out.strip() == str(order[12:14])
     np.testing.assert_array_equal(next(names["rest"]).indices, order[18:20])
+
+
+def test_the_profile_of_estimated_gates_trains_them_and_analyses_their_times(tmp_path: Path) -> None:
+    profile = load_profile(str(ROOT / "docs" / "estimated_gate.toml"), tmp_path)
+    assert profile.model.gate_signal == "estimated"
+    assert GRAPH["trajectory_analysis"].is_wanted(profile)
