@@ -7,12 +7,14 @@ and stay with BLAS. On AVX2 the two are alike.
 Shapes: M rows, I inputs, O outputs of a product.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, packed: Tensor | None = None) -> Tensor:
@@ -45,6 +47,12 @@ def is_served(x: Tensor, weight: Tensor) -> bool:
         and torch.backends.mkldnn.enabled
         and torch.backends.cpu.get_cpu_capability() == "AVX512"
     )
+
+
+@register_flop_formula(torch.ops.mkldnn._linear_pointwise)
+def _operations(x_shape: Sequence[int], weight_shape: Sequence[int], *_: Any, **__: Any) -> int:
+    """What FlopCounterMode counts for a product, as it does for those of torch."""
+    return 2 * math.prod(x_shape) * weight_shape[0]
 
 
 def silu_gated(x: Tensor, gate: Tensor, up: Tensor) -> Tensor:
