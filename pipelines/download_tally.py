@@ -25,7 +25,9 @@ class Tally:
         self._counts = Counter(counts)
         self._num_healed = 0
         self._num_bytes = 0
+        self._has_asked_again = False
         self._samples: deque[tuple[float, int, int]] = deque([(time.monotonic(), 0, 0)])
+        progress.describe = self._describe
 
     def add(self, status: FetchStatus, num_bytes: int, before: FetchStatus | None = None) -> None:
         """Count a row that was asked for; `before` is the status that an earlier pass left it with."""
@@ -35,7 +37,8 @@ class Tally:
         if before is not None:
             self._counts[before.value] -= 1
             self._num_healed += status is FetchStatus.OK
-        self._show(1, again=before is not None)
+            self._has_asked_again = True
+        self._progress.advance()
 
     def add_shard(self, statuses: Mapping[str, int], before: Mapping[str, int], num_asked: int) -> None:
         """Count a shard that was downloaded elsewhere: what its rows came to, and what they were before, if known."""
@@ -43,19 +46,19 @@ class Tally:
         self._counts.update(statuses)
         self._counts.subtract(before)
         self._num_healed += max(0, statuses.get(FetchStatus.OK, 0) - before.get(FetchStatus.OK, 0)) if before else 0
-        self._show(num_asked, again=bool(before))
+        self._has_asked_again |= bool(before)
+        self._progress.advance(num_asked)
 
-    def _show(self, num_rows: int, *, again: bool) -> None:
+    def _describe(self) -> dict[str, float | int | str]:
         failed = Counter({word: count for word, count in self._counts.items() if word != FetchStatus.OK and count})
         shown = ", ".join(f"{word} {count}" for word, count in failed.most_common(_REASONS_SHOWN))
-        healed = {"healed": self._num_healed} if again else {}
-        self._progress.advance(
-            num_rows,
-            now=self._present_rate(),
+        healed = {"healed": self._num_healed} if self._has_asked_again else {}
+        return {
+            "now": self._present_rate(),
             **healed,
-            ok=self._counts[FetchStatus.OK],
-            failed=f"{failed.total()} ({shown})" if shown else 0,
-        )
+            "ok": self._counts[FetchStatus.OK],
+            "failed": f"{failed.total()} ({shown})" if shown else 0,
+        }
 
     def _present_rate(self) -> str:
         now = time.monotonic()

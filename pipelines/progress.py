@@ -4,6 +4,7 @@ import json
 import os
 import sys
 import time
+from collections.abc import Callable, Mapping
 from typing import TextIO
 
 from pipelines.environment import PROGRESS_JSON
@@ -37,6 +38,8 @@ class Progress:
         self._start = time.monotonic()
         self._shown = 0.0
         self._details: dict[str, float | int | str] = {}
+        self.describe: Callable[[], Mapping[str, float | int | str]] | None = None
+        """Gives details when a line is shown, where they cost too much to be made for every item."""
 
     def __enter__(self) -> "Progress":
         self._show(force=self._json)
@@ -66,6 +69,8 @@ class Progress:
         if not force and now - self._shown < interval:
             return
         self._shown = now
+        if self.describe is not None:
+            self._details.update(self.describe())
         if self._json:
             record = {"label": self.label, "done": self.done, "total": self.total, "noun": self.noun}
             line = json.dumps({"progress": record | {"rate": round(self.rate, 3), "details": self._details}}) + "\n"

@@ -231,8 +231,9 @@ class ImageTransform(FrozenConfig):
     min_source_side_px: int = Field(default=1, ge=1)
     max_source_aspect: float | None = Field(default=None, ge=1)
     size_px: int = Field(default=256, ge=8)
-    resample: Literal["bilinear", "bicubic", "lanczos", "box"] = "bicubic"
-    """Filter of the resize; Pillow's filters widen their support when they shrink, so none of them aliases."""
+    resample: Literal["bilinear", "bicubic", "lanczos", "box"] = "bilinear"
+    """Filter of the resize; Pillow's filters widen their support when they shrink, so none of them aliases. The paper's
+    released code resizes with bilinear; bicubic takes 1.6 times as long."""
     jpeg_decoding: Literal["whole", "scaled"] = "whole"
     """``scaled`` lets the JPEG decoder itself shrink a picture to a half, a quarter or an eighth while both sides stay
     at least `size_px`, and the filter does the rest. It saves a third of the time, and moves pixels as far as another

@@ -258,7 +258,7 @@ def _check(expected: int, found: int, who: str) -> None:
 def _bare(bodies: Sequence[bytes]) -> None:
     """Decode, resize and encode as the stage does, and nothing else."""
     for body in bodies:
-        square = resize_and_crop(Image.open(io.BytesIO(body)), _SIZE_PX, "bicubic")
+        square = resize_and_crop(Image.open(io.BytesIO(body)), _SIZE_PX, ImageTransform().resample)
         square.save(io.BytesIO(), "JPEG", quality=_QUALITY)
 
 
