@@ -236,7 +236,7 @@ class ImageTransform(FrozenConfig):
     released code resizes with bilinear; bicubic takes 1.6 times as long."""
     jpeg_decoding: Literal["whole", "scaled"] = "whole"
     """``scaled`` lets the JPEG decoder itself shrink a picture to a half, a quarter or an eighth while both sides stay
-    at least `size_px`, and the filter does the rest. It saves a third of the time, and moves pixels as far as another
+    at least `size_px`, and the filter does the rest. It saves a quarter of the time, and moves pixels as far as another
     filter would (`tests.benchmarks.download`)."""
     jpeg_quality: int = Field(default=95, ge=1, le=100)
     jpeg_subsampling: Literal["4:4:4", "4:2:0"] = "4:2:0"
