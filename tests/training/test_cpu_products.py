@@ -41,9 +41,13 @@ def test_strided_inputs_and_weights_are_taken_as_they_are() -> None:
 
 def test_only_what_asks_for_a_gradient_gets_one() -> None:
     x, weight = tensors((4, 8), (3, 8))
-    frozen = linear(x.clone().requires_grad_(), weight)
-    frozen.sum().backward()
-    assert weight.grad is None
+    asks = x.clone().requires_grad_()
+    y = linear(asks, weight)
+    y.sum().backward()
+    torch.testing.assert_close(asks.grad, weight.sum(0).expand_as(x))
+    constant = linear(x, weight.clone().requires_grad_())
+    assert constant.requires_grad
+    assert not linear(x, weight).requires_grad
     with torch.no_grad():
         assert not linear(x, weight.requires_grad_()).requires_grad
 

@@ -4,8 +4,6 @@ import io
 import json
 import logging
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +29,7 @@ from pipelines.errors import ThroughlineError
 from tests.tiny_models import write_autoencoder, write_causal_lm, write_qwen3_vl
 from tests.training.checkpoints import write_checkpoint
 from tests.training.conftest import NUM_LAYERS, TINY_MODEL
+from tests.training.fresh_process import printed_by
 from training.config import SamplerConfig, Strategy
 from training.diffusers_pipeline import ThroughlinePipeline
 from training.export import build_pipeline, export_pipeline
@@ -39,7 +38,6 @@ from training.sampling import load_sampler
 
 pytestmark = pytest.mark.slow
 
-ROOT = Path(__file__).resolve().parents[2]
 SETTINGS = SamplerConfig(num_steps=3, guidance_scale=2.5, time_shift=3.0)
 SHAPE = (TINY_MODEL.latent_channels, TINY_MODEL.latent_size, TINY_MODEL.latent_size)
 
@@ -174,13 +172,8 @@ def test_a_fresh_process_loads_the_folder_both_ways(exported: Path, tmp_path: Pa
         "    images = pipe('a dog', generator=torch.Generator().manual_seed(1), output_type='np').images\n"
         "    print(images.shape, round(float(images.sum()), 3))\n"
     )
-    environment = {"PYTHONPATH": str(ROOT), "HF_HOME": str(tmp_path), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(exported)], cwd=tmp_path, env=environment, capture_output=True, text=True,
-        check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    first, second = done.stdout.splitlines()[-2:]
+    lines = printed_by(code, tmp_path, str(exported))
+    first, second = lines[-2:]
     assert first == second and first.startswith("(1, 32, 32, 3)")
 
 
@@ -195,12 +188,8 @@ def test_a_fresh_process_loads_it_by_its_id_of_a_hub(exported: Path, tmp_path: P
         "pipe = DiffusionPipeline.from_pretrained('user/repo', trust_remote_code=True)\n"
         "print(pipe('a dog', generator=torch.Generator().manual_seed(1), output_type='np').images.shape)\n"
     )
-    environment = {"PYTHONPATH": str(ROOT), "HF_HOME": str(tmp_path), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[-1] == "(1, 32, 32, 3)"
+    lines = printed_by(code, tmp_path)
+    assert lines[-1] == "(1, 32, 32, 3)"
 
 
 def test_without_trust_the_general_class_refuses_the_folders_code(exported: Path) -> None:

@@ -1,7 +1,5 @@
 """The stage `pipeline_export`: loads from its own output folder, the same bytes each time, reused, resumed."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,10 +10,9 @@ from pipelines.manifest import damaged_files
 from pipelines.stage import StageOutput, Unit
 from tests.tiny_models import write_autoencoder
 from tests.training.checkpoints import write_checkpoint
+from tests.training.fresh_process import printed_by
 from training.config import PipelineExportConfig, SamplerConfig, Strategy
 from training.pipeline_export import STAGE
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -94,10 +91,5 @@ def test_a_fresh_process_draws_from_the_outputs_folder(tmp_path: Path, llm: Mode
         "pipe = DiffusionPipeline.from_pretrained(sys.argv[1], trust_remote_code=True)\n"
         "print(pipe('a dog', generator=torch.Generator().manual_seed(1), output_type='np').images.shape)\n"
     )
-    environment = {"PYTHONPATH": str(ROOT), "HF_HOME": str(tmp_path), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(output.folder)], cwd=tmp_path, env=environment, capture_output=True, text=True,
-        check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[-1] == "(1, 32, 32, 3)"
+    lines = printed_by(code, tmp_path, str(output.folder))
+    assert lines[-1] == "(1, 32, 32, 3)"
