@@ -25,9 +25,12 @@ TRANSFER = TransferConfig(connect_seconds=2, read_seconds=15, attempts=3, part_b
 _MOST_BUCKETS = 200
 _REMEMBERS_SECONDS = 1
 """How long rclone trusts its list of a folder; with 0 its locks block each other and it stops answering."""
-_DRIPS, _DRIP_SECONDS = 8, 0.4
+_DRIPS, _DRIP_SECONDS = 20, 0.25
 """How many pieces a slow transfer comes in for a while, and the silence before each: together more than a time-out
 of the tests of the client, each alone far less."""
+_RECEIVE_BYTES = 1 << 18
+"""The proxy's receive buffer, fixed. One that grows, to tens of MiB where the kernel allows it, lets a client whose
+buffers are full send again only when a sixteenth of it is free: a slow reader then looks like one that stalls."""
 _BUSY = b"<?xml version='1.0'?><Error><Code>SlowDown</Code><Message>Reduce your request rate</Message></Error>"
 
 
@@ -123,6 +126,10 @@ class FaultyProxy(LoopbackServer):
         class Server(socketserver.ThreadingTCPServer):
             daemon_threads = True
             allow_reuse_address = True
+
+            def server_bind(self) -> None:
+                self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _RECEIVE_BYTES)  # connections inherit it
+                super().server_bind()
 
         self._server = Server(("127.0.0.1", 0), Handler)
 
