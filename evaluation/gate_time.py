@@ -116,7 +116,8 @@ def trajectory_estimates(
     import torch
 
     from training.feature_source import pad_texts
-    from training.sampling import TextBatch, sample_latents
+    from training.sampling import sample_latents
+    from training.step_conditioning import TextBatch
 
     def text_batch(prepared: "Sequence[Tensor]") -> TextBatch:
         stacked, lengths, mask = pad_texts(prepared)

@@ -35,10 +35,11 @@ from training.dit import Backbone, build_model
 from training.feature_source import pad_texts, prepare_text
 from training.fuse_dit import FuseDiT
 from training.model_card import model_card
-from training.sampling import TextBatch, sample_latents
+from training.sampling import sample_latents
 from training.saved_model import ConditioningRecord
 from training.schedule import build_scheduler, check_scheduler
 from training.shared_attention import shared_attention_of
+from training.step_conditioning import TextBatch
 
 logger = logging.get_logger(__name__)
 

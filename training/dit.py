@@ -7,14 +7,14 @@ x += MLP(norm x), with no timestep conditioning unless the configuration adds it
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from training.config import ModelConfig, Strategy, check_gate_signal
-from training.cpu_products import linear
+from training.cpu_products import linear, pack
 from training.fusion import Fusion, Prepared
 from training.layers import (
     CrossAttention,
@@ -32,8 +32,18 @@ from training.layers import (
 from training.time_head import TimeHead
 
 _TIME_EMBEDDING_SIZE = 256
-TextProjection = tuple[Tensor, Tensor]
-"""Weight (out, in) and bias (out,) of a map of text."""
+
+
+class TextProjection(NamedTuple):
+    """A map of text: weight (out, in), bias (out,), and the weight as `cpu_products.pack` lays it out, if it did."""
+
+    weight: Tensor
+    bias: Tensor
+    packed: Tensor | None = None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, self.bias, packed=self.packed)
+
 
 _NUM_MODULATIONS = 6
 """Scale, shift and gate for attention and for the MLP."""
@@ -157,6 +167,12 @@ class Backbone(nn.Module, ABC):
 
         `projections` are those of `text_projections`, where they were made before.
         """
+
+    def text_keys_values_at(
+        self, prepared: Prepared, times: Tensor, projections: Sequence[TextProjection] | None = None
+    ) -> list[list[KeysValues]]:
+        """What `text_keys_values` gives for every text at each of the times (T,), where it depends on them."""
+        raise NotImplementedError(f"{type(self).__name__} has no gate that sees time")
 
     def text_projections(self) -> list[TextProjection] | None:
         """What `text_keys_values` makes of weights alone, worth keeping while it is asked for many times; or None."""
@@ -283,33 +299,47 @@ class DiT(Backbone):
         learns. Blocks that see different conditioning take the matrix into their own key and value weights
         (`text_projections`) where those have fewer rows than the batch has tokens.
         """
-        fused = self.fusion.fuse(prepared, t)
-        normed = rms_norm(fused, torch.ones_like(self.text_norm.weight), self.text_norm.eps)
+        return self._keys_values(self.fusion.fuse(prepared, t), projections)
+
+    def text_keys_values_at(
+        self, prepared: Prepared, times: Tensor, projections: Sequence[TextProjection] | None = None
+    ) -> list[list[KeysValues]]:
+        fused = self.fusion.fuse_at(prepared, times)
+        by_block = self._keys_values(fused.flatten(1, 2), projections)
+        split = [(k.chunk(len(times)), v.chunk(len(times))) for k, v in by_block]
+        return [[(k[place], v[place]) for k, v in split] for place in range(len(times))]
+
+    def _keys_values(self, fused: Tensor, projections: Sequence[TextProjection] | None) -> list[KeysValues]:
+        """Keys and values of each block from H_cond (V, B, S, C)."""
+        normed = rms_norm(fused, None, self.text_norm.eps)
         attentions = self._cross_attentions()
         if projections is None and self.folds_text_projection:
             rows = sum(attention.text_kv.out_features for attention in attentions)
             projections = self.text_projections() if rows < normed.shape[:-1].numel() else None
-        inputs = normed if projections is not None else linear(normed, *self._projection())
+        inputs = normed if projections is not None else self._projection()(normed)
         variants = list(inputs) * (1 if inputs.shape[0] > 1 else len(attentions))
         if projections is None:
             blocks = [cast(Block, block) for block in self.blocks]
             return [block.text_keys_values(variant) for block, variant in zip(blocks, variants, strict=True)]
         return [
-            attention.keys_values(linear(variant, *projection))
+            attention.keys_values(projection(variant))
             for attention, variant, projection in zip(attentions, variants, projections, strict=True)
         ]
 
     def text_projections(self) -> list[TextProjection]:
         """Maps of normed H_cond to each block's keys and values: W_d (P u_d + b) = (W_d P) u_d + W_d b."""
-        matrix, bias = self._projection()
+        projection = self._projection()
         attentions = self._cross_attentions()
         weight = torch.cat([attention.text_kv.weight for attention in attentions])
-        return list(
-            zip(linear(weight, matrix.t()).chunk(len(attentions)), (weight @ bias).chunk(len(attentions)), strict=True)
-        )
+        folded = linear(weight, projection.weight.t()).chunk(len(attentions))
+        biases = (weight @ projection.bias).chunk(len(attentions))
+        packed = () if torch.is_grad_enabled() else pack(folded)
+        return [TextProjection(*maps) for maps in zip(folded, biases, packed or (None,) * len(folded), strict=True)]
 
     def _projection(self) -> TextProjection:
-        return self.text_projection.weight * self.text_norm.weight, cast(Tensor, self.text_projection.bias)
+        return TextProjection(
+            self.text_projection.weight * self.text_norm.weight, cast(Tensor, self.text_projection.bias)
+        )
 
     def _cross_attentions(self) -> list[CrossAttention]:
         return [cast(CrossAttention, cast(Block, block).cross_attention) for block in self.blocks]

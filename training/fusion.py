@@ -27,6 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from training.config import Strategy
+from training.cpu_products import linear
 from training.layers import sinusoids
 
 LAYER_NORM_EPS = 1e-5
@@ -46,9 +47,10 @@ def stack_texts(prepared: Prepared) -> Tensor:
     rows, _, channels = prepared[0].shape
     longest = max(text.shape[1] for text in prepared)
     device = next((text.device for text in prepared if text.device.type != "cpu"), prepared[0].device)
-    stacked = torch.zeros(rows, len(prepared), longest, channels, device=device)
+    stacked = torch.empty(rows, len(prepared), longest, channels, device=device)
     for place, text in enumerate(prepared):
         stacked[:, place, : text.shape[1]] = text
+        stacked[:, place, text.shape[1] :] = 0
     return stacked
 
 
@@ -195,17 +197,27 @@ class Fusion(nn.Module):
         if self.is_fixed:
             return stack_texts(prepared)
         alpha = self.all_weights(t) if self.logits is None else self.logits.float().softmax(-1)[:, None]
-        if t.device.type == "cpu":
-            texts = prepared.unbind(1) if isinstance(prepared, Tensor) else prepared
-            dtype = prepared.dtype if isinstance(prepared, Tensor) else torch.float32
-            return cast(Tensor, _SumOnCpu.apply(alpha.to(dtype), *texts))
-        prepared = stack_texts(prepared)
-        num_layers, batch, tokens, channels = prepared.shape
-        alpha = alpha.to(prepared.dtype)
-        if self.logits is not None:
-            return (alpha[:, 0] @ prepared.reshape(num_layers, -1)).view(-1, batch, tokens, channels)
-        fused = alpha.transpose(0, 1) @ prepared.flatten(2).transpose(0, 1)
-        return fused.view(batch, -1, tokens, channels).transpose(0, 1)
+        return _weighted_sums(alpha, prepared)
+
+    def fuse_at(self, prepared: Prepared, times: Tensor) -> Tensor:
+        """Eq. 2 for all blocks and every text at each of the times (T,): -> (V, T, B, N, C)."""
+        alpha = self.all_weights(times)
+        return _weighted_sums(alpha.flatten(0, 1)[:, None], prepared).unflatten(0, alpha.shape[:2])
+
+
+def _weighted_sums(alpha: Tensor, prepared: Prepared) -> Tensor:
+    """sum_l alpha (V, B or 1, L) * prepared (L, B, N, C) -> (V, B, N, C)."""
+    if alpha.device.type == "cpu":
+        texts = prepared.unbind(1) if isinstance(prepared, Tensor) else prepared
+        dtype = prepared.dtype if isinstance(prepared, Tensor) else torch.float32
+        return cast(Tensor, _SumOnCpu.apply(alpha.to(dtype), *texts))
+    prepared = stack_texts(prepared)
+    num_layers, batch, tokens, channels = prepared.shape
+    alpha = alpha.to(prepared.dtype)
+    if alpha.shape[1] == 1:
+        return (alpha[:, 0] @ prepared.reshape(num_layers, -1)).view(-1, batch, tokens, channels)
+    fused = alpha.transpose(0, 1) @ prepared.flatten(2).transpose(0, 1)
+    return fused.view(batch, -1, tokens, channels).transpose(0, 1)
 
 
 class _SumOnCpu(torch.autograd.Function):
@@ -229,7 +241,7 @@ class _SumOnCpu(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         texts, grad = ctx.saved_tensors, grads[0]
         products = [
-            grad[:, sample, : text.shape[1]].flatten(1) @ text.to(grad.dtype).flatten(1).T
+            linear(grad[:, sample, : text.shape[1]].flatten(1), text.to(grad.dtype).flatten(1))
             for sample, text in enumerate(texts)
         ]
         of_alpha = torch.stack(products, dim=1)

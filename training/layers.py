@@ -118,22 +118,23 @@ class RMSNorm(nn.Module):
         return rms_norm(x, self.weight, self.eps)
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     """x / sqrt(mean(x^2) + eps) * weight over the last axis, computed in fp32, returned as x's type."""
+    weight = None if weight is None else weight.float()
     if x.device.type != "cpu":
-        return F.rms_norm(x.float(), weight.shape, weight.float(), eps).to(x.dtype)
-    return _RmsNormOnCpu.apply(x.float(), weight.float(), eps).to(x.dtype)
+        return F.rms_norm(x.float(), x.shape[-1:], weight, eps).to(x.dtype)
+    return _RmsNormOnCpu.apply(x.float(), weight, eps).to(x.dtype)
 
 
 class _RmsNormOnCpu(torch.autograd.Function):
     """F.rms_norm has no kernel of its own on CPUs: backward takes it 1.5 ms for 512 x 384 values, this 0.3 ms."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
         norms = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
         scale = norms.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
         ctx.save_for_backward(x, scale, weight)
-        return (x * scale).mul_(weight)
+        return x * scale if weight is None else (x * scale).mul_(weight)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
@@ -143,11 +144,11 @@ class _RmsNormOnCpu(torch.autograd.Function):
         grad = grads[0].contiguous()
         with torch.autocast("cpu", enabled=False):
             grad_x, grad_weight, _ = torch.ops.aten.native_layer_norm_backward(
-                grad, x, weight.shape, torch.zeros_like(scale), scale, weight, None, [needs_x, needs_weight, False]
+                grad, x, x.shape[-1:], torch.zeros_like(scale), scale, weight, None, [needs_x, needs_weight, False]
             )
             if needs_x:
-                means = torch.mv(grad.flatten(0, -2), weight).view_as(scale).div_(x.shape[-1])
-                grad_x.add_(means.mul_(scale))
+                sums = grad.sum(-1) if weight is None else torch.mv(grad.flatten(0, -2), weight)
+                grad_x.add_(sums.view_as(scale).div_(x.shape[-1]).mul_(scale))
         return grad_x, grad_weight, None
 
 

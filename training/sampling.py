@@ -1,10 +1,6 @@
 """Images from a checkpoint: flow matching with Euler steps and guidance, the text side computed once.
 
-What depends on the text alone (fusion, projection, keys and values of every block) is computed once per prompt, or
-once per prompt and scheduled time where the gate follows time; the unconditional text once per schedule. Only where
-the gate follows a time read off the latents is it computed for each image and step.
-
-Shapes: B images, P distinct prompts, S text tokens, D blocks, G key and value heads, E channels of a head.
+Shapes: B images, P distinct prompts, S text tokens.
 """
 
 from collections import OrderedDict
@@ -14,7 +10,6 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from features.templates import unconditional_template
@@ -22,14 +17,14 @@ from pipelines.config import ModelRef
 from pipelines.errors import ThroughlineError
 from pipelines.stage import StageOutput
 from training.config import SamplerConfig
-from training.dit import Backbone, TextProjection
+from training.dit import Backbone
 from training.feature_source import load_text_encoder, pad_texts, prepare_text, unconditional_hidden_states
 from training.flow import sampling_noise
-from training.fusion import shift_gate_time
-from training.layers import KeysValues, packed_weights
+from training.layers import packed_weights
 from training.process_memory import keep_freed_memory
 from training.saved_model import SavedModel, check_models, load_model
 from training.schedule import build_scheduler, euler_step, flow_time
+from training.step_conditioning import StepConditioning, TextBatch
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -40,76 +35,6 @@ OnStep = Callable[[int, int, Tensor], Tensor | None]
 """Called after each step with its index, the number of steps, and the latents (B, C, h, w); may return others."""
 
 _KEPT_PROMPTS = 512
-
-
-@dataclass
-class TextBatch:
-    """Prepared text of P prompts, and the keys and values made of it, by time where they depend on it."""
-
-    prepared: Tensor
-    """(K, P, S, C')"""
-    lengths: Tensor
-    mask: Tensor | None
-    _cache: dict[float, list[KeysValues]] = field(default_factory=dict)
-
-    def keys_values(
-        self, model: Backbone, t: Tensor, projections: list[TextProjection] | None, *, keep_times: bool
-    ) -> list[KeysValues]:
-        """Keys and values of each block, (P, G, S, E), at gate time t (a scalar)."""
-        time = float(t) if model.text_depends_on_time else 0.0
-        found = self._cache.get(time)
-        if found is None:
-            found = model.text_keys_values(self.prepared, t.expand(self.prepared.shape[1]), projections)
-            if model.text_depends_on_time and not keep_times:
-                self._cache.clear()
-            self._cache[time] = found
-        return found
-
-
-def _join(
-    first: Sequence[KeysValues], first_rows: Tensor | None, second: Sequence[KeysValues], second_rows: Tensor | None
-) -> list[KeysValues]:
-    """Lay rows of two batches of texts end to end, the shorter texts padded with zeros."""
-    longest = max(first[0][0].shape[2], second[0][0].shape[2])
-
-    def joined(a: Tensor, b: Tensor) -> Tensor:
-        return torch.cat([_lengthen(_pick(a, first_rows), longest), _lengthen(_pick(b, second_rows), longest)])
-
-    return [(joined(a[0], b[0]), joined(a[1], b[1])) for a, b in zip(first, second, strict=True)]
-
-
-def _pick(keys_or_values: Tensor, rows: Tensor | None) -> Tensor:
-    """Rows by number, None for all as they are; not copied where one is wanted again and again."""
-    if rows is None:
-        return keys_or_values
-    if keys_or_values.shape[0] == 1:
-        return keys_or_values.expand(len(rows), -1, -1, -1)
-    return keys_or_values[rows]
-
-
-def _lengthen(keys_or_values: Tensor, longest: int) -> Tensor:
-    missing = longest - keys_or_values.shape[2]
-    return F.pad(keys_or_values, (0, 0, 0, missing)) if missing else keys_or_values
-
-
-def _keys_values_by_image(
-    model: Backbone,
-    text: TextBatch,
-    unconditional: TextBatch | None,
-    prompt_of: Tensor,
-    gate_t: Tensor,
-    projections: list[TextProjection] | None,
-) -> list[KeysValues]:
-    """Keys and values at gate times (B,) of the images' own: unconditional rows first, then each image's prompt.
-
-    Both branches of an image share its time. Nothing is kept, since no two images or steps have the same.
-    """
-    conditional = model.text_keys_values(text.prepared[:, prompt_of], gate_t, projections)
-    if unconditional is None:
-        return conditional
-    batch = len(prompt_of)
-    without = model.text_keys_values(unconditional.prepared.expand(-1, batch, -1, -1), gate_t, projections)
-    return _join(without, None, conditional, None)
 
 
 @torch.no_grad()
@@ -131,39 +56,25 @@ def sample_latents(
     (None: from its first). Guidance is u + s * (c - u), both branches in one batch. `scheduler` is one of diffusers'
     for flow matching with its timesteps set; None takes Euler steps as `settings` say.
     """
-    num_prompts, batch = text.prepared.shape[1], noise.shape[0]
-    guided = settings.guidance_scale != 1
+    batch, guided = noise.shape[0], settings.guidance_scale != 1
     away = torch.zeros_like(prompt_of) if unconditional_of is None else unconditional_of
     lengths = text.lengths[prompt_of]
     lengths = torch.cat([unconditional.lengths[away], lengths]) if guided else lengths
-    each_once = num_prompts == batch and torch.equal(prompt_of, torch.arange(batch, device=prompt_of.device))
-    rows = None if each_once else prompt_of
     longest = int(max(text.lengths.max(), unconditional.lengths.max())) if guided else int(text.lengths.max())
     padded = bool((lengths < longest).any())
     mask = torch.arange(longest, device=noise.device) < lengths[:, None] if padded else None
     if scheduler is None:
         scheduler = build_scheduler(settings.num_steps, settings.time_shift)
     timesteps = cast(Tensor, scheduler.timesteps)
-    joined: list[KeysValues] | None = None
-    projections = model.text_projections() if model.text_depends_on_time else None
+    times = flow_time(timesteps).to(noise.device)
     x_t = noise
     with packed_weights(model):
-        for index, timestep in enumerate(timesteps):
-            t = flow_time(timestep).to(noise.device)
-            if joined is None or model.text_depends_on_time:
-                gate_t = model.gate_time(x_t, t)
-                gate_t = shift_gate_time(gate_t) if settings.gate_shift else gate_t
-                if model.text_depends_on_latents:
-                    without = unconditional if guided else None
-                    joined = _keys_values_by_image(model, text, without, prompt_of, gate_t, projections)
-                else:
-                    conditional = text.keys_values(model, gate_t, projections, keep_times=False)
-                    if guided:
-                        of_none = unconditional.keys_values(model, gate_t, projections, keep_times=True)
-                        joined = _join(of_none, away, conditional, rows)
-                    else:
-                        joined = [(_pick(k, rows), _pick(v, rows)) for k, v in conditional]
-            velocity = model.velocity(x_t, t[None], joined, lengths, mask).float()
+        conditioning = StepConditioning(
+            model, text, unconditional if guided else None, prompt_of, away, times, gate_shift=settings.gate_shift
+        )
+        for index, (timestep, t) in enumerate(zip(timesteps, times, strict=True)):
+            keys_values = conditioning.keys_values(index, x_t)
+            velocity = model.velocity(x_t, t[None], keys_values, lengths, mask).float()
             if guided:
                 unguided, towards_text = velocity.split(batch)
                 velocity = unguided + settings.guidance_scale * (towards_text - unguided)

@@ -25,7 +25,8 @@ from training.config import ModelConfig, SamplerConfig, Strategy, TrainingConfig
 from training.feature_source import Batch, pad_texts, prepare_text
 from training.loop import batch_losses
 from training.run_state import build_optimizer
-from training.sampling import TextBatch, sample_latents
+from training.sampling import sample_latents
+from training.step_conditioning import TextBatch
 
 SHAPES = {
     "paper": ModelConfig(),

@@ -26,7 +26,8 @@ from tests.benchmarks.record import write_results
 from training.config import ModelConfig, SamplerConfig, Strategy
 from training.feature_source import pad_texts, prepare_text
 from training.process_memory import keep_freed_memory
-from training.sampling import TextBatch, sample_latents
+from training.sampling import sample_latents
+from training.step_conditioning import TextBatch
 
 
 def sampling_run(config: ModelConfig, strategy: Strategy, args: argparse.Namespace) -> Callable[[], object]:

@@ -226,17 +226,19 @@ def test_rotary_attention_depends_on_relative_positions_alone() -> None:
     assert (score((1, 2), (3, 5)) - score((1, 2), (5, 3))).abs() > 1e-4
 
 
-def test_rms_norm_and_its_gradients_follow_the_equation() -> None:
+@pytest.mark.parametrize("weighted", [True, False])
+def test_rms_norm_and_its_gradients_follow_the_equation(weighted: bool) -> None:
     generator = torch.Generator().manual_seed(0)
     x, grad = torch.randn(2, 2, 3, 4, 24, generator=generator)
     x, weight = (x[..., 4:20] * 3 + 1).requires_grad_(), torch.randn(16, generator=generator).requires_grad_()
     grad = grad[..., :16]
-    rms_norm(x, weight, 1e-3).backward(grad)
+    rms_norm(x, weight if weighted else None, 1e-3).backward(grad)
     exact_x, exact_weight = (value.detach().double().requires_grad_() for value in (x, weight))
-    expected = exact_x / (exact_x.square().mean(-1, keepdim=True) + 1e-3).sqrt() * exact_weight
+    expected = exact_x / (exact_x.square().mean(-1, keepdim=True) + 1e-3).sqrt() * (exact_weight if weighted else 1)
     expected.backward(grad.double())
-    torch.testing.assert_close(rms_norm(x, weight, 1e-3).double(), expected, atol=1e-5, rtol=1e-5)
-    for value, exact in ((x, exact_x), (weight, exact_weight)):
+    found = rms_norm(x, weight if weighted else None, 1e-3).double()
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    for value, exact in ((x, exact_x), (weight, exact_weight)) if weighted else ((x, exact_x),):
         assert value.grad is not None
         assert exact.grad is not None
         torch.testing.assert_close(value.grad.double(), exact.grad, atol=1e-5, rtol=1e-5)

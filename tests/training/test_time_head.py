@@ -19,9 +19,10 @@ from training.fusion import shift_gate_time
 from training.layers import initialise
 from training.loop import batch_losses
 from training.params import count_parameters
-from training.sampling import TextBatch, sample_latents
+from training.sampling import sample_latents
 from training.saved_model import load_model
 from training.schedule import build_scheduler, euler_step, flow_time
+from training.step_conditioning import TextBatch
 from training.time_head import TimeHead, time_losses
 
 ESTIMATED = TINY_MODEL.model_copy(update={"gate_signal": "estimated"})
