@@ -115,20 +115,14 @@ def trajectory_estimates(
     """
     import torch
 
-    from training.feature_source import pad_texts
     from training.sampling import sample_latents
     from training.step_conditioning import TextBatch
-
-    def text_batch(prepared: "Sequence[Tensor]") -> TextBatch:
-        stacked, lengths, mask = pad_texts(prepared)
-        device = noise.device
-        return TextBatch(stacked.to(device), lengths.to(device), None if mask is None else mask.to(device))
 
     visited = [noise]
     sample_latents(
         model,
-        text_batch(texts),
-        text_batch([unconditional]),
+        TextBatch.of(texts, noise.device),
+        TextBatch.of([unconditional], noise.device),
         torch.arange(len(texts), device=noise.device),
         noise,
         settings,

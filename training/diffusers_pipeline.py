@@ -32,7 +32,7 @@ from pipelines.digest import LOCAL_PREFIX, local_revision
 from pipelines.errors import ThroughlineError
 from training.config import ModelConfig, SamplerConfig, Strategy
 from training.dit import Backbone, build_model
-from training.feature_source import pad_texts, prepare_text
+from training.feature_source import prepare_text
 from training.fuse_dit import FuseDiT
 from training.model_card import model_card
 from training.sampling import sample_latents
@@ -275,8 +275,7 @@ class ThroughlinePipeline(DiffusionPipeline):
                 )
             hidden_states = encoded.hidden_states.to(self.text_encoder.device)
             prepared.append(prepare_text(backbone.prepare_text, hidden_states, torch.float32).cpu())
-        stacked, lengths, mask = pad_texts(prepared)
-        batch = TextBatch(stacked.to(device, self.transformer.dtype), lengths.to(device), mask)
+        batch = TextBatch.of(prepared, device, self.transformer.dtype)
         places = [distinct.index(text) for text in texts for _ in range(images_per_text)]
         return batch, torch.tensor(places, device=device)
 

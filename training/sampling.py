@@ -18,7 +18,7 @@ from pipelines.errors import ThroughlineError
 from pipelines.stage import StageOutput
 from training.config import SamplerConfig
 from training.dit import Backbone
-from training.feature_source import load_text_encoder, pad_texts, prepare_text, unconditional_hidden_states
+from training.feature_source import load_text_encoder, prepare_text, unconditional_hidden_states
 from training.flow import sampling_noise
 from training.layers import packed_weights
 from training.process_memory import keep_freed_memory
@@ -176,8 +176,7 @@ class Sampler:
         return found
 
     def _text_batch(self, texts: Sequence[Tensor]) -> TextBatch:
-        prepared, lengths, mask = pad_texts(texts)
-        return TextBatch(prepared.to(self.device), lengths.to(self.device), mask)
+        return TextBatch.of(texts, self.device)
 
 
 def load_sampler(

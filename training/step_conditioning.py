@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from training.dit import Backbone
-from training.fusion import shift_gate_time
+from training.feature_source import text_lengths
+from training.fusion import Prepared, shift_gate_time, stack_texts
 from training.layers import KeysValues
 
 _FUSED_VALUES = 2**24
@@ -26,12 +27,35 @@ _FUSED_VALUES = 2**24
 class TextBatch:
     """Prepared text of P prompts, and the keys and values made of it for every block, by time."""
 
-    prepared: Tensor
-    """(K, P, S, C')"""
+    prepared: Prepared
+    """(K, P, S, C'), or P of (K, S_i, C')"""
     lengths: Tensor
-    mask: Tensor | None
     made: dict[float, list[KeysValues]] = field(default_factory=dict)
     """(P, G, S, E) at gate times; at 0 where they don't depend on time."""
+
+    @classmethod
+    def of(cls, texts: Sequence[Tensor], device: torch.device, dtype: torch.dtype = torch.float32) -> "TextBatch":
+        """Gather prepared texts (K, S_i, C'): stacked on an accelerator, left where they lie on a CPU."""
+        lengths, _ = text_lengths(texts)
+        together = device.type != "cpu" or dtype != torch.float32
+        prepared = stack_texts(tuple(texts)).to(device, dtype) if together else tuple(texts)
+        return cls(prepared, lengths.to(device))
+
+    @property
+    def num_texts(self) -> int:
+        return len(self.lengths)
+
+    def rows(self, numbers: Tensor) -> Prepared:
+        """Prepared text by number."""
+        if isinstance(self.prepared, Tensor):
+            return self.prepared[:, numbers]
+        return tuple(self.prepared[number] for number in numbers.tolist())
+
+    def num_values(self) -> int:
+        """How many values one row of all texts has."""
+        if isinstance(self.prepared, Tensor):
+            return self.prepared[0].numel()
+        return sum(text[0].numel() for text in self.prepared)
 
 
 class StepConditioning:
@@ -56,7 +80,7 @@ class StepConditioning:
         self._prompt_of, self._unconditional_of = prompt_of, unconditional_of
         self._times, self._gate_shift = times, gate_shift
         self._gate_times = shift_gate_time(times) if gate_shift else times
-        each_once = text.prepared.shape[1] == len(prompt_of) and torch.equal(
+        each_once = text.num_texts == len(prompt_of) and torch.equal(
             prompt_of, torch.arange(len(prompt_of), device=prompt_of.device)
         )
         self._rows = None if each_once else prompt_of
@@ -88,12 +112,12 @@ class StepConditioning:
         """
         if not self._model.text_depends_on_time:
             if not text.made:
-                gate_t = self._gate_times[0].expand(text.prepared.shape[1])
+                gate_t = self._gate_times[0].expand(text.num_texts)
                 text.made[0.0] = self._model.text_keys_values(text.prepared, gate_t, self._projections)
             return 0.0
         time = float(self._gate_times[step])
         if time not in text.made:
-            fused_values = self._model.config.num_blocks * text.prepared[0].numel()
+            fused_values = self._model.config.num_blocks * text.num_values()
             times = self._gate_times[step:][: max(1, _FUSED_VALUES // fused_values)]
             made = self._model.text_keys_values_at(text.prepared, times, self._projections)
             text.made.update(zip(times.tolist(), made, strict=True))
@@ -106,12 +130,11 @@ class StepConditioning:
         """
         gate_t = self._model.gate_time(x_t, self._times[step])
         gate_t = shift_gate_time(gate_t) if self._gate_shift else gate_t
-        prepared = self._text.prepared[:, self._prompt_of]
-        conditional = self._model.text_keys_values(prepared, gate_t, self._projections)
+        conditional = self._model.text_keys_values(self._text.rows(self._prompt_of), gate_t, self._projections)
         if self._unconditional is None:
             return conditional
-        prepared = self._unconditional.prepared[:, self._unconditional_of]
-        without = self._model.text_keys_values(prepared, gate_t, self._projections)
+        of_none = self._unconditional.rows(self._unconditional_of)
+        without = self._model.text_keys_values(of_none, gate_t, self._projections)
         return _join(without, None, conditional, None)
 
 

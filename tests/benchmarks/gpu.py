@@ -150,14 +150,13 @@ def _sampling(config: ModelConfig, strategy: Strategy, size_px: int, args: Any) 
     settings = SamplerConfig(num_steps=args.steps)
 
     def text(hidden_states: torch.Tensor) -> TextBatch:
-        prepared, lengths, mask = pad_texts([prepare_text(prepare, hidden_states, torch.float32)])
-        return TextBatch(prepared.to(device), lengths.to(device), mask)
+        return TextBatch.of([prepare_text(prepare, hidden_states, torch.float32)], torch.device(device))
 
     texts = text(prompt), text(unconditional)
 
     def run() -> None:
         with torch.autocast(device, torch.bfloat16):
-            fresh = [TextBatch(one.prepared, one.lengths, one.mask) for one in texts]
+            fresh = [TextBatch(one.prepared, one.lengths) for one in texts]
             sample_latents(model, *fresh, torch.zeros(1, dtype=torch.long, device=device), noise, settings)
 
     paper = PAPER_LATENCY_MS[strategy] if args.shape == "paper" and size_px == 512 and args.steps == 50 else None

@@ -24,7 +24,7 @@ from tests.benchmarks.model_shape import (
 )
 from tests.benchmarks.record import write_results
 from training.config import ModelConfig, SamplerConfig, Strategy
-from training.feature_source import pad_texts, prepare_text
+from training.feature_source import prepare_text
 from training.process_memory import keep_freed_memory
 from training.sampling import sample_latents
 from training.step_conditioning import TextBatch
@@ -39,7 +39,8 @@ def sampling_run(config: ModelConfig, strategy: Strategy, args: argparse.Namespa
     settings = SamplerConfig(num_steps=args.steps, guidance_scale=args.guidance, batch_size=args.batch)
 
     def text(hidden_states: list[torch.Tensor]) -> TextBatch:
-        return TextBatch(*pad_texts([prepare_text(model.prepare_text, one, torch.float32) for one in hidden_states]))
+        prepared = [prepare_text(model.prepare_text, one, torch.float32) for one in hidden_states]
+        return TextBatch.of(prepared, torch.device("cpu"))
 
     def run() -> None:
         sample_latents(model, text(prompts), text([unconditional]), torch.arange(args.batch), noise, settings)

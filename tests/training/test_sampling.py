@@ -16,7 +16,7 @@ from training.config import SamplerConfig, Strategy
 from training.dit import Backbone
 from training.feature_source import pad_texts
 from training.flow import sampling_noise
-from training.fusion import shift_gate_time
+from training.fusion import Prepared, shift_gate_time
 from training.layers import KeysValues
 from training.sampling import Sampler, load_sampler, sample_latents
 from training.saved_model import ConditioningRecord, SavedModel
@@ -94,12 +94,12 @@ def test_text_is_computed_once_per_prompt_or_once_per_time(
     model = sampler.saved.model
     once, at_times = model.text_keys_values, model.text_keys_values_at
 
-    def counted(prepared: Tensor, t: Tensor, projections: object) -> object:
-        calls.append((prepared.shape[1], 1))
+    def counted(prepared: Prepared, t: Tensor, projections: object) -> object:
+        calls.append((len(prepared), 1))
         return once(prepared, t, projections)  # type: ignore[arg-type]
 
-    def counted_at(prepared: Tensor, times: Tensor, projections: object) -> object:
-        calls.append((prepared.shape[1], len(times)))
+    def counted_at(prepared: Prepared, times: Tensor, projections: object) -> object:
+        calls.append((len(prepared), len(times)))
         return at_times(prepared, times, projections)  # type: ignore[arg-type]
 
     model.text_keys_values = counted  # type: ignore[method-assign, assignment]
@@ -165,7 +165,7 @@ def test_unguided_sampling_leaves_the_unconditional_branch_out() -> None:
         return velocity
 
     model.velocity = counted  # type: ignore[method-assign, assignment]
-    prepared = TextBatch(*pad_texts(texts(model, 3)))
+    prepared = TextBatch.of(texts(model, 3), torch.device("cpu"))
     noise = torch.randn(2, 4, 8, 8)
     for guidance_scale in (1.0, 2.0):
         settings = SamplerConfig(num_steps=1, guidance_scale=guidance_scale)

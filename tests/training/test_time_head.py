@@ -134,7 +134,12 @@ def test_sampling_reads_the_time_of_each_image_and_shares_it_between_branches(
     )
     prompt_of = torch.tensor([0, 1, 0])
     drawn = sample_latents(
-        model, TextBatch(*pad_texts(prompts)), TextBatch(*pad_texts(without)), prompt_of, noise, settings
+        model,
+        TextBatch.of(prompts, torch.device("cpu")),
+        TextBatch.of(without, torch.device("cpu")),
+        prompt_of,
+        noise,
+        settings,
     )
     assert model.time_head is not None
     for row, place in enumerate(prompt_of.tolist()):
