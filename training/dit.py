@@ -29,6 +29,7 @@ from training.layers import (
     rotary_tables,
     sinusoids,
 )
+from training.text_over_time import KeysValuesOverTime, TimeBasis, inverse_rms
 from training.time_head import TimeHead
 
 _TIME_EMBEDDING_SIZE = 256
@@ -168,10 +169,14 @@ class Backbone(nn.Module, ABC):
         `projections` are those of `text_projections`, where they were made before.
         """
 
-    def text_keys_values_at(
-        self, prepared: Prepared, times: Tensor, projections: Sequence[TextProjection] | None = None
-    ) -> list[list[KeysValues]]:
-        """What `text_keys_values` gives for every text at each of the times (T,), where it depends on them."""
+    def time_bases(self, times: Tensor) -> list[TimeBasis]:
+        """What layer weights at scheduled times (T,) are made of, for each gate, where text depends on time."""
+        raise NotImplementedError(f"{type(self).__name__} has no gate that sees time")
+
+    def text_over_time(
+        self, prepared: Prepared, bases: Sequence[TimeBasis], projections: Sequence[TextProjection]
+    ) -> list[KeysValuesOverTime]:
+        """For each block what `text_keys_values` gives for every text, at each of the times of `bases`."""
         raise NotImplementedError(f"{type(self).__name__} has no gate that sees time")
 
     def text_projections(self) -> list[TextProjection] | None:
@@ -299,18 +304,7 @@ class DiT(Backbone):
         learns. Blocks that see different conditioning take the matrix into their own key and value weights
         (`text_projections`) where those have fewer rows than the batch has tokens.
         """
-        return self._keys_values(self.fusion.fuse(prepared, t), projections)
-
-    def text_keys_values_at(
-        self, prepared: Prepared, times: Tensor, projections: Sequence[TextProjection] | None = None
-    ) -> list[list[KeysValues]]:
-        fused = self.fusion.fuse_at(prepared, times)
-        by_block = self._keys_values(fused.flatten(1, 2), projections)
-        split = [(k.chunk(len(times)), v.chunk(len(times))) for k, v in by_block]
-        return [[(k[place], v[place]) for k, v in split] for place in range(len(times))]
-
-    def _keys_values(self, fused: Tensor, projections: Sequence[TextProjection] | None) -> list[KeysValues]:
-        """Keys and values of each block from H_cond (V, B, S, C)."""
+        fused = self.fusion.fuse(prepared, t)
         normed = rms_norm(fused, None, self.text_norm.eps)
         attentions = self._cross_attentions()
         if projections is None and self.folds_text_projection:
@@ -325,6 +319,27 @@ class DiT(Backbone):
             attention.keys_values(projection(variant))
             for attention, variant, projection in zip(attentions, variants, projections, strict=True)
         ]
+
+    def time_bases(self, times: Tensor) -> list[TimeBasis]:
+        return self.fusion.time_bases(times)
+
+    def text_over_time(
+        self, prepared: Prepared, bases: Sequence[TimeBasis], projections: Sequence[TextProjection]
+    ) -> list[KeysValuesOverTime]:
+        maps = list(zip(self._cross_attentions(), projections, strict=True))
+        per_basis = len(maps) // len(bases)  # one, or all
+        timed: list[KeysValuesOverTime] = []
+        for number, basis in enumerate(bases):
+            fused = self.fusion.fuse_directions(prepared, basis)
+            of_basis = maps[number * per_basis : (number + 1) * per_basis]
+            products = [linear(fused, projection.weight, packed=projection.packed) for _, projection in of_basis]
+            coefficients = basis.coefficients.to(products[0].dtype)
+            scales = inverse_rms(fused, coefficients, self.text_norm.eps)
+            timed += [
+                KeysValuesOverTime(coefficients, product, scales, projection.bias, attention.keys_values)
+                for product, (attention, projection) in zip(products, of_basis, strict=True)
+            ]
+        return timed
 
     def text_projections(self) -> list[TextProjection]:
         """Maps of normed H_cond to each block's keys and values: W_d (P u_d + b) = (W_d P) u_d + W_d b."""

@@ -13,6 +13,8 @@ from training.config import ModelConfig, Strategy
 _TIME_EMBEDDING_SIZE = 256
 _NUM_MODULATIONS = 8
 """adaLN's, of blocks and output."""
+_NUM_DIRECTIONS = 6
+"""How many directions layer weights at all scheduled times take at `gate_time_scale` 1 (`text_over_time`)."""
 
 
 @dataclass(frozen=True)
@@ -70,23 +72,29 @@ def count_flops(
     num_steps: int = 50,
     num_text_tokens: int = 512,
     num_branches: int = 2,
+    num_directions: int = _NUM_DIRECTIONS,
 ) -> ImageFlops:
     """Count one image of one prompt; `num_branches` is 2 with guidance.
 
     Not `cached` is how the released code samples: fusion, projection, keys and values anew at every step. `cached` is
-    how `training.sampling` does: once per text, or once per text and time where a gate follows time, and once for both
-    branches what comes before an image first sees its text. The text encoder (None: left out) runs once either way; for
-    fuse_dit the released code stops it at the last shared layer, and `cached` runs all of it and makes the shared
-    layers' keys and values of its hidden states. Raises ValueError where latents are not divisible by the patch size.
+    how `training.sampling` does: once per text, or where a gate follows time once per text and direction of the gate's
+    weights, and once for both branches what comes before an image first sees its text. The text encoder (None: left
+    out) runs once either way; for fuse_dit the released code stops it at the last shared layer, and `cached` runs all
+    of it and makes the shared layers' keys and values of its hidden states. Raises ValueError where latents are not
+    divisible by the patch size.
     """
     if latent_size % config.patch_size:
         raise ValueError(f"latents of {latent_size} are not divisible by the patch size {config.patch_size}")
     text_tokens = num_text_tokens * num_branches
     is_fuse_dit = strategy is Strategy.FUSE_DIT
-    times = num_steps if strategy.has_time_gate or not cached else 1
-    projection, keys_values, fusion = _text_path(config, strategy, text_tokens, num_branches)
-    if is_fuse_dit:
-        times = 1 if cached else 0
+    if strategy.has_time_gate and cached:
+        times = 1
+        projection, keys_values, fusion = _text_over_time(
+            config, strategy, text_tokens, num_steps, min(num_directions, num_steps, config.num_text_layers)
+        )
+    else:
+        times = 1 if cached else 0 if is_fuse_dit else num_steps
+        projection, keys_values, fusion = _text_path(config, strategy, text_tokens, num_branches)
     encoder_layers = config.shared_layers[-1] + 1 if is_fuse_dit and not cached else None
     image_tokens = (latent_size // config.patch_size) ** 2
     spared, spared_attention = _before_text(config, image_tokens, is_fuse_dit)
@@ -109,13 +117,34 @@ def _text_path(config: ModelConfig, strategy: Strategy, text_tokens: int, num_te
     keys_values = 2 * blocks * text_tokens * width * 2 * _key_value_width(config)
     if strategy is Strategy.FUSE_DIT:
         return 0, keys_values, 0
-    variants = blocks if strategy in (Strategy.DEPTH_WISE, Strategy.JOINT) else 1
+    variants = _num_variants(config, strategy)
     fusion = 0
     if strategy not in (Strategy.PENULTIMATE, Strategy.UNIFORM):
         fusion += 2 * variants * layers * text_tokens * width
     if strategy.has_time_gate:
         fusion += 2 * variants * num_texts * config.gate_width * (config.gate_embedding_size + layers)
     return 2 * variants * text_tokens * width**2, keys_values, fusion
+
+
+def _text_over_time(
+    config: ModelConfig, strategy: Strategy, text_tokens: int, num_steps: int, num_directions: int
+) -> tuple[int, int, int]:
+    """Projection, keys and values, and fusion of the text path at all steps, from directions of the gates' weights.
+
+    The projection is taken into the weights of keys and values. Fusion has the products that the norm's factor is made
+    of. What each step combines, a thousandth of it, is left out.
+    """
+    width, layers, variants = config.text_width, config.num_text_layers, _num_variants(config, strategy)
+    rows = config.num_blocks * 2 * _key_value_width(config)
+    gates = num_steps * config.gate_width * (config.gate_embedding_size + layers)
+    sums = num_directions * text_tokens * width * layers
+    norms = num_directions**2 * text_tokens * (width + num_steps)
+    keys_values = rows * num_directions * text_tokens * width
+    return 2 * rows * width**2, 2 * keys_values, 2 * variants * (gates + sums + norms)
+
+
+def _num_variants(config: ModelConfig, strategy: Strategy) -> int:
+    return config.num_blocks if strategy in (Strategy.DEPTH_WISE, Strategy.JOINT) else 1
 
 
 def _backbone(config: ModelConfig, image_tokens: int, *, cross_attention: bool) -> int:

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from training.config import Strategy
 from training.cpu_products import linear
 from training.layers import sinusoids
+from training.text_over_time import TimeBasis
 
 LAYER_NORM_EPS = 1e-5
 
@@ -199,10 +200,13 @@ class Fusion(nn.Module):
         alpha = self.all_weights(t) if self.logits is None else self.logits.float().softmax(-1)[:, None]
         return _weighted_sums(alpha, prepared)
 
-    def fuse_at(self, prepared: Prepared, times: Tensor) -> Tensor:
-        """Eq. 2 for all blocks and every text at each of the times (T,): -> (V, T, B, N, C)."""
-        alpha = self.all_weights(times)
-        return _weighted_sums(alpha.flatten(0, 1)[:, None], prepared).unflatten(0, alpha.shape[:2])
+    def time_bases(self, times: Tensor) -> list[TimeBasis]:
+        """Bases of the layer weights of each of the V gates at times (T,)."""
+        return [TimeBasis.of(alpha) for alpha in self.all_weights(times)]
+
+    def fuse_directions(self, prepared: Prepared, basis: TimeBasis) -> Tensor:
+        """Eq. 2 with the directions of a basis in place of layer weights: -> (R, B, N, C)."""
+        return _weighted_sums(basis.directions[:, None], prepared)
 
 
 def _weighted_sums(alpha: Tensor, prepared: Prepared) -> Tensor:

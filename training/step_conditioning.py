@@ -1,13 +1,14 @@
 """Keys and values of the texts that images are drawn for, at each step of a sampler.
 
-What depends on the text alone (fusion, projection, keys and values of every block) is computed once per prompt, or
-once per prompt and scheduled time where the gate follows time; the unconditional text once per schedule. Only where
-the gate follows a time read off the latents is it computed for each image and step.
+What depends on the text alone (fusion, projection, keys and values of every block) is computed once per prompt, and
+where gates follow time, once for each of the few directions that layer weights at all scheduled times are made of
+(`text_over_time`); the unconditional text once per schedule. Only where the gate follows a time read off the latents is
+it computed for each image and step.
 
 Shapes: B images, P distinct prompts, S text tokens, T scheduled times, G key and value heads, E channels of a head.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -18,20 +19,23 @@ from training.dit import Backbone
 from training.feature_source import text_lengths
 from training.fusion import Prepared, shift_gate_time, stack_texts
 from training.layers import KeysValues
+from training.text_over_time import KeysValuesOverTime, TimeBasis
 
-_FUSED_VALUES = 2**24
-"""How many values of fused text are made at once, of as many scheduled times as that is enough for."""
+_KEPT_VALUES = 2**30
+"""How many values of projected directions are kept at once, 2 GiB in bf16; beyond, some times after others."""
 
 
 @dataclass
 class TextBatch:
-    """Prepared text of P prompts, and the keys and values made of it for every block, by time."""
+    """Prepared text of P prompts, and what was made of it for every block."""
 
     prepared: Prepared
     """(K, P, S, C'), or P of (K, S_i, C')"""
     lengths: Tensor
-    made: dict[float, list[KeysValues]] = field(default_factory=dict)
-    """(P, G, S, E) at gate times; at 0 where they don't depend on time."""
+    fixed: list[KeysValues] | None = None
+    """(P, G, S, E), where they don't depend on time."""
+    over_time: dict[tuple[float, ...], list[KeysValuesOverTime]] = field(default_factory=dict)
+    """(P, G, S, E) at each of some gate times."""
 
     @classmethod
     def of(cls, texts: Sequence[Tensor], device: torch.device, dtype: torch.dtype = torch.float32) -> "TextBatch":
@@ -50,12 +54,6 @@ class TextBatch:
         if isinstance(self.prepared, Tensor):
             return self.prepared[:, numbers]
         return tuple(self.prepared[number] for number in numbers.tolist())
-
-    def num_values(self) -> int:
-        """How many values one row of all texts has."""
-        if isinstance(self.prepared, Tensor):
-            return self.prepared[0].numel()
-        return sum(text[0].numel() for text in self.prepared)
 
 
 class StepConditioning:
@@ -85,43 +83,55 @@ class StepConditioning:
         )
         self._rows = None if each_once else prompt_of
         self._projections = model.text_projections() if model.text_depends_on_time else None
-        self._at_all_times: list[KeysValues] | None = None
+        self._fixed: list[KeysValues] | None = None
+        self._times_at_once = len(times)
+        self._bases: list[list[TimeBasis]] = []
+        if model.text_depends_on_time and not model.text_depends_on_latents:
+            self._prepare_bases()
+
+    def _prepare_bases(self) -> None:
+        """Bases for all times at once, or for as many as have no more directions than may be kept."""
+        config = self._model.config
+        tokens = sum(int(text.lengths.max()) * text.num_texts for text in (self._text, self._unconditional) if text)
+        kept_values = config.num_blocks * tokens * 2 * config.num_kv_heads * config.head_dim
+        most = max(1, _KEPT_VALUES // kept_values)
+        self._bases = [self._model.time_bases(self._gate_times)]
+        if max(len(basis.directions) for basis in self._bases[0]) > most:
+            self._times_at_once = most
+            self._bases = [self._model.time_bases(times) for times in self._gate_times.split(most)]
 
     def keys_values(self, step: int, x_t: Tensor) -> list[KeysValues]:
         """Keys and values of each block, (B or 2 * B, G, S, E), for the step that starts from latents x_t."""
         if self._model.text_depends_on_latents:
             return self._of_each_image(step, x_t)
         if self._model.text_depends_on_time:
-            return self._at_time(step)
-        if self._at_all_times is None:
-            self._at_all_times = self._at_time(0)
-        return self._at_all_times
+            group, place = divmod(step, self._times_at_once)
+            return self._joined(lambda text: [block.at(place) for block in self._over_time(text, group)])
+        if self._fixed is None:
+            self._fixed = self._joined(self._at_any_time)
+        return self._fixed
 
-    def _at_time(self, step: int) -> list[KeysValues]:
-        time = self._make(self._text, step)
-        conditional = self._text.made.pop(time)  # no other step has its time
+    def _joined(self, keys_values_of: Callable[[TextBatch], list[KeysValues]]) -> list[KeysValues]:
+        conditional = keys_values_of(self._text)
         if self._unconditional is None:
             return [(_pick(k, self._rows), _pick(v, self._rows)) for k, v in conditional]
-        of_none = self._unconditional.made[self._make(self._unconditional, step)]
-        return _join(of_none, self._unconditional_of, conditional, self._rows)
+        return _join(keys_values_of(self._unconditional), self._unconditional_of, conditional, self._rows)
 
-    def _make(self, text: TextBatch, step: int) -> float:
-        """See that `text.made` has this step's keys and values, made together with those of the next; return its key.
+    def _at_any_time(self, text: TextBatch) -> list[KeysValues]:
+        if text.fixed is None:
+            gate_t = self._gate_times[0].expand(text.num_texts)
+            text.fixed = self._model.text_keys_values(text.prepared, gate_t, self._projections)
+        return text.fixed
 
-        Products of several times at once are larger, and read the prepared text and the weights once.
-        """
-        if not self._model.text_depends_on_time:
-            if not text.made:
-                gate_t = self._gate_times[0].expand(text.num_texts)
-                text.made[0.0] = self._model.text_keys_values(text.prepared, gate_t, self._projections)
-            return 0.0
-        time = float(self._gate_times[step])
-        if time not in text.made:
-            fused_values = self._model.config.num_blocks * text.num_values()
-            times = self._gate_times[step:][: max(1, _FUSED_VALUES // fused_values)]
-            made = self._model.text_keys_values_at(text.prepared, times, self._projections)
-            text.made.update(zip(times.tolist(), made, strict=True))
-        return time
+    def _over_time(self, text: TextBatch, group: int) -> list[KeysValuesOverTime]:
+        times = tuple(self._gate_times.split(self._times_at_once)[group].tolist())
+        if times not in text.over_time:
+            assert self._projections is not None
+            if text is self._text:
+                text.over_time.clear()  # times go on; those of the unconditional text come again in the next batch
+            made = self._model.text_over_time(text.prepared, self._bases[group], self._projections)
+            text.over_time[times] = made
+        return text.over_time[times]
 
     def _of_each_image(self, step: int, x_t: Tensor) -> list[KeysValues]:
         """Keys and values at gate times (B,) of the images' own, nothing kept: no two images or steps have the same.

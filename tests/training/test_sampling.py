@@ -22,6 +22,7 @@ from training.sampling import Sampler, load_sampler, sample_latents
 from training.saved_model import ConditioningRecord, SavedModel
 from training.schedule import build_scheduler, euler_step, flow_time
 from training.step_conditioning import TextBatch
+from training.text_over_time import TimeBasis
 
 LENGTHS = {"": 1, "a red dog": 5, "two blue houses": 7, "one": 2}
 
@@ -69,14 +70,10 @@ def _sample_plainly(model: Backbone, prompt: str, index: int, seed: int, setting
 
 @pytest.mark.parametrize("strategy", Strategy)
 @pytest.mark.parametrize("guidance_scale", [1.0, 3.0, 6.0])
-def test_cached_sampling_equals_computing_everything_at_every_step(
-    strategy: Strategy, guidance_scale: float, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_cached_sampling_equals_computing_everything_at_every_step(strategy: Strategy, guidance_scale: float) -> None:
     """To 1e-5 of the image's largest value; small values have the rounding of the large ones they are sums of."""
-    two_times = 2 * 2 * TINY_MODEL.num_blocks * max(LENGTHS.values()) * TINY_MODEL.text_width
-    monkeypatch.setattr("training.step_conditioning._FUSED_VALUES", two_times)  # of the four; of one text all
     sampler = _sampler(strategy)
-    settings = SamplerConfig(num_steps=4, guidance_scale=guidance_scale, gate_shift=strategy.has_time_gate)
+    settings = SamplerConfig(num_steps=12, guidance_scale=guidance_scale, gate_shift=strategy.has_time_gate)
     prompts, indices = ["a red dog", "two blue houses", "a red dog"], [0, 0, 3]
     drawn = sampler.latents(prompts, indices, 7, settings)
     for row, (prompt, index) in enumerate(zip(prompts, indices, strict=True)):
@@ -84,29 +81,29 @@ def test_cached_sampling_equals_computing_everything_at_every_step(
         assert (drawn[row] - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
-@pytest.mark.parametrize("fused_values", [0, 2**20], ids=["one time at once", "all times at once"])
+@pytest.mark.parametrize("kept_values", [0, 2**20], ids=["one time at once", "all times at once"])
 @pytest.mark.parametrize("strategy", Strategy)
 def test_text_is_computed_once_per_prompt_or_once_per_time(
-    strategy: Strategy, fused_values: int, monkeypatch: pytest.MonkeyPatch
+    strategy: Strategy, kept_values: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("training.step_conditioning._FUSED_VALUES", fused_values)
+    monkeypatch.setattr("training.step_conditioning._KEPT_VALUES", kept_values)
     sampler, calls = _sampler(strategy), []
     model = sampler.saved.model
-    once, at_times = model.text_keys_values, model.text_keys_values_at
+    once, over_time = model.text_keys_values, model.text_over_time
 
     def counted(prepared: Prepared, t: Tensor, projections: object) -> object:
         calls.append((len(prepared), 1))
         return once(prepared, t, projections)  # type: ignore[arg-type]
 
-    def counted_at(prepared: Prepared, times: Tensor, projections: object) -> object:
-        calls.append((len(prepared), len(times)))
-        return at_times(prepared, times, projections)  # type: ignore[arg-type]
+    def counted_over_time(prepared: Prepared, bases: list[TimeBasis], projections: object) -> object:
+        calls.append((len(prepared), len(bases[0].coefficients)))
+        return over_time(prepared, bases, projections)  # type: ignore[arg-type]
 
     model.text_keys_values = counted  # type: ignore[method-assign, assignment]
-    model.text_keys_values_at = counted_at  # type: ignore[method-assign, assignment]
+    model.text_over_time = counted_over_time  # type: ignore[method-assign, assignment]
     settings = SamplerConfig(num_steps=3)
     sampler.latents(["a red dog", "one", "a red dog"], [0, 0, 1], 0, settings)
-    all_steps = [1] if not strategy.has_time_gate else [3] if fused_values else [1, 1, 1]
+    all_steps = [1] if not strategy.has_time_gate else [3] if kept_values else [1, 1, 1]
     # The unconditional text, and two distinct prompts.
     assert sorted(calls) == [(1, steps) for steps in all_steps] + [(2, steps) for steps in all_steps]
     calls.clear()
