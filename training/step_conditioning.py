@@ -85,20 +85,24 @@ class StepConditioning:
         self._projections = model.text_projections() if model.text_depends_on_time else None
         self._fixed: list[KeysValues] | None = None
         self._times_at_once = len(times)
-        self._bases: list[list[TimeBasis]] = []
+        self._groups: list[tuple[tuple[float, ...], list[TimeBasis]]] = []
+        """Times that are made together, and what layer weights at them are made of."""
         if model.text_depends_on_time and not model.text_depends_on_latents:
-            self._prepare_bases()
+            self._group_times()
 
-    def _prepare_bases(self) -> None:
-        """Bases for all times at once, or for as many as have no more directions than may be kept."""
+    def _group_times(self) -> None:
+        """Take all times at once, or as many as have no more directions than may be kept."""
         config = self._model.config
         tokens = sum(int(text.lengths.max()) * text.num_texts for text in (self._text, self._unconditional) if text)
         kept_values = config.num_blocks * tokens * 2 * config.num_kv_heads * config.head_dim
         most = max(1, _KEPT_VALUES // kept_values)
-        self._bases = [self._model.time_bases(self._gate_times)]
-        if max(len(basis.directions) for basis in self._bases[0]) > most:
+        bases = self._model.time_bases(self._gate_times)
+        self._groups = [(tuple(self._gate_times.tolist()), bases)]
+        if max(len(basis.directions) for basis in bases) > most:
             self._times_at_once = most
-            self._bases = [self._model.time_bases(times) for times in self._gate_times.split(most)]
+            self._groups = [
+                (tuple(times.tolist()), self._model.time_bases(times)) for times in self._gate_times.split(most)
+            ]
 
     def keys_values(self, step: int, x_t: Tensor) -> list[KeysValues]:
         """Keys and values of each block, (B or 2 * B, G, S, E), for the step that starts from latents x_t."""
@@ -124,13 +128,12 @@ class StepConditioning:
         return text.fixed
 
     def _over_time(self, text: TextBatch, group: int) -> list[KeysValuesOverTime]:
-        times = tuple(self._gate_times.split(self._times_at_once)[group].tolist())
+        times, bases = self._groups[group]
         if times not in text.over_time:
             assert self._projections is not None
             if text is self._text:
                 text.over_time.clear()  # times go on; those of the unconditional text come again in the next batch
-            made = self._model.text_over_time(text.prepared, self._bases[group], self._projections)
-            text.over_time[times] = made
+            text.over_time[times] = self._model.text_over_time(text.prepared, bases, self._projections)
         return text.over_time[times]
 
     def _of_each_image(self, step: int, x_t: Tensor) -> list[KeysValues]:

@@ -7,6 +7,7 @@ from tests.training.conftest import TINY_MODEL
 from tests.training.test_dit import built, texts
 from training.config import Strategy
 from training.dit import DiT
+from training.fusion import stack_texts
 from training.text_over_time import TimeBasis, inverse_rms
 
 TIMES = torch.linspace(0.01, 0.99, 50)
@@ -31,6 +32,19 @@ def test_keys_and_values_are_those_of_each_time(strategy: Strategy, time_scale: 
         for block, expected in zip(timed, alone, strict=True):
             for found, value in zip(block.at(place), expected, strict=True):
                 torch.testing.assert_close(found, value, rtol=0, atol=1e-5 * float(value.abs().max()))
+
+
+@torch.no_grad()
+def test_bf16_loses_no_more_than_at_each_time_alone() -> None:
+    model = gated(Strategy.JOINT)
+    exact = model.text_keys_values(tuple(texts(model, 3, 5)), TIMES[17].expand(2))
+    prepared = stack_texts(tuple(texts(model, 3, 5))).bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        timed = model.text_over_time(prepared, model.time_bases(TIMES), model.text_projections())
+        alone = model.text_keys_values(prepared, TIMES[17].expand(2))
+    for block, of_time, expected in zip(timed, alone, exact, strict=True):
+        for found, other, value in zip(block.at(17), of_time, expected, strict=True):
+            assert (found - value).square().mean() < 2 * (other.float() - value).square().mean()
 
 
 @pytest.mark.parametrize("strategy", [Strategy.TIME_WISE, Strategy.JOINT])
