@@ -13,8 +13,8 @@ from training.config import ModelConfig, Strategy
 _TIME_EMBEDDING_SIZE = 256
 _NUM_MODULATIONS = 8
 """adaLN's, of blocks and output."""
-_NUM_DIRECTIONS = 6
-"""How many directions layer weights at all scheduled times take at `gate_time_scale` 1 (`text_over_time`)."""
+_NUM_DIRECTIONS = 8
+"""How many directions layer weights at all scheduled times take at `gate_time_scale` 1, about (`text_over_time`)."""
 
 
 @dataclass(frozen=True)
