@@ -329,8 +329,7 @@ class DiT(Backbone):
         maps = list(zip(self._cross_attentions(), projections, strict=True))
         per_basis = len(maps) // len(bases)  # one, or all
         timed: list[KeysValuesOverTime] = []
-        for number, basis in enumerate(bases):
-            fused = self.fusion.fuse_directions(prepared, basis)
+        for number, (basis, fused) in enumerate(zip(bases, self.fusion.fuse_directions(prepared, bases), strict=True)):
             of_basis = maps[number * per_basis : (number + 1) * per_basis]
             products = [linear(fused, projection.weight, packed=projection.packed) for _, projection in of_basis]
             coefficients = basis.coefficients.to(products[0].dtype)

@@ -20,6 +20,7 @@ Time runs as in the paper: t = 0 is noise, t = 1 is data.
 """
 
 import math
+from collections.abc import Iterator, Sequence
 from typing import Any, TypeAlias, cast
 
 import torch
@@ -32,6 +33,8 @@ from training.layers import sinusoids
 from training.text_over_time import TimeBasis
 
 LAYER_NORM_EPS = 1e-5
+_FUSED_VALUES = 2**24
+"""How many values of fused directions are made at once."""
 
 Prepared: TypeAlias = "Tensor | tuple[Tensor, ...]"
 """Prepared texts of a batch: stacked to (K, B, S, C'), or one (K, S_i, C') for each sample as they are kept, so that a
@@ -204,9 +207,18 @@ class Fusion(nn.Module):
         """Bases of the layer weights of each of the V gates at times (T,)."""
         return [TimeBasis.of(alpha) for alpha in self.all_weights(times)]
 
-    def fuse_directions(self, prepared: Prepared, basis: TimeBasis) -> Tensor:
-        """Eq. 2 with the directions of a basis in place of layer weights: -> (R, B, N, C)."""
-        return _weighted_sums(basis.directions[:, None], prepared)
+    def fuse_directions(self, prepared: Prepared, bases: Sequence[TimeBasis]) -> Iterator[Tensor]:
+        """Eq. 2 with the directions of each basis in place of layer weights: -> (R, B, N, C) for each.
+
+        Those of all bases at once, which reads the texts once, where it makes few values.
+        """
+        directions = [basis.directions for basis in bases]
+        row = prepared[0].numel() if isinstance(prepared, Tensor) else sum(text[0].numel() for text in prepared)
+        if row * sum(map(len, directions)) <= _FUSED_VALUES:
+            fused = _weighted_sums(torch.cat(directions)[:, None], prepared)
+            yield from fused.split([len(some) for some in directions])
+        else:
+            yield from (_weighted_sums(some[:, None], prepared) for some in directions)
 
 
 def _weighted_sums(alpha: Tensor, prepared: Prepared) -> Tensor:

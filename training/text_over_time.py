@@ -1,9 +1,10 @@
 """Keys and values of texts at many scheduled times, from the few sums of layers that all of those times are made of.
 
-A gate is a smooth function of t, so its layer weights at T times span few directions to fp32 rounding: 2 to 9 for
-any T in the gates looked at, random ones and trained ones. Fusion and projection are linear; so they are done for each direction in place of each
-time, and every time takes its own combination of the products. Only the norm before the projection is not linear; but
-it is one factor for each token, which follows from products of the fused directions with each other.
+A gate is a smooth function of t, so its layer weights at T times span few directions to fp32 rounding: 2 to 9 for any
+T in the gates looked at, random ones and trained ones. Fusion and projection are linear; so they are done for each
+direction in place of each time, and every time takes its own combination of the products. Only the norm before the
+projection is not linear; but it is one factor for each token, which follows from products of the fused directions with
+each other.
 
 Shapes: T times, R directions, L layers, B texts, S tokens, C text width, G key and value heads, E channels of a head.
 """

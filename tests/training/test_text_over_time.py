@@ -21,8 +21,12 @@ def gated(strategy: Strategy, time_scale: float = 1.0) -> DiT:
 
 @pytest.mark.parametrize("strategy", [Strategy.TIME_WISE, Strategy.JOINT])
 @pytest.mark.parametrize("time_scale", [1.0, 1000.0])
+@pytest.mark.parametrize("fused_values", [0, 2**24], ids=["one gate at a time", "all gates at once"])
 @torch.no_grad()
-def test_keys_and_values_are_those_of_each_time(strategy: Strategy, time_scale: float) -> None:
+def test_keys_and_values_are_those_of_each_time(
+    strategy: Strategy, time_scale: float, fused_values: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("training.fusion._FUSED_VALUES", fused_values)
     model = gated(strategy, time_scale)
     prepared = tuple(texts(model, 3, 5))
     bases = model.time_bases(TIMES)
