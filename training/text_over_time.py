@@ -31,14 +31,17 @@ class TimeBasis(NamedTuple):
 
     @classmethod
     def of(cls, alpha: Tensor) -> "TimeBasis":
-        """Return the smallest basis of layer weights (T, L); they themselves where none is smaller."""
+        """Return the smallest basis of layer weights (T, L); they themselves where none is smaller or they are NaN."""
         exact = alpha.detach().double().cpu()
+        themselves = cls(torch.eye(len(alpha), device=alpha.device), alpha)
+        if not exact.isfinite().all():
+            return themselves
         left, values, right = torch.linalg.svd(exact, full_matrices=False)
         weighted = left * values
         left_out = weighted.square().flip(-1).cumsum(-1).flip(-1).sqrt()
         needed = (left_out > _LEFT_OUT * exact.norm(dim=-1, keepdim=True)).any(0).sum().clamp_min(1)
         if needed == len(alpha):
-            return cls(torch.eye(len(alpha), device=alpha.device), alpha)
+            return themselves
         return cls(weighted[:, :needed].to(alpha), right[:needed].to(alpha))
 
 

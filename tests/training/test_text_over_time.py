@@ -70,6 +70,7 @@ def test_a_basis_is_as_small_as_its_weights_allow() -> None:
     independent = torch.rand(4, 6, generator=generator)
     basis = TimeBasis.of(independent)
     assert torch.equal(basis.coefficients @ basis.directions, independent)
+    assert TimeBasis.of(torch.full((4, 6), torch.nan)).directions.isnan().all()
     more_times = torch.rand(9, 6, generator=generator)
     basis = TimeBasis.of(more_times)
     assert len(basis.directions) == 6
