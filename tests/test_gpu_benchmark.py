@@ -1,11 +1,12 @@
 """The options of the GPU benchmark."""
 
 import argparse
+from typing import Any
 
 import pytest
 import torch
 
-from tests.benchmarks.gpu import parse_arguments, peak_flops
+from tests.benchmarks.gpu import main, parse_arguments, peak_flops
 
 
 def test_a_gpu_that_is_not_there_is_named(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -31,3 +32,14 @@ def test_the_peak_is_the_one_given_or_none() -> None:
 def test_unknown_strategies_are_refused() -> None:
     with pytest.raises(SystemExit):
         parse_arguments(["--device", "cpu", "--strategies", "mean"])
+
+
+@pytest.mark.slow
+def test_it_measures_training_and_sampling(monkeypatch: pytest.MonkeyPatch) -> None:
+    written: dict[str, dict[str, Any]] = {}
+    monkeypatch.setattr("tests.benchmarks.gpu.write_results", lambda name, measured: written.update({name: measured}))
+    options = ["--shape", "tiny", "--device", "cpu", "--steps", "2", "--rounds", "1", "--modes", "eager"]
+    main([*options, "--strategies", "uniform", "joint", "fuse_dit"])
+    for strategy in ("uniform", "joint", "fuse_dit"):
+        assert written["gpu"][f"{strategy}, training, eager, batch 4"]["ms"] > 0
+        assert written["gpu"][f"{strategy}, sampling, 64 px"]["ms"] > 0

@@ -114,8 +114,8 @@ def _training(config: ModelConfig, strategy: Strategy, batch_size: int, mode: st
 
     def backward(network: Any) -> None:
         with torch.autocast(device, torch.bfloat16):
-            loss = batch_losses(network, batch).mean()
-        loss.backward()
+            losses, _ = batch_losses(network, batch)
+        losses.mean().backward()
 
     def step() -> None:
         backward(called)
