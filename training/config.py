@@ -25,6 +25,11 @@ class Strategy(StrEnum):
         """Whether the conditioning depends on the flow time."""
         return self in (Strategy.TIME_WISE, Strategy.JOINT)
 
+    @property
+    def varies_with_block(self) -> bool:
+        """Whether blocks differ in their fused text."""
+        return self in (Strategy.DEPTH_WISE, Strategy.JOINT)
+
 
 SHIFT_SUFFIX = "+shift"
 

@@ -169,23 +169,13 @@ class Backbone(nn.Module, ABC):
         `projections` are those of `text_projections`, where they were made before.
         """
 
-    def time_bases(self, times: Tensor) -> list[TimeBasis]:
-        """What layer weights at scheduled times (T,) are made of, for each gate, where text depends on time."""
-        raise NotImplementedError(f"{type(self).__name__} has no gate that sees time")
-
-    def text_over_time(
-        self, prepared: Prepared, bases: Sequence[TimeBasis], projections: Sequence[TextProjection]
-    ) -> list[KeysValuesOverTime]:
-        """For each block what `text_keys_values` gives for every text, at each of the times of `bases`."""
-        raise NotImplementedError(f"{type(self).__name__} has no gate that sees time")
-
     def text_projections(self) -> list[TextProjection] | None:
         """What `text_keys_values` makes of weights alone, worth keeping while it is asked for many times; or None."""
         return None
 
     @property
     def text_depends_on_time(self) -> bool:
-        """Whether `text_keys_values` depends on t, so that sampling has to repeat it at each scheduled time."""
+        """Whether `text_keys_values` depends on t."""
         return False
 
     @property
@@ -320,12 +310,10 @@ class DiT(Backbone):
             for attention, variant, projection in zip(attentions, variants, projections, strict=True)
         ]
 
-    def time_bases(self, times: Tensor) -> list[TimeBasis]:
-        return self.fusion.time_bases(times)
-
     def text_over_time(
         self, prepared: Prepared, bases: Sequence[TimeBasis], projections: Sequence[TextProjection]
     ) -> list[KeysValuesOverTime]:
+        """For each block what `text_keys_values` gives for every text, at each of the times of `Fusion.time_bases`."""
         maps = list(zip(self._cross_attentions(), projections, strict=True))
         per_basis = len(maps) // len(bases)  # one, or all
         timed: list[KeysValuesOverTime] = []

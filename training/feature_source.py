@@ -226,11 +226,6 @@ def text_lengths(texts: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
     return lengths, torch.arange(longest) < lengths[:, None] if padded else None
 
 
-def pad_texts(texts: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Stack prepared texts (K, S_i, C') to (K, B, S, C') fp32, with their `text_lengths`."""
-    return stack_texts(tuple(texts)), *text_lengths(texts)
-
-
 @dataclass
 class Batch:
     """The input of one training step of one process."""

@@ -117,7 +117,7 @@ def _text_path(config: ModelConfig, strategy: Strategy, text_tokens: int, num_te
     keys_values = 2 * blocks * text_tokens * width * 2 * _key_value_width(config)
     if strategy is Strategy.FUSE_DIT:
         return 0, keys_values, 0
-    variants = _num_variants(config, strategy)
+    variants = config.num_blocks if strategy.varies_with_block else 1
     fusion = 0
     if strategy not in (Strategy.PENULTIMATE, Strategy.UNIFORM):
         fusion += 2 * variants * layers * text_tokens * width
@@ -134,17 +134,14 @@ def _text_over_time(
     The projection is taken into the weights of keys and values. Fusion has the products that the norm's factor is made
     of. What each step combines, a thousandth of it, is left out.
     """
-    width, layers, variants = config.text_width, config.num_text_layers, _num_variants(config, strategy)
+    width, layers = config.text_width, config.num_text_layers
+    variants = config.num_blocks if strategy.varies_with_block else 1
     rows = config.num_blocks * 2 * _key_value_width(config)
     gates = num_steps * config.gate_width * (config.gate_embedding_size + layers)
     sums = num_directions * text_tokens * width * layers
     norms = num_directions**2 * text_tokens * (width + num_steps)
     keys_values = rows * num_directions * text_tokens * width
     return 2 * rows * width**2, 2 * keys_values, 2 * variants * (gates + sums + norms)
-
-
-def _num_variants(config: ModelConfig, strategy: Strategy) -> int:
-    return config.num_blocks if strategy in (Strategy.DEPTH_WISE, Strategy.JOINT) else 1
 
 
 def _backbone(config: ModelConfig, image_tokens: int, *, cross_attention: bool) -> int:

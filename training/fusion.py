@@ -140,7 +140,7 @@ class Fusion(nn.Module):
     @property
     def num_variants(self) -> int:
         """V: how many different conditionings the blocks see at one time."""
-        return self.num_blocks if self.strategy in (Strategy.DEPTH_WISE, Strategy.JOINT) else 1
+        return self.num_blocks if self.strategy.varies_with_block else 1
 
     @property
     def is_fixed(self) -> bool:

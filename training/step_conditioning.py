@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from training.dit import Backbone
+from training.dit import Backbone, DiT
 from training.feature_source import text_lengths
 from training.fusion import Prepared, shift_gate_time, stack_texts
 from training.layers import KeysValues
@@ -87,30 +87,30 @@ class StepConditioning:
         self._times_at_once = len(times)
         self._groups: list[tuple[tuple[float, ...], list[TimeBasis]]] = []
         """Times that are made together, and what layer weights at them are made of."""
-        if model.text_depends_on_time and not model.text_depends_on_latents:
-            self._group_times()
+        follows_schedule = model.text_depends_on_time and not model.text_depends_on_latents
+        self._gated = model if follows_schedule and isinstance(model, DiT) else None
+        if self._gated is not None:
+            self._group_times(self._gated)
 
-    def _group_times(self) -> None:
+    def _group_times(self, gated: DiT) -> None:
         """Take all times at once, or as many as have no more directions than may be kept."""
-        config = self._model.config
+        config, time_bases = gated.config, gated.fusion.time_bases
         tokens = sum(int(text.lengths.max()) * text.num_texts for text in (self._text, self._unconditional) if text)
         kept_values = config.num_blocks * tokens * 2 * config.num_kv_heads * config.head_dim
         most = max(1, _KEPT_VALUES // kept_values)
-        bases = self._model.time_bases(self._gate_times)
+        bases = time_bases(self._gate_times)
         self._groups = [(tuple(self._gate_times.tolist()), bases)]
         if max(len(basis.directions) for basis in bases) > most:
             self._times_at_once = most
-            self._groups = [
-                (tuple(times.tolist()), self._model.time_bases(times)) for times in self._gate_times.split(most)
-            ]
+            self._groups = [(tuple(times.tolist()), time_bases(times)) for times in self._gate_times.split(most)]
 
     def keys_values(self, step: int, x_t: Tensor) -> list[KeysValues]:
         """Keys and values of each block, (B or 2 * B, G, S, E), for the step that starts from latents x_t."""
         if self._model.text_depends_on_latents:
             return self._of_each_image(step, x_t)
-        if self._model.text_depends_on_time:
-            group, place = divmod(step, self._times_at_once)
-            return self._joined(lambda text: [block.at(place) for block in self._over_time(text, group)])
+        if self._gated is not None:
+            gated, (group, place) = self._gated, divmod(step, self._times_at_once)
+            return self._joined(lambda text: [block.at(place) for block in self._over_time(gated, text, group)])
         if self._fixed is None:
             self._fixed = self._joined(self._at_any_time)
         return self._fixed
@@ -127,13 +127,13 @@ class StepConditioning:
             text.fixed = self._model.text_keys_values(text.prepared, gate_t, self._projections)
         return text.fixed
 
-    def _over_time(self, text: TextBatch, group: int) -> list[KeysValuesOverTime]:
+    def _over_time(self, gated: DiT, text: TextBatch, group: int) -> list[KeysValuesOverTime]:
         times, bases = self._groups[group]
         if times not in text.over_time:
             assert self._projections is not None
             if text is self._text:
                 text.over_time.clear()  # times go on; those of the unconditional text come again in the next batch
-            text.over_time[times] = self._model.text_over_time(text.prepared, bases, self._projections)
+            text.over_time[times] = gated.text_over_time(text.prepared, bases, self._projections)
         return text.over_time[times]
 
     def _of_each_image(self, step: int, x_t: Tensor) -> list[KeysValues]:

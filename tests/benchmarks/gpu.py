@@ -22,7 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tests.benchmarks.model_shape import built, random_texts
 from tests.benchmarks.record import write_results
 from training.config import ModelConfig, SamplerConfig, Strategy, TrainingConfig
-from training.feature_source import Batch, pad_texts, prepare_text
+from training.feature_source import Batch, prepare_text, text_lengths
 from training.loop import batch_losses
 from training.run_state import build_optimizer
 from training.sampling import sample_latents
@@ -105,10 +105,9 @@ def _training(config: ModelConfig, strategy: Strategy, batch_size: int, mode: st
     ]
     model = model.to(device).train()
     optimizer = build_optimizer(model, training)
-    prepared, lengths, mask = pad_texts(texts)
     shape = (2, batch_size, config.latent_channels, config.latent_size, config.latent_size)
     data, noise = torch.randn(shape)
-    batch = Batch(torch.arange(batch_size), data, noise, torch.rand(batch_size), prepared, lengths, mask)
+    batch = Batch(torch.arange(batch_size), data, noise, torch.rand(batch_size), tuple(texts), *text_lengths(texts))
     batch = batch.to(torch.device(device))
     called = torch.compile(model) if mode == "compile" else model
 

@@ -2,6 +2,7 @@
 
 import io
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,12 +12,15 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.torch import save
+from torch import Tensor
 
 from pipelines.config import FrozenConfig, ModelRef
 from pipelines.shard_format import ShardWriter
 from pipelines.stage import Inputs, Stage, StageOutput, StageRun
 from tests.tiny_models import write_causal_lm
 from training.config import CheckpointConfig, ModelConfig, Strategy, TrainingConfig
+from training.feature_source import text_lengths
+from training.fusion import stack_texts
 
 NUM_LAYERS, TEXT_WIDTH, KV_HEADS, HEAD_DIM = 4, 48, 2, 8  # of tests.tiny_models.write_causal_lm
 TEMPLATE = "plain-1"
@@ -190,3 +194,8 @@ def write_tiny_data(root: Path, llm: ModelRef) -> TinyData:
     parts = {"shards": shards, "latents": latents, "text_features": text_features}
     dataset = publish("dataset", {"samples.parquet": sink.getvalue()}, root, parts, None)
     return TinyData({"dataset": [dataset], **parts}, llm, root)
+
+
+def pad_texts(texts: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Stack prepared texts (K, S_i, C') to (K, B, S, C') fp32, with their `text_lengths`."""
+    return stack_texts(tuple(texts)), *text_lengths(texts)

@@ -5,10 +5,10 @@ import torch
 from torch import Tensor
 
 from pipelines.config import ModelRef
-from tests.training.conftest import HEAD_DIM, KV_HEADS, NUM_LAYERS, TEXT_WIDTH, TINY_MODEL
+from tests.training.conftest import HEAD_DIM, KV_HEADS, NUM_LAYERS, TEXT_WIDTH, TINY_MODEL, pad_texts
 from training.config import ModelConfig, Strategy
 from training.dit import Backbone, DiT, build_model
-from training.feature_source import pad_texts, prepare_text
+from training.feature_source import prepare_text
 from training.layers import attend, grid_angles, rms_norm, rotary_tables, rotate
 from training.shared_attention import SharedAttention, SharedLayer
 

@@ -89,7 +89,7 @@ def test_text_over_time_costs_what_the_formula_says(strategy: Strategy) -> None:
     model.fusion.gate.weight_out += torch.randn(model.fusion.gate.weight_out.shape[1:])
     text = model.prepare_text(torch.zeros(config.num_text_layers, tokens, config.text_width))
     with FlopCounterMode(display=False) as counter:
-        bases = model.time_bases(torch.linspace(0, 1, num_steps))
+        bases = model.fusion.time_bases(torch.linspace(0, 1, num_steps))
         model.text_over_time((text, text), bases, model.text_projections())
     (num_directions,) = {len(basis.directions) for basis in bases}
     assert 1 < num_directions < config.num_text_layers

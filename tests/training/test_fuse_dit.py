@@ -11,10 +11,9 @@ from torch import Tensor
 from pipelines.config import ModelRef
 from pipelines.errors import ThroughlineError
 from tests.tiny_models import write_causal_lm
-from tests.training.conftest import HEAD_DIM, KV_HEADS, NUM_LAYERS, TINY_MODEL
+from tests.training.conftest import HEAD_DIM, KV_HEADS, NUM_LAYERS, TINY_MODEL, pad_texts
 from training.config import Strategy
 from training.dit import build_model
-from training.feature_source import pad_texts
 from training.fuse_dit import FuseDiT
 from training.layers import rotary_tables, rotate
 from training.shared_attention import load_shared_attention, shared_attention_of

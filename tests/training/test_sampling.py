@@ -9,12 +9,11 @@ from torch import Tensor
 
 from pipelines.errors import ThroughlineError
 from tests.tiny_models import write_autoencoder
-from tests.training.conftest import TINY_MODEL, TinyData
+from tests.training.conftest import TINY_MODEL, TinyData, pad_texts
 from tests.training.test_dit import built, texts
 from training.checkpoint import STAGE
 from training.config import SamplerConfig, Strategy
-from training.dit import Backbone
-from training.feature_source import pad_texts
+from training.dit import Backbone, DiT
 from training.flow import sampling_noise
 from training.fusion import Prepared, shift_gate_time
 from training.layers import KeysValues
@@ -89,18 +88,21 @@ def test_text_is_computed_once_per_prompt_or_once_per_time(
     monkeypatch.setattr("training.step_conditioning._KEPT_VALUES", kept_values)
     sampler, calls = _sampler(strategy), []
     model = sampler.saved.model
-    once, over_time = model.text_keys_values, model.text_over_time
+    once = model.text_keys_values
 
     def counted(prepared: Prepared, t: Tensor, projections: object) -> object:
         calls.append((len(prepared), 1))
         return once(prepared, t, projections)  # type: ignore[arg-type]
 
-    def counted_over_time(prepared: Prepared, bases: list[TimeBasis], projections: object) -> object:
-        calls.append((len(prepared), len(bases[0].coefficients)))
-        return over_time(prepared, bases, projections)  # type: ignore[arg-type]
-
     model.text_keys_values = counted  # type: ignore[method-assign, assignment]
-    model.text_over_time = counted_over_time  # type: ignore[method-assign, assignment]
+    if isinstance(model, DiT):
+        over_time = model.text_over_time
+
+        def counted_over_time(prepared: Prepared, bases: list[TimeBasis], projections: object) -> object:
+            calls.append((len(prepared), len(bases[0].coefficients)))
+            return over_time(prepared, bases, projections)  # type: ignore[arg-type]
+
+        model.text_over_time = counted_over_time  # type: ignore[method-assign, assignment]
     settings = SamplerConfig(num_steps=3)
     sampler.latents(["a red dog", "one", "a red dog"], [0, 0, 1], 0, settings)
     all_steps = [1] if not strategy.has_time_gate else [3] if kept_values else [1, 1, 1]

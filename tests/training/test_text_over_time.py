@@ -29,7 +29,7 @@ def test_keys_and_values_are_those_of_each_time(
     monkeypatch.setattr("training.fusion._FUSED_VALUES", fused_values)
     model = gated(strategy, time_scale)
     prepared = tuple(texts(model, 3, 5))
-    bases = model.time_bases(TIMES)
+    bases = model.fusion.time_bases(TIMES)
     timed = model.text_over_time(prepared, bases, model.text_projections())
     for place in (0, 17, 49):
         alone = model.text_keys_values(prepared, TIMES[place].expand(2))
@@ -44,7 +44,7 @@ def test_bf16_loses_no_more_than_at_each_time_alone() -> None:
     exact = model.text_keys_values(tuple(texts(model, 3, 5)), TIMES[17].expand(2))
     prepared = stack_texts(tuple(texts(model, 3, 5))).bfloat16()
     with torch.autocast("cpu", torch.bfloat16):
-        timed = model.text_over_time(prepared, model.time_bases(TIMES), model.text_projections())
+        timed = model.text_over_time(prepared, model.fusion.time_bases(TIMES), model.text_projections())
         alone = model.text_keys_values(prepared, TIMES[17].expand(2))
     for block, of_time, expected in zip(timed, alone, exact, strict=True):
         for found, other, value in zip(block.at(17), of_time, expected, strict=True):
@@ -54,7 +54,7 @@ def test_bf16_loses_no_more_than_at_each_time_alone() -> None:
 @pytest.mark.parametrize("strategy", [Strategy.TIME_WISE, Strategy.JOINT])
 @torch.no_grad()
 def test_smooth_gates_span_few_directions(strategy: Strategy) -> None:
-    fusion = torch.nn.Module.get_submodule(gated(strategy), "fusion")
+    fusion = gated(strategy).fusion
     for basis, alpha in zip(fusion.time_bases(TIMES), fusion.all_weights(TIMES), strict=True):
         assert len(basis.directions) < 10
         distance = (basis.coefficients @ basis.directions - alpha).norm(dim=-1)

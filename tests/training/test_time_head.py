@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from pipelines.stage import StageOutput
-from tests.training.conftest import TINY_MODEL, TinyData
+from tests.training.conftest import TINY_MODEL, TinyData, pad_texts
 from tests.training.test_dit import built, latents, texts
 from training.checkpoint import STAGE
 from training.config import CheckpointConfig, ModelConfig, SamplerConfig, Strategy
 from training.dit import DiT, build_model
-from training.feature_source import VALIDATION, Batch, LatentReader, Split, pad_texts, read_splits
+from training.feature_source import VALIDATION, Batch, LatentReader, Split, read_splits
 from training.flow import interpolate, sample_losses, validation_noise, velocity_target
 from training.fusion import shift_gate_time
 from training.layers import initialise
