@@ -237,10 +237,11 @@ def _pictures(width: int, height: int) -> list[bytes]:
 
 def _decoding(profile: "Profile", assumptions: Assumptions) -> dict[str, float]:
     from pipelines.fetch_status import FetchStatus
-    from pipelines.image_decode import decode
+    from pipelines.image_decode import decode, prepare_to_decode
 
     width, height = assumptions.source_width_px, assumptions.source_height_px
     pictures = _pictures(width, height)
+    prepare_to_decode()
     outcome = decode(pictures[0], profile.images.transform)  # the first call loads Pillow's plug-ins
     if outcome.status is not FetchStatus.OK:
         raise ThroughlineError(

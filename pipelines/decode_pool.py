@@ -1,4 +1,8 @@
-"""Worker processes that decode pictures, and that may hang or die without taking the job along."""
+"""Worker processes that decode pictures, and that may hang or die without taking the job along.
+
+They are forks of a server (`multiprocessing`'s own) that loaded the libraries once: a new worker takes milliseconds and
+shares their memory. A fork of this process would copy its threads halfway.
+"""
 
 import asyncio
 import logging
@@ -6,20 +10,18 @@ import multiprocessing
 import os
 import signal
 import threading
-import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from multiprocessing.process import BaseProcess
 from types import TracebackType
 from typing import Self
 
+from pipelines.errors import ThroughlineError
 from pipelines.fetch_status import FetchStatus
-from pipelines.image_decode import DecodeOutcome, decode
+from pipelines.image_decode import DecodeOutcome, decode, prepare_to_decode
 from pipelines.stage_configs import ImageTransform
 
-_ORPHAN_CHECK_SECONDS = 1.0
 Decoder = Callable[[bytes, ImageTransform], DecodeOutcome]
 _log = logging.getLogger(__name__)
 
@@ -36,18 +38,21 @@ class _Work:
 _work: _Work | None = None
 
 
-def _start_worker(parent: int, work: _Work) -> None:
-    """End this worker when its parent is gone: a killed parent closes no pipe that a worker would notice.
+def _start_worker(work: _Work) -> None:
+    """Load all that decoding needs before a picture's clock runs, and end this worker when its parent is gone.
 
     An interrupt from the terminal reaches workers too; their parent is the one to act on it.
     """
     global _work
     _work = work
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the executor ends workers with it; a shell may have it ignored
+    prepare_to_decode()
+    parent = multiprocessing.parent_process()
+    assert parent is not None
 
     def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(_ORPHAN_CHECK_SECONDS)
+        parent.join()
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
@@ -64,6 +69,7 @@ class DecodePool:
         self._work = _Work(decoder, transform, seconds)
         self._workers = workers
         self._slots = asyncio.Semaphore(2 * workers)
+        self._starting = asyncio.Lock()
         self._alone = asyncio.Lock()
         self._pool: ProcessPoolExecutor | None = None
         self._pool_of_one: ProcessPoolExecutor | None = None
@@ -99,9 +105,10 @@ class DecodePool:
             self.has_room.clear()
 
     async def _decode(self, body: bytes) -> DecodeOutcome:
-        if self._pool is None:
-            self._pool = _new_pool(self._workers, self._work)
-        pool = self._pool
+        async with self._starting:
+            if self._pool is None:
+                self._pool = await asyncio.to_thread(_new_pool, self._workers, self._work)
+            pool = self._pool
         try:
             return await self._decode_in(pool, body)
         except BrokenProcessPool:
@@ -114,7 +121,7 @@ class DecodePool:
 
     async def _decode_alone(self, body: bytes) -> DecodeOutcome:
         if self._pool_of_one is None:
-            self._pool_of_one = _new_pool(1, self._work)
+            self._pool_of_one = await asyncio.to_thread(_new_pool, 1, self._work)
         pool = self._pool_of_one
         try:
             return await self._decode_in(pool, body)
@@ -143,9 +150,17 @@ def _decode_in_time(body: bytes) -> DecodeOutcome:
 
 
 def _new_pool(workers: int, work: _Work) -> ProcessPoolExecutor:
-    # Spawned, because this process has threads (name resolution, the executor's own) that a fork would copy halfway.
-    context = multiprocessing.get_context("spawn")
-    return ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=(os.getpid(), work))
+    """Return a pool whose first worker runs; starting the server and its libraries takes a second or more."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["pipelines.decode_pool", "pipelines.image_resize"])
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=(work,))
+    try:
+        pool.submit(os.getpid).result()
+    except BrokenProcessPool as error:
+        raise ThroughlineError(
+            "decode workers cannot be started: the first one ended before it took a picture; what it said is above"
+        ) from error
+    return pool
 
 
 def _end(pool: ProcessPoolExecutor) -> list[int | None]:
@@ -153,19 +168,7 @@ def _end(pool: ProcessPoolExecutor) -> list[int | None]:
     processes = list((pool._processes or {}).values())
     for process in processes:
         process.kill()
+    pool.shutdown(wait=True)  # an exit code can be read once, and until here the executor's thread may do it
     for process in processes:
         process.join()
-    pool.shutdown(wait=False)
-    return [_exit_code(process) for process in processes]
-
-
-def _exit_code(process: BaseProcess) -> int | None:
-    """Return the exit code of a process that has ended.
-
-    The executor's own thread waits for the same process. Whoever comes second is told that there is no such process,
-    and sees no code until the first has written it down.
-    """
-    deadline = time.monotonic() + 1.0
-    while process.exitcode is None and time.monotonic() < deadline:
-        time.sleep(0.001)
-    return process.exitcode
+    return [process.exitcode for process in processes]

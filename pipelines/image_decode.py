@@ -23,12 +23,6 @@ from pipelines.stage_configs import ImageFormat, ImageTransform
 Image.MAX_IMAGE_PIXELS = None
 
 _PILLOW_NAMES = {ImageFormat.JPEG: "JPEG", ImageFormat.PNG: "PNG", ImageFormat.WEBP: "WEBP", ImageFormat.GIF: "GIF"}
-_RESAMPLE = {
-    "bilinear": Image.Resampling.BILINEAR,
-    "bicubic": Image.Resampling.BICUBIC,
-    "lanczos": Image.Resampling.LANCZOS,
-    "box": Image.Resampling.BOX,
-}
 _HTML = re.compile(
     rb"^(?:\xef\xbb\xbf)?\s*(?:<!--.*?-->\s*)*<(?:!doctype\s+html|html|head|body|script|title|meta)\b", re.I | re.S
 )
@@ -47,6 +41,8 @@ _OTHER_FORMATS = (
 # What Pillow's plug-ins raise on bytes that lie about themselves.
 _DECODER_ERRORS = (OSError, ValueError, SyntaxError, struct.error, EOFError, IndexError, KeyError, OverflowError,
                    TypeError, AttributeError, ZeroDivisionError, RuntimeError, MemoryError)  # fmt: skip
+_KEPT_BLOCKS = 2
+"""Pieces of at most 16 MiB that Pillow keeps for the next picture instead of taking pages from the system anew."""
 # EXIF orientation -> what turns the stored picture into the one that is meant to be seen.
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -84,6 +80,16 @@ class _Rejected(Exception):
         super().__init__(status, detail)
         self.status = status
         self.detail = detail
+
+
+def prepare_to_decode() -> None:
+    """Load what the first picture would, and let this process decode on one core: others decode beside it."""
+    import torch
+
+    import pipelines.image_resize  # noqa: F401
+
+    torch.set_num_threads(1)
+    Image.core.set_blocks_max(_KEPT_BLOCKS)
 
 
 def sniff(body: bytes) -> ImageFormat | str | None:
@@ -155,11 +161,13 @@ def _finish(
     Orientation, profile and transparency are applied to the small picture: on the large one they cost more than all
     the rest.
     """
+    from pipelines.image_resize import resize_and_crop
+
     notes: list[str] = []
     profile = picture.info.get("icc_profile")
     turn = _orientation(picture, notes)
     width_px, height_px = source_size if turn not in _TURNS_ON_SIDE else source_size[::-1]
-    square = resize_and_crop(_eight_bit(picture), transform.size_px, transform.resample, source_size)
+    square = resize_and_crop(_eight_bit(picture), transform.size_px, transform.resample)
     if turn is not None:
         square = square.transpose(turn)
     return width_px, height_px, _over_white(square, profile, notes), notes
@@ -253,30 +261,3 @@ def _to_srgb(picture: Image.Image, profile: bytes, notes: list[str]) -> Image.Im
 def _srgb_transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform:
     source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
     return ImageCms.ImageCmsTransform(source, _SRGB, mode, "RGB", ImageCms.Intent.PERCEPTUAL)
-
-
-def resize_and_crop(
-    picture: Image.Image, size_px: int, resample: str, source_size: tuple[int, int] | None = None
-) -> Image.Image:
-    """Resize the short side to `size_px`, keep the aspect, cut the centre square; sizes round as in torchvision.
-
-    Only the source region of the square is resized, so that an extreme aspect costs no more than a square picture;
-    the filter still sees the pixels around that region, so that the result is that of resizing all and then cropping.
-    `source_size` is given where the decoder shrank the picture by a whole number, and rounded its sides up.
-    """
-    width, height = source_size or picture.size
-    if (width, height) == (size_px, size_px):
-        return picture
-    shrink = round(width / picture.width)
-    short = min(width, height)
-    resized_width, resized_height = size_px * width // short, size_px * height // short
-    left, top = round((resized_width - size_px) / 2), round((resized_height - size_px) / 2)
-    width_there, height_there = width / shrink, height / shrink
-    x_scale, y_scale = width_there / resized_width, height_there / resized_height
-    box = (
-        left * x_scale,
-        top * y_scale,
-        min(width_there, (left + size_px) * x_scale),
-        min(height_there, (top + size_px) * y_scale),
-    )
-    return picture.resize((size_px, size_px), _RESAMPLE[resample], box=box)

@@ -385,7 +385,7 @@ def _write_shard(run: StageRun[ImagesConfig], task: _Task, outcomes: list[RowOut
         unit.notes["statuses"] = dict(sorted(Counter(outcome.status.value for outcome in outcomes).items()))
 
 
-STAGE = Stage(name="images", code_version="3", config_type=ImagesConfig, produce=produce)
+STAGE = Stage(name="images", code_version="4", config_type=ImagesConfig, produce=produce)
 
 if __name__ == "__main__":
     from pipelines.images import STAGE as stage

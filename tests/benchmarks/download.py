@@ -11,9 +11,9 @@ loopback URLs, decode in two processes, resize the short side to 256 px, cut the
 the SHA-256 of what came, and write parquet tables of 250 rows. img2dataset keeps its filter (OpenCV's area) and is
 spared EXIF; the stage also takes perceptual hashes, states what became of each row and digests its files.
 
-The limit is decoding, resizing and encoding alone, from memory, in one thread: Pillow as the stage uses it, and
-OpenCV as img2dataset does. How far scaled decoding (`jpeg_decoding`) moves pixels is told by its median PSNR against
-decoding whole, beside that of the area filter.
+The limit is decoding, resizing and encoding alone, from memory, in one thread: with Pillow and torch as in the stage,
+and with OpenCV as in img2dataset. How far scaled decoding (`jpeg_decoding`) moves pixels is told by its median PSNR
+against decoding whole, beside that of the area filter.
 """
 
 import argparse
@@ -38,7 +38,8 @@ from PIL import Image
 
 from pipelines.config import FrozenConfig
 from pipelines.errors import ThroughlineError
-from pipelines.image_decode import decode, resize_and_crop
+from pipelines.image_decode import decode, prepare_to_decode
+from pipelines.image_resize import resize_and_crop
 from pipelines.laion_subset import ROWS_FILE
 from pipelines.sample_key import sample_key
 from pipelines.stage import Stage, StageOutput, StageRequest, StageRun, write_request
@@ -85,6 +86,21 @@ import json, sys
 from img2dataset import download
 if __name__ == "__main__":
     download(**json.loads(sys.argv[1]))
+"""
+# Runs a command and prints the CPU seconds of all its processes, those that outlive their parents too: they become
+# children of this one, and are waited for.
+_RUNNER = """
+import ctypes, os, resource, subprocess, sys
+PR_SET_CHILD_SUBREAPER = 36
+ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+status = subprocess.call(sys.argv[1:], stdout=sys.stderr)
+try:
+    while True:
+        os.wait()
+except ChildProcessError:
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    print(usage.ru_utime + usage.ru_stime)
+sys.exit(status)
 """
 # Both run in the other Python: the seconds of CPU time that its resizer takes for a folder of pictures, and its result.
 _RESIZER = """
@@ -186,7 +202,7 @@ class _Jobs:
             )
 
     def ours(self, transform: ImageTransform, count: int) -> float:
-        """Run the stage in a process of its own; return its CPU seconds, those of its children included."""
+        """Run the stage in a process of its own; return the CPU seconds of all its processes."""
         self._runs += 1
         root = self._folder / f"ours-{self._runs}"
         fetch = FetchConfig(
@@ -210,7 +226,7 @@ class _Jobs:
         return seconds
 
     def img2dataset(self, python: str, count: int) -> float:
-        """Run img2dataset in a process of the Python that has it; return its CPU seconds, those of its children too."""
+        """Run img2dataset in a process of the Python that has it; return the CPU seconds of all its processes."""
         self._runs += 1
         out = self._folder / f"img2dataset-{self._runs}"
         options = {
@@ -239,13 +255,14 @@ class _Jobs:
 def _cpu_seconds(command: Sequence[str], log_path: Path) -> float:
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(_PROJECT)}
     with log_path.open("wb") as log:
-        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment)
-        _, status, usage = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
+        done = subprocess.run(
+            [sys.executable, "-c", _RUNNER, *command],
+            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=log, env=environment, text=True, check=False
+        )  # fmt: skip
+    if done.returncode:
         last = log_path.read_text(errors="replace").strip().splitlines()[-1:]
-        raise ThroughlineError(f"{command[0]}: ended with status {process.returncode}: {' '.join(last)}")
-    return usage.ru_utime + usage.ru_stime
+        raise ThroughlineError(f"{command[0]}: ended with status {done.returncode}: {' '.join(last)}")
+    return float(done.stdout)
 
 
 def _check(expected: int, found: int, who: str) -> None:
@@ -291,8 +308,9 @@ def _of_decoders(
 ) -> dict[str, Any]:
     """Return what decoding costs without any network, and how far from each other the decoders' pixels are."""
     bodies = [path.read_bytes() for path in sorted(folder.glob("*.jpg"))]
+    prepare_to_decode()
     works: dict[str, Callable[[], float]] = {
-        "decoding alone: Pillow": lambda: _seconds_each(lambda: _bare(bodies), len(bodies))
+        "decoding alone: no checks, no hashes": lambda: _seconds_each(lambda: _bare(bodies), len(bodies))
     }
     for name, transform in transforms.items():
         works[f"decoding alone: {name}"] = partial(

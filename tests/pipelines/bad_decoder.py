@@ -1,6 +1,7 @@
 """A decoder that dies or hangs on demand; a module of its own, because worker processes import it."""
 
 import os
+import signal
 
 from pipelines.image_decode import DecodeOutcome, decode
 from pipelines.stage_configs import ImageTransform
@@ -9,7 +10,20 @@ from pipelines.stage_configs import ImageTransform
 def decode_or_misbehave(body: bytes, transform: ImageTransform) -> DecodeOutcome:
     if body == b"die":
         os.abort()
+    if body == b"end the server":
+        os.kill(os.getppid(), signal.SIGKILL)
+        signal.pause()
     if body == b"hang":
         while True:  # busy, as a decoder in an endless loop is
             pass
     return decode(body, transform)
+
+
+class UnloadableDecoder:
+    """Ends whichever process it is sent to."""
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return os._exit, (1,)
+
+    def __call__(self, body: bytes, transform: ImageTransform) -> DecodeOutcome:
+        raise AssertionError("no process has it")

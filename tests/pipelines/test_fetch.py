@@ -12,7 +12,7 @@ from pipelines.fetch import Fetched, Fetcher, _Hosts
 from pipelines.fetch_status import FetchStatus
 from pipelines.image_decode import decode
 from pipelines.stage_configs import EntryList, FetchConfig, ImageTransform
-from tests.pipelines.bad_decoder import decode_or_misbehave
+from tests.pipelines.bad_decoder import UnloadableDecoder, decode_or_misbehave
 from tests.pipelines.hostile_server import JPEG, HostileServer
 from tests.pipelines.laion_world import entry_list
 from tests.pipelines.polite_server import PoliteServer, self_signed
@@ -440,3 +440,23 @@ def test_a_dead_or_hung_decoder_takes_no_other_picture_along() -> None:
             return [outcome.status.value for outcome in await asyncio.gather(*map(pool.decode, bodies))]
 
     assert asyncio.run(run()) == ["ok", "decoder_crashed", "ok", "decode_timeout", "ok"]
+
+
+@pytest.mark.slow
+def test_decoding_goes_on_with_a_new_server_of_workers_where_theirs_is_gone() -> None:
+    async def run() -> list[str]:
+        bodies = [JPEG, b"end the server", JPEG, JPEG]
+        async with DecodePool(2, 5.0, TRANSFORM, decode_or_misbehave) as pool:
+            outcomes = [*await asyncio.gather(*map(pool.decode, bodies)), await pool.decode(JPEG)]
+            return [outcome.status.value for outcome in outcomes]
+
+    assert asyncio.run(run()) == ["ok", "decoder_crashed", "ok", "ok", "ok"]
+
+
+def test_workers_that_cannot_start_stop_the_job_in_one_sentence() -> None:
+    async def run() -> None:
+        async with DecodePool(1, 5.0, TRANSFORM, UnloadableDecoder()) as pool:
+            await pool.decode(JPEG)
+
+    with pytest.raises(ThroughlineError, match="decode workers cannot be started"):
+        asyncio.run(run())

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageCms
 
 from pipelines.fetch_status import FetchStatus
-from pipelines.image_decode import DecodeOutcome, decode, resize_and_crop, sniff
+from pipelines.image_decode import DecodeOutcome, decode, sniff
 from pipelines.stage_configs import ImageFormat, ImageTransform
 from tests.pipelines.hostile_server import JPEG, PNG, encode, picture
 
@@ -37,22 +37,6 @@ def halves(
 
 def assert_colour(pixels: np.ndarray, expected: tuple[int, ...], tolerance: int = 4) -> None:
     assert np.abs(pixels - np.array(expected)).max() <= tolerance, (pixels.reshape(-1, 3).mean(0), expected)
-
-
-@pytest.mark.parametrize("size", [(256, 256), (300, 280), (280, 300), (1000, 257), (64, 64), (500, 333), (3000, 200)])
-@pytest.mark.parametrize("resample", ["bilinear", "bicubic", "lanczos", "box"])
-def test_resizing_the_square_alone_equals_resizing_all_and_cropping(size: tuple[int, int], resample: str) -> None:
-    image = picture(*size, seed=3)
-    width, height = size
-    short = min(size)
-    whole = image.resize((256 * width // short, 256 * height // short), getattr(Image.Resampling, resample.upper()))
-    left, top = round((whole.width - 256) / 2), round((whole.height - 256) / 2)
-    expected = np.asarray(whole.crop((left, top, left + 256, top + 256))).astype(int)
-    found = np.asarray(resize_and_crop(image, 256, resample)).astype(int)
-    assert found.shape == expected.shape
-    difference = np.abs(found - expected)
-    assert difference.max() <= 3  # the box is stored as 32-bit floats
-    assert difference.mean() < 0.05
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
