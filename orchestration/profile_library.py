@@ -336,7 +336,7 @@ def _laion_filters() -> LaionSubsetConfig:
 def _published_images(*, connections: int) -> ImagesConfig:
     return ImagesConfig(
         fetch=FetchConfig(total_connections=connections),
-        # A third cheaper, and no further from whole decoding than another filter, see `tests.benchmarks.download`.
+        # Cheaper, and no further from whole decoding than another filter, see `tests.benchmarks.download`.
         transform=ImageTransform(min_source_side_px=256, max_source_aspect=3.0, jpeg_decoding="scaled"),
         rows_per_shard=10_000,
         decode_workers=16,

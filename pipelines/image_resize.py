@@ -1,7 +1,7 @@
 """The square of one size that a picture becomes.
 
-By torch's filters, which are Pillow's with weights of 16 bits: values differ by at most 2 of 255 and take a third to a
-quarter of the time. The bytes are the same whatever vector instructions a CPU has.
+By torch's filters, which are Pillow's with weights of 16 bits: values differ by at most 2 of 255 and take a fifth to a
+seventh of the time. The bytes are the same whatever vector instructions a CPU has.
 """
 
 import numpy as np

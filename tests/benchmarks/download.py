@@ -389,6 +389,7 @@ def main() -> None:
         for way in transforms:
             ratios = [theirs / ours for ours, theirs in zip(each[way], each["img2dataset"], strict=True)]
             measured[f"{way} / img2dataset"] = round(statistics.median(ratios), 2)
+            measured[f"{way} / img2dataset, by rounds"] = sorted(round(ratio, 2) for ratio in ratios)
     write_results("download", measured | decoders)
 
 
