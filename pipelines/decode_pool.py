@@ -9,7 +9,9 @@ import logging
 import multiprocessing
 import os
 import signal
+import tempfile
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -17,11 +19,14 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
 
-from pipelines.errors import ThroughlineError
+from pipelines.errors import ThroughlineError, first_line, in_plain_words
 from pipelines.fetch_status import FetchStatus
 from pipelines.image_decode import DecodeOutcome, decode, prepare_to_decode
 from pipelines.stage_configs import ImageTransform
 
+_SERVER_ENDED = (ConnectionError, EOFError)
+"""Raised where a worker is wanted of a server that was killed and is not quite gone; later, a new one is started."""
+_SERVER_SECONDS = 10.0
 Decoder = Callable[[bytes, ImageTransform], DecodeOutcome]
 _log = logging.getLogger(__name__)
 
@@ -133,7 +138,7 @@ class DecodePool:
     async def _decode_in(self, pool: ProcessPoolExecutor, body: bytes) -> DecodeOutcome:
         try:
             future = pool.submit(_decode_in_time, body)
-        except RuntimeError as error:  # it was shut down while this picture waited, because a worker of it died
+        except (RuntimeError, *_SERVER_ENDED) as error:  # RuntimeError: shut down meanwhile, because a worker died
             raise BrokenProcessPool(str(error)) from error
         # Shielded, because a future that is cancelled while a worker dies ends the executor's own thread (Python 3.11).
         return await asyncio.shield(asyncio.wrap_future(future))
@@ -151,15 +156,31 @@ def _decode_in_time(body: bytes) -> DecodeOutcome:
 
 def _new_pool(workers: int, work: _Work) -> ProcessPoolExecutor:
     """Return a pool whose first worker runs; starting the server and its libraries takes a second or more."""
+    deadline = time.monotonic() + _SERVER_SECONDS
+    while True:
+        try:
+            return _start_pool(workers, work)
+        except _SERVER_ENDED as error:
+            if time.monotonic() > deadline:
+                raise ThroughlineError(f"decode workers cannot be started: {first_line(error)}") from error
+            time.sleep(0.05)
+        except OSError as error:  # a socket's path has room for about 100 characters
+            raise ThroughlineError(
+                f"decode workers cannot be started: {in_plain_words(error)}; their server needs a socket in a folder "
+                f"for temporary files ({tempfile.gettempdir()}): name one that can be written to, with a short path, "
+                "by TMPDIR"
+            ) from error
+        except BrokenProcessPool as error:
+            raise ThroughlineError(
+                "decode workers cannot be started: the first one ended before it took a picture; what it said is above"
+            ) from error
+
+
+def _start_pool(workers: int, work: _Work) -> ProcessPoolExecutor:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["pipelines.decode_pool", "pipelines.image_resize"])
     pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=(work,))
-    try:
-        pool.submit(os.getpid).result()
-    except BrokenProcessPool as error:
-        raise ThroughlineError(
-            "decode workers cannot be started: the first one ended before it took a picture; what it said is above"
-        ) from error
+    pool.submit(os.getpid).result()
     return pool
 
 

@@ -1,5 +1,8 @@
 import asyncio
+import os
 import socket
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -451,6 +454,27 @@ def test_decoding_goes_on_with_a_new_server_of_workers_where_theirs_is_gone() ->
             return [outcome.status.value for outcome in outcomes]
 
     assert asyncio.run(run()) == ["ok", "decoder_crashed", "ok", "ok", "ok"]
+
+
+@pytest.mark.slow
+def test_a_folder_for_temporary_files_that_is_of_no_use_is_named(tmp_path: Path) -> None:
+    folder = tmp_path / ("long" * 25)
+    folder.mkdir()
+    code = "from tests.pipelines.test_fetch import decode_one; decode_one()"
+    environment = os.environ | {"TMPDIR": str(folder)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, stderr=subprocess.PIPE, text=True, check=False)
+    last = done.stderr.strip().splitlines()[-1]
+    assert "decode workers cannot be started: AF_UNIX path too long" in last
+    assert str(folder) in last
+    assert "TMPDIR" in last
+
+
+def decode_one() -> None:
+    async def run() -> None:
+        async with DecodePool(1, 5.0, TRANSFORM) as pool:
+            await pool.decode(JPEG)
+
+    asyncio.run(run())
 
 
 def test_workers_that_cannot_start_stop_the_job_in_one_sentence() -> None:
