@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from orchestration import estimate_command, subset_command
+from orchestration import estimate_command, subset_command, trace_command
 from pipelines.errors import ThroughlineError, in_plain_words
 
 if TYPE_CHECKING:
@@ -52,6 +52,18 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     _add_profile(audit)
     audit.add_argument("--json", action="store_true", help="as JSON")
+
+    trace = commands.add_parser(
+        "trace", help="tell where rows went: outputs that hold them, checkpoints that drew them"
+    )
+    _add_profile(trace)
+    trace_command.add_arguments(trace, withdraws=False)
+
+    withdraw = commands.add_parser(
+        "withdraw", help="list rows that must no longer be trained on, and tell where they went"
+    )
+    _add_profile(withdraw)
+    trace_command.add_arguments(withdraw, withdraws=True)
 
     doctor = commands.add_parser("doctor", help="show what this machine can run, and how to mend what is missing")
     _add_profile(doctor)
@@ -249,6 +261,14 @@ def _audit(arguments: argparse.Namespace) -> int:
     return 0 if audit.passed else EXIT_FAILED
 
 
+def _trace(arguments: argparse.Namespace) -> int:
+    return trace_command.run_trace(arguments, _execution(arguments).plan)
+
+
+def _withdraw(arguments: argparse.Namespace) -> int:
+    return trace_command.run_withdraw(arguments, _execution(arguments).plan)
+
+
 def _doctor(arguments: argparse.Namespace) -> int:
     from orchestration.doctor import examine
 
@@ -359,6 +379,8 @@ _COMMANDS = {
     "run": _run,
     "status": _status,
     "audit": _audit,
+    "trace": _trace,
+    "withdraw": _withdraw,
     "doctor": _doctor,
     "lint": _lint,
     "profile": _profile,

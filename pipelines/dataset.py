@@ -7,6 +7,7 @@ import hashlib
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
+from pipelines.entry_lists import OptOuts
 from pipelines.errors import ThroughlineError
 from pipelines.feature_keys import feature_keys
 from pipelines.laion_index import part_names
@@ -81,7 +82,7 @@ def _write_samples(
     rows: dict[str, tuple[str, str, int]] = {}
     hashes: dict[str, tuple[str, str, int]] = {}
     wants_hashes = run.config.duplicate_images or run.config.near_duplicates is not None
-    rows_in = 0
+    rows_in, withdrawn = 0, _withdrawn_keys(run.config)
     with run.unit("samples") as unit, run.progress(len(parts), "parts") as progress:
         for part, shards in parts.items():
             for path in shards.files(".tar"):
@@ -91,7 +92,9 @@ def _write_samples(
                 rows_in += len(keys)
                 for index, key in enumerate(keys):
                     lacking = next((name for name, present in known.items() if key not in present), None)
-                    if lacking:
+                    if key in withdrawn:
+                        unit.drop(key, "withdrawn", f"{path.name} of part {part}")
+                    elif lacking:
                         unit.drop(key, f"{lacking}_missing", f"{path.name} of part {part}")
                     elif key in rows:
                         first_part, first_shard, _ = rows[key]
@@ -119,6 +122,17 @@ def _write_samples(
             pq.write_table(table, stream, compression="zstd", row_group_size=_ROW_GROUP_ROWS)
         unit.account(rows_in=rows_in, rows_out=len(sample_keys))
         unit.notes["splits"] = {f"num_{split}": splits.count(split) for split in (TRAIN, VALIDATION)}
+
+
+def _withdrawn_keys(config: DatasetConfig) -> frozenset[str]:
+    named = OptOuts.read(config.withdrawn)
+    for other in (*named.urls, *named.domains):
+        assert config.withdrawn is not None
+        raise ThroughlineError(
+            f"{config.withdrawn.path}: {other!r} is no sample key, and the data set knows its rows by nothing else; "
+            "let `throughline withdraw` write the list, which finds the rows of URLs and domains"
+        )
+    return frozenset(named.keys)
 
 
 def _checked_contents(path: Path, shards: StageOutput) -> ShardIndex:

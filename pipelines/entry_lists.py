@@ -122,8 +122,13 @@ class OptOuts:
     @classmethod
     def read(cls, entries: "EntryList | None") -> "OptOuts":
         """Raises ThroughlineError where the list file can't be read."""
+        return cls.of(read_entries(entries) if entries else ())
+
+    @classmethod
+    def of(cls, entries: Iterable[str]) -> "OptOuts":
+        """Sort entries by what they name."""
         keys, urls, domains = [], [], []
-        for entry in read_entries(entries) if entries else ():
+        for entry in entries:
             if "://" in entry:
                 urls.append(entry)
             elif len(entry) == 2 * SAMPLE_KEY_BYTES and all(digit in string.hexdigits for digit in entry):

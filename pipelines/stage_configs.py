@@ -333,5 +333,8 @@ class DatasetConfig(FrozenConfig):
     """Of samples whose perceptual hashes differ in at most this many of 64 bits one alone stays (``near_duplicate``);
     None is off. 4 finds other sizes and qualities of one picture; time grows steeply with it. The winner, of these and
     of `duplicate_images`, is the one with the most source pixels, then the one with the smallest key."""
+    withdrawn: EntryList | None = added_field(None)
+    """Sample keys, 32 hex digits each, of rows that must no longer be trained on (``withdrawn``); nothing before the
+    data set is computed anew for it. `throughline withdraw` writes the list."""
     workers: WorkersConfig = execution_field(WorkersConfig())
     """For the search for near duplicates."""

@@ -1,0 +1,207 @@
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from orchestration.cli import main
+from orchestration.trace import Holder, Trace, trace
+from orchestration.trace_command import trace_lines
+from pipelines import dataset, shards
+from pipelines.entry_lists import OptOuts
+from pipelines.sample_key import sample_key
+from pipelines.stage import StageOutput, StageRun
+from pipelines.stage_configs import DatasetConfig, EntryList, ShardsConfig
+from tests.evaluation.worlds import StandInConfig, run_stand_in
+from tests.pipelines.hostile_server import HostileServer
+from tests.pipelines.laion_world import laion_row, run_captions, run_images, run_subset, write_laion
+
+DRAWN, HELD, TWICE, LOST = "/scene/0", "/scene/1", "/scene/5", "/404"
+"""Drawn by a checkpoint; held by the data set and never drawn; in both parts; a link that leads nowhere."""
+
+
+class World:
+    """Outputs of two parts, a data set, a checkpoint that drew a row and one that did not, and samples of both."""
+
+    def __init__(self, server: HostileServer, root: Path) -> None:
+        self.server, self.root = server, root / "out"
+        for part in range(2):
+            rows = [
+                laion_row(server.url(f"/scene/{number}"), f"text {number}") for number in range(part * 5, 6 + part * 5)
+            ]
+            rows += [laion_row(server.url(LOST), "lost")] if part == 0 else []
+            write_laion(root / "laion" / f"{part:05d}.parquet", rows)
+        self.shards, self.latents = [], []
+        for part in ("00000", "00001"):
+            subset = run_subset(root / "laion", self.root, part)
+            pictures = run_images(server, subset, self.root)
+            captions = run_captions(pictures, self.root)
+            tars = shards.STAGE.run(ShardsConfig(), {"images": [pictures], "captions": [captions]}, self.root, part)
+            self.shards.append(tars)
+            self.latents.append(run_stand_in(self.root, "latents", _nothing, {"shards": [tars]}, part))
+        self.dataset = dataset.STAGE.run(DatasetConfig(), {"shards": self.shards}, self.root)
+        for strategy, drawn in (("joint", {self.key(DRAWN): (3, 2)}), ("uniform", {self.key("/scene/2"): (0, 1)})):
+            checkpoint = run_stand_in(self.root, "checkpoint", _ledger(drawn), {"dataset": [self.dataset]}, strategy)
+            samples = run_stand_in(self.root, "samples", _nothing, {"checkpoint": [checkpoint]}, f"{strategy}|geneval")
+            run_stand_in(self.root, "scores", _nothing, {"samples": [samples]}, f"{strategy}|geneval")
+
+    def key(self, path: str) -> str:
+        text = "lost" if path == LOST else f"text {path.rpartition('/')[2]}"
+        return sample_key(self.server.url(path), text)
+
+    def trace(self, *entries: str) -> Trace:
+        return trace(self.root, entries, [self.dataset.ref])
+
+
+def _nothing(run: StageRun[StandInConfig]) -> None:
+    with run.unit("all") as unit:
+        unit.write("file", b"")
+
+
+def _ledger(drawn: dict[str, tuple[int, int]]) -> Callable[[StageRun[StandInConfig]], None]:
+    def produce(run: StageRun[StandInConfig]) -> None:
+        first, times = zip(*drawn.values(), strict=True)
+        with run.unit("all") as unit, unit.open("ledger.parquet") as stream:
+            pq.write_table(pa.table({"sample_key": list(drawn), "first_step": first, "times_seen": times}), stream)
+
+    return produce
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+    with HostileServer() as server:
+        yield World(server, tmp_path_factory.mktemp("trace"))
+
+
+def labels(holders: list[Holder]) -> list[str]:
+    return [holder.label for holder in holders]
+
+
+def test_a_row_is_followed_from_its_url_to_the_scores_of_what_drew_it(world: World) -> None:
+    found = world.trace(world.server.url(DRAWN))
+    key = world.key(DRAWN)
+    assert list(found.rows) == [key]
+    assert (found.rows[key].url, found.rows[key].alt_text) == (world.server.url(DRAWN), "text 0")
+    assert labels(found.holders) == [
+        "laion_subset 00000", "images 00000", "captions 00000", "shards 00000", "latents 00000", "dataset",
+        "checkpoint joint", "samples joint|geneval", "scores joint|geneval",
+    ]  # fmt: skip
+    files = {holder.label: dict(holder.files) for holder in found.holders}
+    assert files["images 00000"] == {"images-00000.parquet": 1}
+    assert files["shards 00000"] == {"shard-00000.tar": 1}
+    assert files["latents 00000"] == {"latents-00000.safetensors": 1}
+    assert files["samples joint|geneval"] == {}
+    notes = {holder.label: holder.notes.get(key) for holder in found.holders}
+    assert notes["checkpoint joint"] == {"first_step": 3, "times_seen": 2}
+    assert notes["dataset"] == {"split": "train", "part": "00000", "shard": "shard-00000.tar"}
+    assert [holder.label for holder in found.holders if holder.is_current] == ["dataset"]
+    assert not (found.unknown or found.ends or found.unreadable)
+
+
+def test_a_row_that_no_checkpoint_drew_touches_none(world: World) -> None:
+    found = world.trace(world.key(HELD))
+    assert labels(found.holders)[-1] == "dataset"
+
+
+def test_a_row_that_ended_is_told_with_its_reason(world: World) -> None:
+    found = world.trace(world.server.url(LOST))
+    assert labels(found.holders) == ["laion_subset 00000"]
+    assert found.ends == {world.key(LOST): {"images 00000": ("http_not_found", "")}}
+    found = world.trace(world.key(TWICE))
+    assert labels(found.holders)[:2] == ["laion_subset 00000", "laion_subset 00001"]
+    assert found.ends[world.key(TWICE)]["dataset"][0] == "duplicate_key"
+
+
+def test_a_domain_names_all_its_rows_and_what_names_none_is_told(world: World) -> None:
+    host = world.server.url("/").split("/")[2].partition(":")[0]
+    unknown = ["example.org", "http://example.org/a.jpg", "0" * 32]
+    found = world.trace(host, *unknown)
+    assert len(found.rows) == 12
+    assert found.unknown == unknown
+    nothing = world.trace("example.org")
+    assert not (nothing.rows or nothing.holders)
+    assert next(trace_lines(nothing)) == "0 rows, so there is nothing to tell"
+
+
+def test_an_output_that_cannot_be_asked_is_named(world: World, tmp_path: Path) -> None:
+    before = world.dataset.manifest_path.read_bytes()
+    try:
+        world.dataset.manifest_path.write_bytes(before.replace(b'"num_samples": ', b'"num_samples": 1'))
+        found = world.trace(world.key(HELD))
+    finally:
+        world.dataset.manifest_path.write_bytes(before)
+    assert labels(found.holders)[-1] == "latents 00000"
+    assert "was altered" in found.unreadable[0]
+    assert "could not be asked" in "\n".join(trace_lines(found))
+
+
+def run_cli(*arguments: str) -> object:
+    with pytest.raises(SystemExit) as caught:
+        main(arguments)
+    return caught.value.code
+
+
+@pytest.fixture
+def root(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[str, ...]:
+    monkeypatch.setenv("THROUGHLINE_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("DAGSTER_HOME", str(tmp_path / "home" / "dagster"))
+    return "--output-root", str(world.root)
+
+
+def test_withdrawn_rows_are_listed_once_under_their_urls(
+    world: World, root: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    listed, asked = tmp_path / "withdrawn.txt", tmp_path / "asked.txt"
+    listed.write_text(f"# first\n{world.key(HELD)}")
+    asked.write_text(f"{world.server.url(DRAWN)}\n{world.key(HELD)}\n")
+    assert run_cli("withdraw", "--from", str(asked), "--list", str(listed), *root) == 0
+    expected = f"# first\n{world.key(HELD)}\n# {world.server.url(DRAWN)}\n{world.key(DRAWN)}\n"
+    assert listed.read_text() == expected
+    said = capsys.readouterr().out
+    entry = EntryList.scan(listed)
+    assert f'withdrawn = {{ path = "{listed}", sha256 = "{entry.sha256}" }}' in said
+    assert "1 row more, 2 in all" in said
+    assert "drawn 2 times, first in step 3" in said
+    assert "made from these: samples (1 old), scores (1 old)" in said
+    assert "dataset, checkpoint (" in said
+    assert "shards (" not in said
+    assert run_cli("withdraw", world.server.url(DRAWN), "--list", str(listed), "--json", *root) == 0
+    record = json.loads(capsys.readouterr().out)
+    assert record["withdrawn"] == {**entry.model_dump(), "num_new": 0, "num_listed": 2}
+    assert listed.read_text() == expected
+    assert OptOuts.read(entry).keys == (world.key(HELD), world.key(DRAWN))
+
+
+def test_a_profile_has_one_list_of_withdrawn_rows(world: World, root: tuple[str, ...], tmp_path: Path) -> None:
+    listed = tmp_path / "withdrawn.txt"
+    assert "name one: --list" in str(run_cli("withdraw", world.key(HELD), *root))
+    assert "nothing was withdrawn" in str(run_cli("withdraw", "example.org", "--list", str(listed), *root))
+    assert not listed.exists()
+    listed.write_text(f"{world.key(HELD)}\n")
+    digest = EntryList.scan(listed).sha256
+    named = ("--set", f'dataset.withdrawn={{"path": "{listed}", "sha256": "{digest}"}}')
+    other = ("--list", str(tmp_path / "other.txt"))
+    assert "leave --list out" in str(run_cli("withdraw", world.key(DRAWN), *other, *named, *root))
+    assert run_cli("withdraw", world.key(DRAWN), *named, *root) == 0
+    assert world.key(DRAWN) in listed.read_text()
+
+
+def test_rows_must_be_named(root: tuple[str, ...]) -> None:
+    assert "name at least one row" in str(run_cli("trace", *root))
+
+
+def test_a_withdrawn_row_leaves_the_data_set_and_a_url_is_no_key(world: World, tmp_path: Path) -> None:
+    def run(*lines: str) -> StageOutput:
+        (tmp_path / "list").write_text("\n".join(lines))
+        config = DatasetConfig(withdrawn=EntryList.scan(tmp_path / "list"))
+        return dataset.STAGE.run(config, {"shards": world.shards}, tmp_path / "out")
+
+    manifest = run(world.key(TWICE), "f" * 32).manifest
+    assert manifest.conservation is not None
+    assert manifest.conservation.dropped == {"withdrawn": 2}, "it is in both parts"
+    found = trace(tmp_path / "out", [world.key(TWICE)])
+    assert found.ends == {world.key(TWICE): {"dataset": ("withdrawn", "shard-00000.tar of part 00001")}}
+    with pytest.raises(Exception, match=r"'example.org' is no sample key"):
+        run(world.key(TWICE), "example.org")
