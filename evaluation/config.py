@@ -6,9 +6,10 @@ from typing import Literal, Self, get_args
 
 from pydantic import Field, model_validator
 
-from pipelines.config import FrozenConfig, ModelRef, execution_field
+from pipelines.config import FrozenConfig, ModelRef, added_field, execution_field
 from pipelines.digest import file_sha256
 from pipelines.errors import ThroughlineError
+from pipelines.stage_configs import EntryList
 from recaption.config import EngineConfig, PoolConfig
 from training.config import SamplerConfig
 
@@ -141,6 +142,8 @@ class JudgeCalibrationConfig(FrozenConfig):
     num_images: int = Field(128, ge=2)
     """Images that are asked about, twice each."""
     images_per_unit: int = Field(64, ge=1)
+    withdrawn: EntryList | None = added_field(None)
+    """Sample keys of rows that must not be used any more; a profile gives the data set's list."""
 
 
 class FusionAnalysisConfig(FrozenConfig):

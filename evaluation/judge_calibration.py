@@ -13,6 +13,7 @@ from evaluation.config import JudgeCalibrationConfig
 from evaluation.judge_answers import OK, read_yes_no
 from evaluation.judges import ANSWER_FAILED
 from pipelines.digest import digest_json
+from pipelines.entry_lists import read_keys
 from pipelines.errors import ThroughlineError
 from pipelines.protocols import NO, YES, vqascore_question
 from pipelines.stage import Stage, StageResult, StageRun, Unit
@@ -68,7 +69,11 @@ def _pairs(run: StageRun[JudgeCalibrationConfig]) -> list[_Pair]:
     """Choose pictures from tables spread evenly over all parts; no more than `_MAX_TABLES` are read."""
     tables = caption_tables(run.inputs.get("images", ()), run.inputs.get("captions", ()))
     tables = [tables[index] for index in evenly(len(tables), _MAX_TABLES)]
-    by_table = [{key: text for key, text in table.captions().items() if text.strip()} for table in tables]
+    withdrawn = read_keys(run.config.withdrawn)
+    by_table = [
+        {key: text for key, text in table.captions().items() if text.strip() and key not in withdrawn}
+        for table in tables
+    ]
     captions = {key: text for texts in by_table for key, text in texts.items()}
     if not captions:
         raise ThroughlineError("judge_calibration: no captions among the inputs; run captions first")

@@ -10,6 +10,7 @@ from typing import Any
 
 from evaluation.caption_tables import caption_tables, evenly
 from evaluation.config import Benchmark, parse_partition
+from pipelines.dataset import left_out_as_withdrawn
 from pipelines.manifest import EARLIER
 from pipelines.stage import StageOutput
 
@@ -89,14 +90,16 @@ class CaptionedPicture:
 def sample_captions(lineage: Lineage, wanted: int, size_px: int) -> list[CaptionedPicture]:
     """Return captions with their pictures, spread evenly over parts, their tables, and the sample keys in a table.
 
-    Reads no more tables than captions are wanted, however many there are.
+    Reads no more tables than captions are wanted, however many there are. Rows that the data set left out as withdrawn
+    are not shown.
     """
+    withdrawn = left_out_as_withdrawn(lineage.get("dataset", ()))
     tables = caption_tables(lineage.get("images", ()), lineage.get("captions", ()))
     chosen = [tables[index] for index in evenly(len(tables), wanted)]
     shown: list[CaptionedPicture] = []
     for place, table in enumerate(chosen):
         share = wanted * (place + 1) // len(chosen) - wanted * place // len(chosen)
-        captions = table.captions()
+        captions = {key: text for key, text in table.captions().items() if key not in withdrawn}
         keys = sorted(captions)
         pictures = table.pictures({keys[index] for index in evenly(len(keys), share)})
         for key, (alt_text, image_bytes) in sorted(pictures.items()):

@@ -235,7 +235,7 @@ EVALUATION_NODES = (
         module="evaluation.judge_calibration",
         group=Group.EVALUATION,
         description="Whether the judge tells a training picture's own caption from another's.",
-        configure=lambda profile, _: profile.judge_calibration,
+        configure=lambda profile, _: profile.judge_calibration_config,
         inputs=(_INDEX, Input(name="images", asset="images"), Input(name="captions", asset="captions")),
         kinds=frozenset({"vllm", "ray"}),
     ),

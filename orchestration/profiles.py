@@ -206,6 +206,11 @@ class Profile(FrozenConfig):
         return self.images.model_copy(update={"fetch": fetch.model_copy(update=lists)})
 
     @property
+    def judge_calibration_config(self) -> JudgeCalibrationConfig:
+        """Return the judge's trial on training pictures: none of those that the data set leaves out as withdrawn."""
+        return self.judge_calibration.model_copy(update={"withdrawn": self.dataset.withdrawn})
+
+    @property
     def benchmarks(self) -> tuple[Benchmark, ...]:
         return self.prompt_sets.benchmarks
 

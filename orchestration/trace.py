@@ -24,7 +24,7 @@ from pipelines.storage import know_outputs
 if TYPE_CHECKING:
     import pyarrow as pa
 
-SUBSET, DATASET, CHECKPOINT = "laion_subset", "dataset", "checkpoint"
+SUBSET, DATASET, CHECKPOINT, CALIBRATION = "laion_subset", "dataset", "checkpoint", "judge_calibration"
 
 
 @dataclass(frozen=True)
@@ -286,4 +286,5 @@ _READERS: Mapping[str, Callable[[StageOutput, "pa.Array", Touched], Iterator[Fou
     "text_features": _in_features,
     DATASET: _in_tables(SAMPLES_FILE.removesuffix(".parquet"), "split", "part", "shard"),
     CHECKPOINT: _in_tables("ledger", "first_step", "times_seen"),
+    CALIBRATION: _in_tables("calibration"),
 }

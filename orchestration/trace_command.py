@@ -117,10 +117,10 @@ def _extend_list(path: Path, found: "Trace") -> tuple[int, str, int]:
 
 
 def _made_anew(plan: "Plan") -> dict[str, int]:
-    """Return the assets that another data set makes anew, with the number of their partitions."""
-    from orchestration.trace import DATASET
+    """Return the assets that a longer list makes anew, with the number of their partitions."""
+    from orchestration.trace import CALIBRATION, DATASET
 
-    names = plan.graph.downstream({DATASET})
+    names = plan.graph.downstream({DATASET, CALIBRATION})
     return {name: len(plan.partitions(name)) for name in plan.graph.nodes if name in names}
 
 

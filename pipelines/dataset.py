@@ -4,13 +4,14 @@ The samples stay where they are; here stands which there are, in which shard, an
 """
 
 import hashlib
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 
-from pipelines.entry_lists import OptOuts
+from pipelines.entry_lists import read_keys
 from pipelines.errors import ThroughlineError
 from pipelines.feature_keys import feature_keys
 from pipelines.laion_index import part_names
+from pipelines.manifest import DROPPED_NAME
 from pipelines.ray_units import ray_tasks
 from pipelines.shard_format import ShardIndex
 from pipelines.shard_reader import Shard
@@ -19,6 +20,7 @@ from pipelines.stage_configs import DatasetConfig
 
 SAMPLES_FILE = "samples.parquet"
 TRAIN, VALIDATION = "train", "validation"
+WITHDRAWN = "withdrawn"
 _ROW_GROUP_ROWS = 65_536
 _HASH_COLUMNS = ("perceptual_hash", "source_sha256", "source_pixels")
 
@@ -82,7 +84,7 @@ def _write_samples(
     rows: dict[str, tuple[str, str, int]] = {}
     hashes: dict[str, tuple[str, str, int]] = {}
     wants_hashes = run.config.duplicate_images or run.config.near_duplicates is not None
-    rows_in, withdrawn = 0, _withdrawn_keys(run.config)
+    rows_in, withdrawn = 0, read_keys(run.config.withdrawn)
     with run.unit("samples") as unit, run.progress(len(parts), "parts") as progress:
         for part, shards in parts.items():
             for path in shards.files(".tar"):
@@ -93,7 +95,7 @@ def _write_samples(
                 for index, key in enumerate(keys):
                     lacking = next((name for name, present in known.items() if key not in present), None)
                     if key in withdrawn:
-                        unit.drop(key, "withdrawn", f"{path.name} of part {part}")
+                        unit.drop(key, WITHDRAWN, f"{path.name} of part {part}")
                     elif lacking:
                         unit.drop(key, f"{lacking}_missing", f"{path.name} of part {part}")
                     elif key in rows:
@@ -124,15 +126,17 @@ def _write_samples(
         unit.notes["splits"] = {f"num_{split}": splits.count(split) for split in (TRAIN, VALIDATION)}
 
 
-def _withdrawn_keys(config: DatasetConfig) -> frozenset[str]:
-    named = OptOuts.read(config.withdrawn)
-    for other in (*named.urls, *named.domains):
-        assert config.withdrawn is not None
-        raise ThroughlineError(
-            f"{config.withdrawn.path}: {other!r} is no sample key, and the data set knows its rows by nothing else; "
-            "let `throughline withdraw` write the list, which finds the rows of URLs and domains"
-        )
-    return frozenset(named.keys)
+def left_out_as_withdrawn(datasets: Iterable[StageOutput]) -> frozenset[str]:
+    """Return the sample keys that data sets have dropped as withdrawn."""
+    import pyarrow.parquet as pq
+
+    keys: set[str] = set()
+    for output in datasets:
+        conservation = output.manifest.conservation
+        if conservation is not None and WITHDRAWN in conservation.dropped:
+            rows = pq.read_table(output.path(DROPPED_NAME), filters=[("reason", "=", WITHDRAWN)])
+            keys.update(rows["sample_key"].to_pylist())
+    return frozenset(keys)
 
 
 def _checked_contents(path: Path, shards: StageOutput) -> ShardIndex:

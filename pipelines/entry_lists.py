@@ -138,6 +138,21 @@ class OptOuts:
         return cls(tuple(keys), tuple(urls), tuple(domains))
 
 
+def read_keys(entries: "EntryList | None") -> frozenset[str]:
+    """Return the sample keys of a list, none where there is no list.
+
+    Raises ThroughlineError as `read_entries` does, and where an entry is anything but a sample key.
+    """
+    named = OptOuts.read(entries)
+    for other in (*named.urls, *named.domains):
+        assert entries is not None
+        raise ThroughlineError(
+            f"{entries.path}: {other!r} is no sample key, and captioned rows are known by nothing else here; let "
+            "`throughline withdraw` write the list, which finds the rows of URLs and domains"
+        )
+    return frozenset(named.keys)
+
+
 class Denials:
     """Which URLs no request may go to; asked for one at a time, before each request of a download."""
 

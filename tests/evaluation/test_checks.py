@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 
 from evaluation.checks import (
@@ -18,8 +19,9 @@ from pipelines.errors import ThroughlineError
 from pipelines.manifest import Conservation
 from pipelines.protocols import NO, YES
 from pipelines.stage import StageOutput, StageResult
+from pipelines.stage_configs import EntryList
 from recaption.engine import VisionAnswer, VisionRequest
-from tests.evaluation.worlds import JUDGE, KnowingPool, run_stand_in, write_data
+from tests.evaluation.worlds import JUDGE, KnowingPool, plausible_answer, run_stand_in, write_data
 from training.config import Strategy
 
 
@@ -84,6 +86,23 @@ def test_a_judge_that_always_says_yes_fails_its_trial(pool: KnowingPool, tmp_pat
     verdict = judge_calibration(output)
     assert not verdict.passed
     assert "100.0% of own captions and 0.0% of others'" in verdict.sentence
+
+
+def test_withdrawn_pictures_are_not_shown_to_the_judge(pool: KnowingPool, tmp_path: Path) -> None:
+    world, _ = write_data(tmp_path)
+    pool._answer = plausible_answer
+
+    def keys(**config: Any) -> set[str]:
+        config = {"judge": JUDGE, "num_images": 10, **config}
+        inputs = {"images": world.images, "captions": world.captions}
+        output = STAGE.run(JudgeCalibrationConfig.model_validate(config), inputs, tmp_path)
+        return set(pq.read_table(output.path("calibration.parquet"))["sample_key"].to_pylist())
+
+    before = keys()
+    (tmp_path / "withdrawn.txt").write_text("\n".join(sorted(before)[:4]))
+    after = keys(withdrawn=EntryList.scan(tmp_path / "withdrawn.txt"))
+    assert len(before) == len(after) == 10
+    assert before - after == set(sorted(before)[:4])
 
 
 def test_a_judge_that_knows_the_pictures_passes(pool: KnowingPool, tmp_path: Path) -> None:

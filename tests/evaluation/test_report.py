@@ -21,7 +21,7 @@ from evaluation.fusion_analysis import STAGE as FUSION_ANALYSIS
 from evaluation.judge_calibration import STAGE as JUDGE_CALIBRATION
 from evaluation.lineage import collect
 from evaluation.report import STAGE, grouped, show
-from evaluation.report_data import funnel
+from evaluation.report_data import funnel, sample_captions
 from evaluation.results import STAGE as RESULTS
 from evaluation.scores import STAGE as SCORES
 from pipelines.errors import ThroughlineError
@@ -152,6 +152,25 @@ def test_each_grid_shows_the_same_prompts_for_every_arm(results: StageOutput, tm
         by_arm.setdefault(arm, []).append(prompt)
     assert len(by_arm) == len(ARMS)
     assert len({tuple(prompts) for prompts in by_arm.values()}) == 1
+
+
+def test_withdrawn_pictures_are_not_shown(results: StageOutput, tmp_path: Path) -> None:
+    lineage = collect([results])
+    before = [item.sample_key for item in sample_captions(lineage, 6, 32)]
+
+    def withdraw(run: StageRun[StandInConfig]) -> StageResult:
+        with run.unit("00000") as unit:
+            unit.drop(before[0], "withdrawn")
+            unit.drop(before[1], "duplicate_key")
+            unit.account(rows_in=2, rows_out=0)
+        return StageResult()
+
+    dataset = run_stand_in(tmp_path, "dataset", withdraw)
+    after = [item.sample_key for item in sample_captions({**lineage, "dataset": [dataset]}, 6, 32)]
+    assert len(before) == len(after) == 6
+    assert before[0] not in after
+    every = {item.sample_key for item in sample_captions({**lineage, "dataset": [dataset]}, 100, 32)}
+    assert before[0] not in every and before[1] in every
 
 
 def test_the_judges_trial_is_shown_where_there_is_one(results: StageOutput, tmp_path: Path) -> None:
