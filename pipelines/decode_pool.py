@@ -5,6 +5,7 @@ shares their memory. A fork of this process would copy its threads halfway.
 """
 
 import asyncio
+import errno
 import logging
 import multiprocessing
 import os
@@ -27,6 +28,7 @@ from pipelines.stage_configs import ImageTransform
 _SERVER_ENDED = (ConnectionError, EOFError)
 """Raised where a worker is wanted of a server that was killed and is not quite gone; later, a new one is started."""
 _SERVER_SECONDS = 10.0
+_START_ATTEMPTS = 2
 Decoder = Callable[[bytes, ImageTransform], DecodeOutcome]
 _log = logging.getLogger(__name__)
 
@@ -140,6 +142,8 @@ class DecodePool:
             future = pool.submit(_decode_in_time, body)
         except (RuntimeError, *_SERVER_ENDED) as error:  # RuntimeError: shut down meanwhile, because a worker died
             raise BrokenProcessPool(str(error)) from error
+        except OSError as error:  # one more worker was to be started
+            raise _cannot_start(error) from error
         # Shielded, because a future that is cancelled while a worker dies ends the executor's own thread (Python 3.11).
         return await asyncio.shield(asyncio.wrap_future(future))
 
@@ -157,6 +161,7 @@ def _decode_in_time(body: bytes) -> DecodeOutcome:
 def _new_pool(workers: int, work: _Work) -> ProcessPoolExecutor:
     """Return a pool whose first worker runs; starting the server and its libraries takes a second or more."""
     deadline = time.monotonic() + _SERVER_SECONDS
+    ended = 0
     while True:
         try:
             return _start_pool(workers, work)
@@ -164,16 +169,26 @@ def _new_pool(workers: int, work: _Work) -> ProcessPoolExecutor:
             if time.monotonic() > deadline:
                 raise ThroughlineError(f"decode workers cannot be started: {first_line(error)}") from error
             time.sleep(0.05)
-        except OSError as error:  # a socket's path has room for about 100 characters
-            raise ThroughlineError(
-                f"decode workers cannot be started: {in_plain_words(error)}; their server needs a socket in a folder "
-                f"for temporary files ({tempfile.gettempdir()}): name one that can be written to, with a short path, "
-                "by TMPDIR"
-            ) from error
+        except OSError as error:
+            raise _cannot_start(error) from error
         except BrokenProcessPool as error:
-            raise ThroughlineError(
-                "decode workers cannot be started: the first one ended before it took a picture; what it said is above"
-            ) from error
+            ended += 1
+            if ended == _START_ATTEMPTS:
+                raise ThroughlineError(
+                    f"decode workers cannot be started: {ended} in a row ended before they took a picture, for the "
+                    "reason above, or killed by the system, as it does where memory is short"
+                ) from error
+
+
+def _cannot_start(error: OSError) -> ThroughlineError:
+    said = f"decode workers cannot be started: {in_plain_words(error)}"
+    if error.errno in (None, errno.ENAMETOOLONG, errno.EACCES, errno.EROFS, errno.ENOENT, errno.ENOSPC):
+        # Without a number: the socket's path, which has room for about 100 characters, is too long.
+        said += (
+            f"; their server needs a socket in a folder for temporary files ({tempfile.gettempdir()}): name one that "
+            "can be written to, with a short path, by TMPDIR"
+        )
+    return ThroughlineError(said)
 
 
 def _start_pool(workers: int, work: _Work) -> ProcessPoolExecutor:
@@ -189,6 +204,8 @@ def _end(pool: ProcessPoolExecutor) -> list[int | None]:
     processes = list((pool._processes or {}).values())
     for process in processes:
         process.kill()
+    # A worker that was killed while it wrote leaves half a result: its reader waits for more unless the pipe ends too.
+    pool._result_queue._writer.close()  # type: ignore[attr-defined]
     pool.shutdown(wait=True)  # an exit code can be read once, and until here the executor's thread may do it
     for process in processes:
         process.join()

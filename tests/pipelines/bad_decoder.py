@@ -3,6 +3,7 @@
 import os
 import signal
 
+from pipelines.fetch_status import FetchStatus
 from pipelines.image_decode import DecodeOutcome, decode
 from pipelines.stage_configs import ImageTransform
 
@@ -17,6 +18,11 @@ def decode_or_misbehave(body: bytes, transform: ImageTransform) -> DecodeOutcome
         while True:  # busy, as a decoder in an endless loop is
             pass
     return decode(body, transform)
+
+
+def decode_to_much(body: bytes, transform: ImageTransform) -> DecodeOutcome:
+    """Return so much that most of a worker's time goes into handing it over."""
+    return DecodeOutcome(status=FetchStatus.OK, image=bytes(8 << 20))
 
 
 class UnloadableDecoder:

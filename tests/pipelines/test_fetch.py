@@ -15,7 +15,7 @@ from pipelines.fetch import Fetched, Fetcher, _Hosts
 from pipelines.fetch_status import FetchStatus
 from pipelines.image_decode import decode
 from pipelines.stage_configs import EntryList, FetchConfig, ImageTransform
-from tests.pipelines.bad_decoder import UnloadableDecoder, decode_or_misbehave
+from tests.pipelines.bad_decoder import UnloadableDecoder, decode_or_misbehave, decode_to_much
 from tests.pipelines.hostile_server import JPEG, HostileServer
 from tests.pipelines.laion_world import entry_list
 from tests.pipelines.polite_server import PoliteServer, self_signed
@@ -454,6 +454,24 @@ def test_decoding_goes_on_with_a_new_server_of_workers_where_theirs_is_gone() ->
             return [outcome.status.value for outcome in outcomes]
 
     assert asyncio.run(run()) == ["ok", "decoder_crashed", "ok", "ok", "ok"]
+
+
+@pytest.mark.slow
+def test_a_pool_that_is_stopped_in_the_middle_of_its_work_ends() -> None:
+    code = "from tests.pipelines.test_fetch import stop_busy_pools; stop_busy_pools()"
+    subprocess.run([sys.executable, "-c", code], timeout=60, check=True)
+
+
+def stop_busy_pools() -> None:
+    async def run(seconds: float) -> None:
+        async with DecodePool(2, 5.0, TRANSFORM, decode_to_much) as pool:
+            await pool.decode(JPEG)
+            async with asyncio.timeout(seconds):
+                await asyncio.gather(*(pool.decode(JPEG) for _ in range(100)))
+
+    for attempt in range(8):
+        with pytest.raises(TimeoutError):
+            asyncio.run(run(0.05 + attempt / 100))
 
 
 @pytest.mark.slow
