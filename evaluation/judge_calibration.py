@@ -32,6 +32,7 @@ class _Pair:
     sample_key: str
     image_bytes: bytes
     own: str
+    other_key: str
     other: str
 
     def requests(self) -> list[VisionRequest]:
@@ -46,8 +47,8 @@ class _Pair:
         ]
 
 
-def choose_pairs(captions: Mapping[str, str], wanted: int) -> list[tuple[str, str, str]]:
-    """Return (sample_key, own caption, other caption) of at most `wanted` pictures, by the digest of their keys.
+def choose_pairs(captions: Mapping[str, str], wanted: int) -> list[tuple[str, str]]:
+    """Return (sample_key, key of the other caption) of at most `wanted` pictures, by the digest of their keys.
 
     The other caption is that of the next chosen picture which is captioned differently. Raises ThroughlineError where
     all captions are the same.
@@ -55,13 +56,13 @@ def choose_pairs(captions: Mapping[str, str], wanted: int) -> list[tuple[str, st
     keys = sorted(captions, key=digest_json)[:wanted]
     pairs = []
     for place, key in enumerate(keys):
-        others = (captions[other] for other in keys[place + 1 :] + keys[:place])
-        other = next((caption for caption in others if caption != captions[key]), None)
+        others = keys[place + 1 :] + keys[:place]
+        other = next((other for other in others if captions[other] != captions[key]), None)
         if other is None:
             raise ThroughlineError(
                 f"judge_calibration: all {len(keys)} chosen captions are the same; look at the captions first"
             )
-        pairs.append((key, captions[key], other))
+        pairs.append((key, other))
     return pairs
 
 
@@ -80,14 +81,14 @@ def _pairs(run: StageRun[JudgeCalibrationConfig]) -> list[_Pair]:
     chosen = choose_pairs(captions, run.config.num_images)
     pictures: dict[str, tuple[str, bytes]] = {}
     for table, texts in zip(tables, by_table, strict=True):
-        pictures |= table.pictures({key for key, _, _ in chosen if key in texts})
-    return [_Pair(key, pictures[key][1], own, other) for key, own, other in chosen]
+        pictures |= table.pictures({key for key, _ in chosen if key in texts})
+    return [_Pair(key, pictures[key][1], captions[key], other, captions[other]) for key, other in chosen]
 
 
 def _write_unit(unit: Unit, pairs: Sequence[_Pair], answers: Sequence[VisionAnswer]) -> None:
     waiting, rows = iter(answers), []
     for pair in pairs:
-        for kind, statement in ((OWN, pair.own), (OTHER, pair.other)):
+        for kind, key, statement in ((OWN, pair.sample_key, pair.own), (OTHER, pair.other_key, pair.other)):
             answer = next(waiting)
             found = read_yes_no(answer.text, answer.logprobs)
             status = ANSWER_FAILED if answer.error is not None else found.status
@@ -98,6 +99,7 @@ def _write_unit(unit: Unit, pairs: Sequence[_Pair], answers: Sequence[VisionAnsw
                 {
                     "sample_key": pair.sample_key,
                     "kind": kind,
+                    "statement_key": key,
                     "statement": statement,
                     "raw_answer": answer.text,
                     "probability_yes": found.probability_yes,
@@ -163,7 +165,7 @@ def produce(run: StageRun[JudgeCalibrationConfig]) -> StageResult:
     rows = [row for unit in run.finished_units() if unit.name != "table" for row in unit.notes["rows"]]
     if not run.is_finished("table"):
         schema = pa.schema(
-            dict.fromkeys(("sample_key", "kind", "statement", "raw_answer"), pa.string())
+            dict.fromkeys(("sample_key", "kind", "statement_key", "statement", "raw_answer"), pa.string())
             | {"probability_yes": pa.float64(), "verdict": pa.bool_()}
         )
         with run.unit("table") as unit, unit.open("calibration.parquet", num_rows=len(rows)) as stream:
@@ -171,7 +173,7 @@ def produce(run: StageRun[JudgeCalibrationConfig]) -> StageResult:
     return StageResult(summary=_summary(rows, len(pairs)))
 
 
-STAGE = Stage(name="judge_calibration", code_version="1", config_type=JudgeCalibrationConfig, produce=produce)
+STAGE = Stage(name="judge_calibration", code_version="2", config_type=JudgeCalibrationConfig, produce=produce)
 
 if __name__ == "__main__":
     from evaluation.judge_calibration import STAGE as stage

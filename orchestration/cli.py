@@ -213,6 +213,8 @@ def _status(arguments: argparse.Namespace) -> int:
     from orchestration.status import status_json, status_lines
 
     plan = _execution(arguments).plan
+    for warning in plan.profile.warnings():
+        print(f"note: {warning}", file=sys.stderr)
     if arguments.json:
         _print_json(status_json(plan))
     else:

@@ -23,6 +23,7 @@ from features.config import LatentsConfig, TextFeaturesConfig
 from orchestration.launch import AccelerateLaunch, LaunchForm, LocalLaunch
 from orchestration.models import is_pinned, resolve_models
 from pipelines.config import FrozenConfig, ModelRef
+from pipelines.digest import file_sha256
 from pipelines.errors import ThroughlineError, in_plain_words, problem_in_words
 from pipelines.object_store import StoreConfig, TransferConfig
 from pipelines.stage import Verify
@@ -126,6 +127,7 @@ class Profile(FrozenConfig):
         problems = [
             *self._output_problems(), *self._world_problems(), *self._model_problems(), *self._shape_problems(),
             *self._arm_problems(),
+            *self._list_problems(),
         ]  # fmt: skip
         if problems:
             raise ValueError("; ".join(problems))
@@ -185,6 +187,11 @@ class Profile(FrozenConfig):
         if self.arms and self.results.baseline not in self.arms:
             problems.append(f"results.baseline {self.results.baseline} is not among the arms")
         return problems
+
+    def _list_problems(self) -> list[str]:
+        if self.judge_calibration.withdrawn is None:
+            return []
+        return ["judge_calibration.withdrawn is the data set's list; set dataset.withdrawn alone"]
 
     @property
     def strategy_names(self) -> tuple[str, ...]:
@@ -259,7 +266,22 @@ class Profile(FrozenConfig):
 
     def warnings(self) -> list[str]:
         """Return what is legal and still worth knowing."""
-        return [*self._uneven_processes(), *self._lonely_machines(), *self._unpinned_models()]
+        return [
+            *self._changed_list(),
+            *self._uneven_processes(),
+            *self._lonely_machines(),
+            *self._unpinned_models(),
+        ]
+
+    def _changed_list(self) -> Iterator[str]:
+        named = self.dataset.withdrawn
+        if named is None:
+            return
+        path = Path(named.path)
+        found = file_sha256(path) if path.is_file() else None
+        if found != named.sha256:
+            said = f"has SHA-256 {found}" if found else "is gone"
+            yield f"dataset.withdrawn: {path} {said}, the profile names {named.sha256}; rows are left out as that said"
 
     def _uneven_processes(self) -> Iterator[str]:
         launch, wanted = self.launch("checkpoint"), self.training.num_processes

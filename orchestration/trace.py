@@ -1,11 +1,11 @@
 """Where rows went: which outputs hold them, which checkpoints drew them and when, and what was made from those.
 
-All outputs under a root are asked, those of earlier configurations too. Up to the data set a row is looked for by its
+All outputs under a root are asked, those of other configurations too. Up to the data set a row is looked for by its
 sample key in each output's own tables; a checkpoint's ledger says what it drew; what comes after holds no rows, and
-counts if it was made from an output that counts.
+counts if it was made from an output that counts. What can't be asked is named, with all that rests on it.
 """
 
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from orchestration.nodes import GRAPH
 from pipelines.dataset import SAMPLES_FILE
-from pipelines.entry_lists import DomainSet, OptOuts
-from pipelines.errors import ThroughlineError
+from pipelines.entry_lists import DomainSet, OptOuts, hash_set, hosts_of
+from pipelines.errors import ThroughlineError, first_line
 from pipelines.fetch_status import FetchStatus
 from pipelines.manifest import DROPPED_NAME, MANIFEST_NAME, InputRef
 from pipelines.shard_format import index_path, read_index
@@ -25,6 +25,62 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 SUBSET, DATASET, CHECKPOINT, CALIBRATION = "laion_subset", "dataset", "checkpoint", "judge_calibration"
+_ROWLESS = ("laion_index", "prompt_sets")
+"""What is made from these alone has no rows; of the index, single entries are read."""
+_MOST_NOTED = 10_000
+"""Rows of an output of which more is kept than their keys."""
+_UNREADABLE = (ThroughlineError, OSError, ValueError, KeyError)
+
+Place = tuple[str, str]
+"""Stage and data version."""
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """All that lies under an output root: sound outputs by stage, in the order of the graph, and what is wrong else."""
+
+    by_stage: Mapping[str, Sequence[StageOutput]]
+    broken: Mapping[Place, str]
+
+    @classmethod
+    def load(cls, output_root: Path) -> "Outputs":
+        """Read all manifests, fetching those that an object store has."""
+        by_stage: dict[str, list[StageOutput]] = {}
+        broken: dict[Place, str] = {}
+        for stage in GRAPH.nodes:
+            know_outputs(output_root, stage)
+            found = by_stage.setdefault(stage, [])
+            for path in sorted((output_root / stage).glob(f"*/{MANIFEST_NAME}")):
+                try:
+                    found.append(StageOutput.load(path))
+                except ThroughlineError as error:
+                    broken[stage, path.parent.name] = str(error)
+            found.sort(key=lambda output: (output.manifest.partition or "", output.data_version))
+        return cls(by_stage, broken)
+
+    def __len__(self) -> int:
+        return sum(map(len, self.by_stage.values()))
+
+    def in_use(self, ends: Iterable[InputRef]) -> set[Place]:
+        """Return some outputs and all that they were made from."""
+        found: set[Place] = set()
+        manifests = {_place(output): output.manifest for items in self.by_stage.values() for output in items}
+        waiting = deque(ends)
+        while waiting:
+            ref = waiting.popleft()
+            for place in self._places(ref):
+                if place not in found and place in manifests:
+                    found.add(place)
+                    waiting.extend(item for refs in manifests[place].inputs.values() for item in refs)
+        return found
+
+    def _places(self, ref: InputRef) -> Iterator[Place]:
+        if ref.file is None:
+            yield ref.stage, ref.data_version
+            return
+        for output in self.by_stage.get(ref.stage, ()):
+            if any(entry.path == ref.file and entry.sha256 == ref.data_version for entry in output.manifest.files):
+                yield _place(output)
 
 
 @dataclass(frozen=True)
@@ -41,14 +97,19 @@ class Holder:
     """An output that holds rows that are looked for, or was made from one that does."""
 
     output: StageOutput
-    is_current: bool
-    """Whether the profile's graph uses it; other outputs are of other configurations or of earlier rows."""
+    is_current: bool | None
+    """Whether a result of the profile rests on it; None where that is not known."""
     keys: set[str] = field(default_factory=set)
     """Of the rows it holds; empty for what was made from a holder."""
     files: Counter[str] = field(default_factory=Counter)
     """File -> rows in it."""
+    splits: Counter[str] = field(default_factory=Counter)
+    """Of a data set: split -> rows."""
+    times_drawn: int = 0
+    first_step: int | None = None
+    """Of a checkpoint: over all rows."""
     notes: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """Sample key -> what the output says of the row: its split; its first step and how often it was drawn."""
+    """Sample key -> what the output says of the row, for the first rows: its split; its first step, times drawn."""
 
     @property
     def stage(self) -> str:
@@ -57,6 +118,29 @@ class Holder:
     @property
     def label(self) -> str:
         return " ".join(filter(None, (self.stage, self.output.manifest.partition)))
+
+    def add(self, sample_key: str, file: str, note: Mapping[str, Any]) -> None:
+        """Count a row that a file of the output holds."""
+        self.keys.add(sample_key)
+        self.files[file] += 1
+        if "split" in note:
+            self.splits[note["split"]] += 1
+        if "times_seen" in note:
+            self.times_drawn += note["times_seen"]
+            step = note["first_step"]
+            self.first_step = step if self.first_step is None else min(step, self.first_step)
+        if note and len(self.notes) < _MOST_NOTED:
+            self.notes[sample_key] = dict(note)
+
+
+@dataclass(frozen=True)
+class Drop:
+    """A row that an output dropped, and why."""
+
+    sample_key: str
+    holder: Holder
+    reason: str
+    detail: str
 
 
 @dataclass
@@ -68,10 +152,9 @@ class Trace:
     """Entries that name no row of any output."""
     holders: list[Holder] = field(default_factory=list)
     """In the order of the graph."""
-    ends: dict[str, dict[str, tuple[str, str]]] = field(default_factory=dict)
-    """Sample key -> where an output dropped it -> (reason, detail)."""
+    drops: list[Drop] = field(default_factory=list)
     unreadable: list[str] = field(default_factory=list)
-    """Outputs that could not be asked, with the reason."""
+    """What could not be asked, with the reason: rows may be there that are not told."""
 
     def as_json(self) -> dict[str, Any]:
         """Return the trace as a JSON value."""
@@ -80,129 +163,162 @@ class Trace:
             "unknown": self.unknown,
             "outputs": [
                 {
-                    "stage": holder.stage,
-                    "partition": holder.output.manifest.partition,
-                    "data_version": holder.output.data_version,
-                    "current": holder.is_current,
+                    **_identity(holder),
                     "folder": str(holder.output.folder),
                     "sample_keys": sorted(holder.keys),
                     "files": dict(holder.files),
+                    "splits": dict(holder.splits),
+                    "times_drawn": holder.times_drawn,
+                    "first_step": holder.first_step,
                     "notes": holder.notes,
                 }
                 for holder in self.holders
             ],
             "dropped": [
-                {"sample_key": key, "by": label, "reason": reason, "detail": detail}
-                for key, places in self.ends.items()
-                for label, (reason, detail) in places.items()
+                {
+                    **_identity(drop.holder),
+                    "sample_key": drop.sample_key,
+                    "reason": drop.reason,
+                    "detail": drop.detail,
+                }
+                for drop in self.drops
             ],
             "unreadable": self.unreadable,
         }
 
 
-Found = tuple[str, str, Mapping[str, Any]]
-"""Sample key, the file that holds the row, what else the output says of it."""
+def _identity(holder: Holder) -> dict[str, Any]:
+    return {
+        "stage": holder.stage,
+        "partition": holder.output.manifest.partition,
+        "data_version": holder.output.data_version,
+        "current": holder.is_current,
+    }
+
+
+def _place(output: StageOutput) -> Place:
+    return output.manifest.stage, output.data_version
+
+
+class _Search:
+    """What is looked for, and what was found so far."""
+
+    def __init__(self, rows: Collection[str], outputs: Outputs) -> None:
+        self.keys = {key: key for key in rows}
+        """Each key once, however many outputs hold it."""
+        self._wanted = hash_set(rows)
+        self.touched: dict[Place, Holder] = {}
+        self.unasked = set(outputs.broken)
+        """Outputs of which it is not known whether they hold rows."""
+        self._known = {_place(output) for items in outputs.by_stage.values() for output in items}
+
+    def rows(self, output: StageOutput, names: Sequence[str], columns: Sequence[str]) -> Iterator[dict[str, Any]]:
+        """Yield the wanted rows of tables of an output, with the name of the file."""
+        for batch in _batches(output, names, ["sample_key", *columns]):
+            yield from _masked(batch, self._wanted.contains(batch["sample_key"]))
+
+    def inputs(self, output: StageOutput) -> list[Place]:
+        """Return what an output was made from, as far as that may have rows."""
+        refs = (ref for refs in output.manifest.inputs.values() for ref in refs)
+        return [(ref.stage, ref.data_version) for ref in refs if ref.file is None and ref.stage not in _ROWLESS]
+
+    def lost(self, output: StageOutput) -> list[Place]:
+        """Return the inputs of an output that can't be asked, or are gone."""
+        return [place for place in self.inputs(output) if place in self.unasked or place not in self._known]
+
+    def may_hold(self, output: StageOutput) -> bool:
+        """Return whether an output may hold rows, judged by what it was made from."""
+        return bool(self.lost(output)) or any(place in self.touched for place in self.inputs(output))
 
 
 def trace(
-    output_root: Path,
+    outputs: Outputs,
     entries: Sequence[str],
-    current: Collection[InputRef] = (),
+    current: Collection[Place] | None = None,
     on_output: Callable[[], object] = lambda: None,
 ) -> Trace:
     """Return where the rows went that `entries` name: sample keys, URLs as they stand in the subset, domains.
 
-    `current` are the outputs that a profile's graph uses now. `on_output` is called for each output that was looked at;
-    `count_outputs` counts them.
+    `current` are the outputs that results of a profile rest on (`Outputs.in_use`), None where that is not known.
+    `on_output` is called for each output when it was asked.
     """
-    found = Trace()
-    outputs = {stage: sorted(_sound_outputs(output_root, stage, found), key=_place) for stage in GRAPH.nodes}
-    _find_rows(OptOuts.of(entries), outputs.get(SUBSET, []), found)
-    wanted = _array(found.rows)
-    touched: dict[tuple[str, str], Holder] = {}
-    for stage, items in outputs.items():
+    found = Trace(unreadable=list(outputs.broken.values()))
+    seen = _find_rows(OptOuts.of(entries), outputs.by_stage.get(SUBSET, ()), found)
+    search = _Search(found.rows, outputs)
+    for items in outputs.by_stage.values():
         for output in items:
+            holder = Holder(output, None if current is None else _place(output) in current)
+            problems = _ask(holder, search, found)
+            if problems:
+                search.unasked.add(_place(output))
+                found.unreadable += [f"{holder.label} {output.data_version[:12]}: {problem}" for problem in problems]
             on_output()
-            holder = Holder(output, output.ref in current)
-            try:
-                if stage in _READERS:
-                    for key, file, note in _READERS[stage](output, wanted, touched):
-                        holder.keys.add(key)
-                        holder.files[file] += 1
-                        if note:
-                            holder.notes[key] = dict(note)
-                    _find_drops(holder, wanted, found)
-                    counts = bool(holder.keys)
-                else:
-                    counts = any(
-                        (ref.stage, ref.data_version) in touched
-                        for refs in output.manifest.inputs.values()
-                        for ref in refs
-                    )
-            except (ThroughlineError, OSError, ValueError, KeyError) as error:
-                found.unreadable.append(f"{holder.label} {output.data_version[:12]}: {error}")
-                continue
-            if counts:
-                touched[stage, output.data_version] = holder
-    found.holders = list(touched.values())
-    held = {key for holder in found.holders for key in holder.keys} | found.ends.keys()
+    found.holders = list(search.touched.values())
+    held = {key for holder in found.holders for key in holder.keys} | {drop.sample_key for drop in found.drops}
     nowhere = {key for key, row in found.rows.items() if not row.url and key not in held}
     for key in nowhere:
         del found.rows[key]
-    found.unknown = [entry for entry in entries if entry in found.unknown or entry.lower() in nowhere]
+    found.unknown = [entry for entry in entries if entry.lower() in nowhere or not _is_seen(entry, seen, found)]
     return found
 
 
-def count_outputs(output_root: Path) -> int:
-    """Return how many outputs a trace will look at."""
-    for stage in GRAPH.nodes:
-        know_outputs(output_root, stage)
-    return sum(1 for stage in GRAPH.nodes for _ in (output_root / stage).glob(f"*/{MANIFEST_NAME}"))
+def _is_seen(entry: str, seen: Collection[str], found: Trace) -> bool:
+    return entry in seen or entry.lower().strip(".") in seen or entry.lower() in found.rows
 
 
-def _sound_outputs(output_root: Path, stage: str, found: Trace) -> Iterator[StageOutput]:
-    know_outputs(output_root, stage)
-    for path in sorted((output_root / stage).glob(f"*/{MANIFEST_NAME}")):
+def _ask(holder: Holder, search: _Search, found: Trace) -> list[str]:
+    """Ask one output for the wanted rows; return what stood in the way."""
+    output, problems, counts = holder.output, [], False
+    reader = _READERS.get(holder.stage)
+    if reader is None:
+        counts = any(place in search.touched for place in search.inputs(output))
+    else:
         try:
-            yield StageOutput.load(path)
-        except ThroughlineError as error:
-            found.unreadable.append(str(error))
+            for key, file, note in reader(output, search):
+                holder.add(search.keys[key], file, note)
+        except _UNREADABLE as error:
+            problems.append(first_line(error))
+    if (reader is None or reader is _in_features) and not counts and (lost := search.lost(output)):
+        stage, version = lost[0]
+        problems.append(f"made from {stage} {version[:12]}, which is gone or could not be asked")
+    if holder.keys or counts:
+        search.touched[_place(output)] = holder
+    try:
+        found.drops += _drops(holder, search)
+    except _UNREADABLE as error:
+        problems.append(first_line(error))
+    return problems
 
 
-def _place(output: StageOutput) -> tuple[str, str]:
-    return output.manifest.partition or "", output.data_version
-
-
-def _array(keys: Iterable[str]) -> "pa.Array":
-    import pyarrow as pa
-
-    return pa.array(sorted(keys), pa.string())
-
-
-def _find_rows(named: OptOuts, subsets: Iterable[StageOutput], found: Trace) -> None:
-    """Fill in the rows that entries name, and the entries that name none; keys are judged when all was looked at."""
-    import pyarrow as pa
-    import pyarrow.compute as pc
-
-    found.rows.update((key, TracedRow(key)) for key in dict.fromkeys(named.keys))
-    keys, urls = pa.array(named.keys, pa.string()), pa.array(named.urls, pa.string())
-    domains = {domain: DomainSet((domain,)) for domain in named.domains}
+def _find_rows(named: OptOuts, subsets: Iterable[StageOutput], found: Trace) -> set[str]:
+    """Fill in the rows that entries name, as far as subsets hold them; return the URLs and domains that name some."""
+    found.rows.update((key, TracedRow(key)) for key in named.keys)
+    keys, urls, domains = hash_set(named.keys), hash_set(named.urls), DomainSet(named.domains)
+    listed = {domain.lower().strip(".") for domain in named.domains}
     seen: set[str] = set()
     for output in subsets:
         try:
             for batch in _batches(output, _table_names(output, "rows"), ["sample_key", "url", "alt_text"]):
-                mask = pc.or_(pc.is_in(batch["sample_key"], keys), pc.is_in(batch["url"], urls))
-                for domain, hosts in domains.items():
-                    inside = pa.array(hosts.contains(batch["url"]))
-                    if pc.any(inside).as_py():
-                        seen.add(domain)
-                    mask = pc.or_(mask, inside)
-                for row in batch.filter(mask).to_pylist():
-                    found.rows[row["sample_key"]] = TracedRow(**{name: row[name] for name in row if name != "file"})
+                mask = keys.contains(batch["sample_key"]) | urls.contains(batch["url"])
+                if listed:
+                    mask |= domains.contains(batch["url"])
+                    seen.update(_with_domains_above(hosts_of(batch["url"]).dictionary.to_pylist()) & listed)
+                for row in _masked(batch, mask):
+                    found.rows[row["sample_key"]] = TracedRow(row["sample_key"], row["url"], row["alt_text"])
                     seen.add(row["url"])
-        except (ThroughlineError, OSError, ValueError, KeyError):
-            continue  # said when the output is looked at
-    found.unknown += [entry for entry in (*named.urls, *named.domains) if entry not in seen]
+        except _UNREADABLE:
+            continue  # said when the output is asked
+    return seen
+
+
+def _with_domains_above(hosts: Iterable[str]) -> set[str]:
+    found: set[str] = set()
+    for name in hosts:
+        host = name
+        while host and host not in found:
+            found.add(host)
+            host = host.partition(".")[2]
+    return found
 
 
 def _table_names(output: StageOutput, prefix: str) -> list[str]:
@@ -221,62 +337,73 @@ def _batches(output: StageOutput, names: Sequence[str], columns: Sequence[str]) 
                 yield batch.append_column("file", pa.repeat(name, batch.num_rows))
 
 
-def _wanted_rows(
-    output: StageOutput, names: Sequence[str], columns: Sequence[str], wanted: "pa.Array"
-) -> Iterator[dict[str, Any]]:
-    import pyarrow.compute as pc
+def _masked(batch: "pa.RecordBatch", mask: Any) -> list[dict[str, Any]]:
+    import pyarrow as pa
 
-    for batch in _batches(output, names, ["sample_key", *columns]):
-        yield from batch.filter(pc.is_in(batch["sample_key"], wanted)).to_pylist()
+    return batch.filter(pa.array(mask)).to_pylist() if mask.any() else []
 
 
-def _find_drops(holder: Holder, wanted: "pa.Array", found: Trace) -> None:
+def _drops(holder: Holder, search: _Search) -> Iterator[Drop]:
     if holder.stage == SUBSET:  # it drops most of what it reads, and nothing that it dropped went anywhere
         return
-    names = _table_names(holder.output, DROPPED_NAME.removesuffix(".parquet"))
-    for row in _wanted_rows(holder.output, names, ["reason", "detail"], wanted):
-        found.ends.setdefault(row["sample_key"], {})[holder.label] = (row["reason"], row["detail"])
+    for row in search.rows(holder.output, _table_names(holder.output, Path(DROPPED_NAME).stem), ["reason", "detail"]):
+        yield Drop(search.keys[row["sample_key"]], holder, row["reason"], row["detail"])
 
 
-Touched = Mapping[tuple[str, str], Holder]
+Found = tuple[str, str, Mapping[str, Any]]
+"""Sample key, the file that holds the row, what else the output says of it."""
+_Reader = Callable[[StageOutput, _Search], Iterator[Found]]
 
 
-def _in_tables(prefix: str, *columns: str) -> Callable[[StageOutput, "pa.Array", Touched], Iterator[Found]]:
+def _in_tables(prefix: str, *columns: str) -> _Reader:
     """Return a reader of tables whose names begin with `prefix`; `columns` are told of each row."""
 
-    def read(output: StageOutput, wanted: "pa.Array", _: Touched) -> Iterator[Found]:
-        for row in _wanted_rows(output, _table_names(output, prefix), columns, wanted):
+    def read(output: StageOutput, search: _Search) -> Iterator[Found]:
+        for row in search.rows(output, _table_names(output, prefix), columns):
             yield row["sample_key"], row["file"], {name: row[name] for name in columns}
 
     return read
 
 
-def _in_images(output: StageOutput, wanted: "pa.Array", _: Touched) -> Iterator[Found]:
+def _in_images(output: StageOutput, search: _Search) -> Iterator[Found]:
     """Pictures are large, and each has a row among the statuses."""
-    for row in _wanted_rows(output, _table_names(output, "status-"), ["status"], wanted):
+    for row in search.rows(output, _table_names(output, "status-"), ["status"]):
         if row["status"] == FetchStatus.OK:
             yield row["sample_key"], row["file"].replace("status-", "images-"), {}
 
 
-def _in_shards(output: StageOutput, wanted: "pa.Array", _: Touched) -> Iterator[Found]:
-    keys = set(wanted.to_pylist())
+def _in_shards(output: StageOutput, search: _Search) -> Iterator[Found]:
+    if not search.may_hold(output):
+        return
     for entry in output.manifest.files:
         if entry.path.endswith(".tar"):
-            index = read_index(output.path(index_path(Path(entry.path)).name))
-            yield from ((key, entry.path, {}) for key in index.keys if key in keys)
+            index = read_index(output.path(index_path(Path(entry.path)).name, alone=True))
+            yield from ((key, entry.path, {}) for key in index.keys if key in search.keys)
 
 
-def _in_features(output: StageOutput, _: "pa.Array", touched: Touched) -> Iterator[Found]:
+def _in_features(output: StageOutput, search: _Search) -> Iterator[Found]:
     """Feature files are large and have their shard's keys, so their shards are asked."""
-    for ref in output.manifest.inputs.get("shards", ()):
-        shards = touched.get((ref.stage, ref.data_version))
-        if shards is None:
-            continue
-        for key, file, _note in _in_shards(shards.output, _array(shards.keys), touched):
+    for place in search.inputs(output):
+        shards = search.touched.get(place)
+        for key, file, _ in _in_shards(shards.output, search) if shards is not None else ():
             yield key, f"{output.manifest.stage}-{Path(file).stem.removeprefix('shard-')}.safetensors", {}
 
 
-_READERS: Mapping[str, Callable[[StageOutput, "pa.Array", Touched], Iterator[Found]]] = {
+def _in_calibration(output: StageOutput, search: _Search) -> Iterator[Found]:
+    """A row stands there by its picture, or by its caption beside another's picture; unread answers are drops."""
+    import pyarrow.parquet as pq
+
+    for name in _table_names(output, "calibration"):
+        for row in pq.read_table(output.path(name), columns=["sample_key", "statement_key"]).to_pylist():
+            yield from ((key, name, {}) for key in {*row.values()} if key in search.keys)
+    for name in _table_names(output, Path(DROPPED_NAME).stem):
+        for text in pq.read_table(output.path(name), columns=["sample_key"])["sample_key"].to_pylist():
+            key = text.partition("|")[0]
+            if key in search.keys:
+                yield key, name, {}
+
+
+_READERS: Mapping[str, _Reader] = {
     SUBSET: _in_tables("rows"),
     "laion_selection": _in_tables("rows"),
     "images": _in_images,
@@ -284,7 +411,7 @@ _READERS: Mapping[str, Callable[[StageOutput, "pa.Array", Touched], Iterator[Fou
     "shards": _in_shards,
     "latents": _in_features,
     "text_features": _in_features,
-    DATASET: _in_tables(SAMPLES_FILE.removesuffix(".parquet"), "split", "part", "shard"),
+    DATASET: _in_tables(Path(SAMPLES_FILE).stem, "split", "part", "shard"),
     CHECKPOINT: _in_tables("ledger", "first_step", "times_seen"),
-    CALIBRATION: _in_tables("calibration"),
+    CALIBRATION: _in_calibration,
 }

@@ -84,7 +84,7 @@ def _write_samples(
     rows: dict[str, tuple[str, str, int]] = {}
     hashes: dict[str, tuple[str, str, int]] = {}
     wants_hashes = run.config.duplicate_images or run.config.near_duplicates is not None
-    rows_in, withdrawn = 0, read_keys(run.config.withdrawn)
+    rows_in, withdrawn, gone = 0, read_keys(run.config.withdrawn), set[str]()
     with run.unit("samples") as unit, run.progress(len(parts), "parts") as progress:
         for part, shards in parts.items():
             for path in shards.files(".tar"):
@@ -96,6 +96,7 @@ def _write_samples(
                     lacking = next((name for name, present in known.items() if key not in present), None)
                     if key in withdrawn:
                         unit.drop(key, WITHDRAWN, f"{path.name} of part {part}")
+                        gone.add(key)
                     elif lacking:
                         unit.drop(key, f"{lacking}_missing", f"{path.name} of part {part}")
                     elif key in rows:
@@ -108,7 +109,7 @@ def _write_samples(
                     hashes |= zip(keys, _hashes(contents, path), strict=True)
             progress.advance(samples=len(rows))
         if wants_hashes:
-            _drop_alike(run, unit, rows, hashes)
+            _drop_alike(run, unit, rows, hashes, gone)
         sample_keys = sorted(rows)
         splits = [split_of(key, run.config) for key in sample_keys]
         table = pa.table(
@@ -164,30 +165,32 @@ def _drop_alike(
     unit: Unit,
     rows: dict[str, tuple[str, str, int]],
     hashes: dict[str, tuple[str, str, int]],
+    gone: Collection[str],
 ) -> None:
-    """Take samples out of `rows` that are alike another one; the detail of a drop is the winner's key."""
+    """Take samples out of `rows` that are alike another one; the detail of a drop is the winner's key.
+
+    Those that are `gone` already win over all others: a picture that was withdrawn does not come back as its copy.
+    """
     import numpy as np
 
     from pipelines.near_duplicates import winners
 
     config = run.config
-    best_first = sorted(rows, key=lambda key: (-hashes[key][2], key))
+    best_first = sorted([*gone, *rows], key=lambda key: (key not in gone, -hashes[key][2], key))
     if config.duplicate_images:
         first: dict[str, str] = {}
         for key in best_first:
             winner = first.setdefault(hashes[key][1], key)
-            if winner != key:
+            if winner != key and rows.pop(key, None) is not None:
                 unit.drop(key, "duplicate_image", winner)
-                del rows[key]
         best_first = list(first.values())
     if config.near_duplicates is not None:
         packed = np.array([int(hashes[key][0], 16) for key in best_first], dtype=np.uint64)
         with ray_tasks(run, config.workers) as tasks:
             winner_of = winners(packed, config.near_duplicates, tasks)
         for place, winner_place in enumerate(winner_of.tolist()):
-            if winner_place != place:
+            if winner_place != place and rows.pop(best_first[place], None) is not None:
                 unit.drop(best_first[place], "near_duplicate", best_first[winner_place])
-                del rows[best_first[place]]
 
 
 def _feature_keys(output: StageOutput, name: str, shard: Path, keys_of_shard: Sequence[str]) -> set[str]:

@@ -117,12 +117,12 @@ class StageOutput:
         """The path that `load` takes."""
         return self.folder / (self.only or MANIFEST_NAME)
 
-    def path(self, name: str) -> Path:
-        """Return the path of a file that the manifest lists."""
+    def path(self, name: str, *, alone: bool = False) -> Path:
+        """Return the path of a file that the manifest lists; `alone` fetches nothing that belongs to it."""
         if self.only not in (None, name):
             raise ThroughlineError(f"{self.manifest.stage}: the input is its file {self.only} alone, not {name}")
         entry = self.manifest.file(name)
-        self.fetch([entry.path])
+        self.fetch([entry.path], alone=alone)
         return self.folder / entry.path
 
     def files(self, suffix: str) -> list[Path]:
@@ -139,11 +139,14 @@ class StageOutput:
         """The object store that the output root is mirrored in."""
         return store_of(self.folder.parent.parent)
 
-    def fetch(self, names: Sequence[str] | None = None) -> None:
-        """See to it that files lie in the folder, all where `names` is None; nothing to do without an object store."""
+    def fetch(self, names: Sequence[str] | None = None, *, alone: bool = False) -> None:
+        """See to it that files lie in the folder, all where `names` is None; nothing to do without an object store.
+
+        What belongs to a file, as a shard to its index, comes along unless `alone`.
+        """
         store = self.store
         if store is not None:
-            store.fetch(self.folder, self.manifest, self._names() if names is None else names)
+            store.fetch(self.folder, self.manifest, self._names() if names is None else names, alone=alone)
 
     @property
     def is_here(self) -> bool:

@@ -335,6 +335,7 @@ class DatasetConfig(FrozenConfig):
     of `duplicate_images`, is the one with the most source pixels, then the one with the smallest key."""
     withdrawn: EntryList | None = added_field(None)
     """Sample keys, 32 hex digits each, of rows that must no longer be trained on (``withdrawn``); nothing before the
-    data set is computed anew for it. `throughline withdraw` writes the list."""
+    data set is computed anew for it. `throughline withdraw` writes the list. With `duplicate_images` or
+    `near_duplicates`, what is alike a withdrawn picture goes with it."""
     workers: WorkersConfig = execution_field(WorkersConfig())
     """For the search for near duplicates."""

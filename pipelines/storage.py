@@ -166,17 +166,19 @@ class OutputStore:
         """Return the stages that have anything in the store."""
         return self.objects.folders("")
 
-    def fetch(self, folder: Path, manifest: Manifest, names: Iterable[str] | None = None) -> None:
+    def fetch(
+        self, folder: Path, manifest: Manifest, names: Iterable[str] | None = None, *, alone: bool = False
+    ) -> None:
         """Bring files of an output into its folder, those that are missing or cut off there; None means all.
 
-        What lies beside a file under the same name up to the first dot, such as a shard's index, comes along. Raises
-        StorageError where a file can't be had with the digest of the manifest.
+        What lies beside a file under the same name up to the first dot, such as a shard's index, comes along unless
+        `alone`. Raises StorageError where a file can't be had with the digest of the manifest.
         """
-        wanted = self._missing(folder, manifest, names)
-        if not wanted:
+        named = names if names is None else list(names)
+        if not self._missing(folder, manifest, named, alone):
             return
         with exclusive(self._lock(folder)):
-            files = [self._object(folder, manifest, entry) for entry in self._missing(folder, manifest, names)]
+            files = [self._object(folder, manifest, entry) for entry in self._missing(folder, manifest, named, alone)]
             with ThreadPoolExecutor(self.config.transfer.threads) as pool, _counted("fetch", manifest, files) as count:
                 try:
                     for _ in pool.map(self.objects.download, files):
@@ -281,8 +283,13 @@ class OutputStore:
         if there is None or _manifest_problem(there, manifest.data_version, "") is not None:
             self.objects.write(key, data)
 
-    def _missing(self, folder: Path, manifest: Manifest, names: Iterable[str] | None) -> list[FileEntry]:
-        wanted = manifest.files if names is None else _with_companions(manifest.files, names)
+    def _missing(self, folder: Path, manifest: Manifest, names: Sequence[str] | None, alone: bool) -> list[FileEntry]:
+        if names is None:
+            wanted: Sequence[FileEntry] = manifest.files
+        elif alone:
+            wanted = [entry for entry in manifest.files if entry.path in names]
+        else:
+            wanted = _with_companions(manifest.files, names)
         return [entry for entry in wanted if not _is_whole(folder / entry.path, entry.num_bytes)]
 
     def _object(self, folder: Path, manifest: Manifest, entry: FileEntry) -> ObjectFile:

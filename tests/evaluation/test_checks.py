@@ -127,7 +127,7 @@ def test_questions_without_a_readable_answer_fail_the_trial(pool: KnowingPool, t
 
 def test_the_other_caption_is_never_the_same_text() -> None:
     captions = {f"{n:032x}": f"caption {n % 2}" for n in range(9)}
-    assert all(own != other for _, own, other in choose_pairs(captions, 8))
+    assert all(captions[key] != captions[other] for key, other in choose_pairs(captions, 8))
     with pytest.raises(ThroughlineError, match="captions are the same"):
         choose_pairs(dict.fromkeys(captions, "same"), 8)
 

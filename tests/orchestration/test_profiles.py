@@ -129,6 +129,7 @@ def test_what_the_subset_s_lists_deny_is_denied_to_the_download(tmp_path: Path) 
         ("latents.autoencoder.revision=main", r"latents\.autoencoder is .*, the profile's is"),
         ("model.gate_signal=estimated", "needs time gates, which penultimate, uniform, static, fuse_dit, depth_wise"),
         ("model.latent_size=64", "asks for 512 px, images are 256 px"),
+        (f'judge_calibration.withdrawn={{"path": "a", "sha256": "{"0" * 64}"}}', "set dataset.withdrawn alone"),
     ],
 )
 def test_a_wrong_change_is_refused_with_one_sentence(tmp_path: Path, change: str, message: str) -> None:

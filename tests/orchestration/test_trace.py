@@ -1,4 +1,6 @@
+import hashlib
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -7,8 +9,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from orchestration.cli import main
-from orchestration.trace import Holder, Trace, trace
-from orchestration.trace_command import trace_lines
+from orchestration.trace import Holder, Outputs, Trace, trace
+from orchestration.trace_command import grew_from, trace_lines
 from pipelines import dataset, shards
 from pipelines.entry_lists import OptOuts
 from pipelines.sample_key import sample_key
@@ -52,7 +54,8 @@ class World:
         return sample_key(self.server.url(path), text)
 
     def trace(self, *entries: str) -> Trace:
-        return trace(self.root, entries, [self.dataset.ref])
+        outputs = Outputs.load(self.root)
+        return trace(outputs, entries, outputs.in_use([self.dataset.ref]))
 
 
 def _nothing(run: StageRun[StandInConfig]) -> None:
@@ -79,6 +82,10 @@ def labels(holders: list[Holder]) -> list[str]:
     return [holder.label for holder in holders]
 
 
+def drops(found: Trace) -> dict[tuple[str, str], str]:
+    return {(drop.holder.label, drop.sample_key): drop.reason for drop in found.drops}
+
+
 def test_a_row_is_followed_from_its_url_to_the_scores_of_what_drew_it(world: World) -> None:
     found = world.trace(world.server.url(DRAWN))
     key = world.key(DRAWN)
@@ -96,8 +103,10 @@ def test_a_row_is_followed_from_its_url_to_the_scores_of_what_drew_it(world: Wor
     notes = {holder.label: holder.notes.get(key) for holder in found.holders}
     assert notes["checkpoint joint"] == {"first_step": 3, "times_seen": 2}
     assert notes["dataset"] == {"split": "train", "part": "00000", "shard": "shard-00000.tar"}
-    assert [holder.label for holder in found.holders if holder.is_current] == ["dataset"]
-    assert not (found.unknown or found.ends or found.unreadable)
+    assert [holder.label for holder in found.holders if not holder.is_current] == [
+        "latents 00000", "checkpoint joint", "samples joint|geneval", "scores joint|geneval"
+    ]  # fmt: skip
+    assert not (found.unknown or found.drops or found.unreadable)
 
 
 def test_a_row_that_no_checkpoint_drew_touches_none(world: World) -> None:
@@ -108,10 +117,11 @@ def test_a_row_that_no_checkpoint_drew_touches_none(world: World) -> None:
 def test_a_row_that_ended_is_told_with_its_reason(world: World) -> None:
     found = world.trace(world.server.url(LOST))
     assert labels(found.holders) == ["laion_subset 00000"]
-    assert found.ends == {world.key(LOST): {"images 00000": ("http_not_found", "")}}
+    assert drops(found) == {("images 00000", world.key(LOST)): "http_not_found"}
     found = world.trace(world.key(TWICE))
     assert labels(found.holders)[:2] == ["laion_subset 00000", "laion_subset 00001"]
-    assert found.ends[world.key(TWICE)]["dataset"][0] == "duplicate_key"
+    assert drops(found) == {("dataset", world.key(TWICE)): "duplicate_key"}
+    assert "dropped: 1 by dataset (duplicate_key)" in "\n".join(trace_lines(found))
 
 
 def test_a_domain_names_all_its_rows_and_what_names_none_is_told(world: World) -> None:
@@ -125,16 +135,74 @@ def test_a_domain_names_all_its_rows_and_what_names_none_is_told(world: World) -
     assert next(trace_lines(nothing)) == "0 rows, so there is nothing to tell"
 
 
-def test_an_output_that_cannot_be_asked_is_named(world: World, tmp_path: Path) -> None:
-    before = world.dataset.manifest_path.read_bytes()
-    try:
-        world.dataset.manifest_path.write_bytes(before.replace(b'"num_samples": ', b'"num_samples": 1'))
-        found = world.trace(world.key(HELD))
-    finally:
-        world.dataset.manifest_path.write_bytes(before)
-    assert labels(found.holders)[-1] == "latents 00000"
+@pytest.fixture
+def copied(world: World, tmp_path: Path) -> Path:
+    """The outputs, to be damaged."""
+    return shutil.copytree(world.root, tmp_path / "copied")
+
+
+def folder_of(root: Path, stage: str, partition: str | None = None) -> Path:
+    outputs = Outputs.load(root).by_stage[stage]
+    return next(output.folder for output in outputs if output.manifest.partition == partition)
+
+
+def test_an_output_that_cannot_be_asked_is_named_with_all_that_rests_on_it(world: World, copied: Path) -> None:
+    manifest = folder_of(copied, "dataset") / "manifest.json"
+    manifest.write_bytes(manifest.read_bytes().replace(b'"num_samples": ', b'"num_samples": 1'))
+    (folder_of(copied, "checkpoint", "joint") / "ledger.parquet").write_bytes(b"no table")
+    shutil.rmtree(folder_of(copied, "shards", "00000"))
+    found = trace(Outputs.load(copied), [world.key(DRAWN)])
+    assert labels(found.holders) == ["laion_subset 00000", "images 00000", "captions 00000"]
+    named = [problem.split(" ")[0:2] for problem in found.unreadable[1:]]
+    assert named == [
+        ["latents", "00000"],
+        ["checkpoint", "joint"],
+        ["samples", "joint|geneval"],
+        ["scores", "joint|geneval"],
+    ]
     assert "was altered" in found.unreadable[0]
-    assert "could not be asked" in "\n".join(trace_lines(found))
+    said = "\n".join(trace_lines(found))
+    assert "could not be asked: latents 00000" in said
+    assert "which is gone or could not be asked" in said
+    assert "Which of these the profile uses is not known" in said
+
+
+def test_what_was_read_before_a_fault_is_kept(world: World, copied: Path) -> None:
+    dropped = folder_of(copied, "images", "00000") / "dropped.parquet"
+    dropped.write_bytes(b"no table")
+    found = trace(Outputs.load(copied), [world.key(DRAWN)])
+    assert labels(found.holders) == labels(world.trace(world.key(DRAWN)).holders)
+    assert len(found.unreadable) == 1 and found.unreadable[0].startswith("images 00000")
+
+
+def test_an_output_that_a_present_one_started_from_is_in_use(tmp_path: Path) -> None:
+    before = run_stand_in(tmp_path, "images", _nothing, partition="00000")
+    alone = run_stand_in(tmp_path, "images", _nothing, partition="00001")
+    after = run_stand_in(tmp_path, "images", _nothing, {"earlier": [before]}, "00000")
+    index = run_stand_in(tmp_path, "laion_index", _nothing)
+    subset = run_stand_in(tmp_path, "laion_subset", _nothing, {"index": [index.only_file("file")], "images": [after]})
+    in_use = Outputs.load(tmp_path).in_use([subset.ref])
+    assert ("images", alone.data_version) not in in_use
+    assert {version for _, version in in_use} == {item.data_version for item in (before, after, index, subset)}
+
+
+def test_texts_of_the_web_stay_on_one_line(tmp_path: Path) -> None:
+    url = "http://a.example/x\ny.jpg\u2028"
+    write_laion(tmp_path / "laion" / "00000.parquet", [laion_row(url, "red \x1b[31mcat")])
+    run_subset(tmp_path / "laion", tmp_path / "out", "00000")
+    found = trace(Outputs.load(tmp_path / "out"), ["a.example"])
+    row = list(trace_lines(found))[1]
+    assert row.split()[1] == r'"http://a.example/x\ny.jpg\u2028"'
+    assert "\x1b" not in row
+
+
+@pytest.mark.parametrize(
+    ("data", "grown"),
+    [(b"a\nb\n", True), (b"a\nb\nc\n", True), (b"a\n", False), (b"x\na\nb\n", False), (b"a\nbc\n", False)],
+)
+def test_a_list_has_grown_if_it_begins_with_what_it_was(data: bytes, grown: bool) -> None:
+    assert grew_from(data, hashlib.sha256(b"a\nb\n").hexdigest()) is grown
+    assert grew_from(data, hashlib.sha256(b"a\nb").hexdigest()) is grown
 
 
 def run_cli(*arguments: str) -> object:
@@ -164,17 +232,20 @@ def test_withdrawn_rows_are_listed_once_under_their_urls(
     assert f'withdrawn = {{ path = "{listed}", sha256 = "{entry.sha256}" }}' in said
     assert "1 row more, 2 in all" in said
     assert "drawn 2 times, first in step 3" in said
-    assert "made from these: samples (1 old), scores (1 old)" in said
+    assert "made from these: samples (1), scores (1)" in said
     assert "dataset, checkpoint (" in said
     assert "shards (" not in said
     assert run_cli("withdraw", world.server.url(DRAWN), "--list", str(listed), "--json", *root) == 0
     record = json.loads(capsys.readouterr().out)
     assert record["withdrawn"] == {**entry.model_dump(), "num_new": 0, "num_listed": 2}
+    assert record["made_anew"] == {}
     assert listed.read_text() == expected
     assert OptOuts.read(entry).keys == (world.key(HELD), world.key(DRAWN))
 
 
-def test_a_profile_has_one_list_of_withdrawn_rows(world: World, root: tuple[str, ...], tmp_path: Path) -> None:
+def test_a_profile_has_one_list_of_withdrawn_rows(
+    world: World, root: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     listed = tmp_path / "withdrawn.txt"
     assert "name one: --list" in str(run_cli("withdraw", world.key(HELD), *root))
     assert "nothing was withdrawn" in str(run_cli("withdraw", "example.org", "--list", str(listed), *root))
@@ -186,6 +257,15 @@ def test_a_profile_has_one_list_of_withdrawn_rows(world: World, root: tuple[str,
     assert "leave --list out" in str(run_cli("withdraw", world.key(DRAWN), *other, *named, *root))
     assert run_cli("withdraw", world.key(DRAWN), *named, *root) == 0
     assert world.key(DRAWN) in listed.read_text()
+    assert run_cli("withdraw", world.key(TWICE), *named, *root) == 0, "the profile may name it as it was"
+    assert run_cli("status", *named, *root) == 0
+    assert f"{listed} has SHA-256" in capsys.readouterr().err
+    listed.write_text(f"{world.key(DRAWN)}\n")
+    assert "not the list that the profile names" in str(run_cli("withdraw", world.key(TWICE), *named, *root))
+    listed.unlink()
+    assert "no list that the profile names" in str(run_cli("withdraw", world.key(TWICE), *named, *root))
+    assert not listed.exists()
+    assert "not a file" in str(run_cli("withdraw", world.key(TWICE), "--list", "/dev/null", *root))
 
 
 def test_rows_must_be_named(root: tuple[str, ...]) -> None:
@@ -201,7 +281,7 @@ def test_a_withdrawn_row_leaves_the_data_set_and_a_url_is_no_key(world: World, t
     manifest = run(world.key(TWICE), "f" * 32).manifest
     assert manifest.conservation is not None
     assert manifest.conservation.dropped == {"withdrawn": 2}, "it is in both parts"
-    found = trace(tmp_path / "out", [world.key(TWICE)])
-    assert found.ends == {world.key(TWICE): {"dataset": ("withdrawn", "shard-00000.tar of part 00001")}}
+    found = trace(Outputs.load(tmp_path / "out"), [world.key(TWICE)])
+    assert [drop.detail for drop in found.drops] == [f"shard-00000.tar of part {part}" for part in ("00000", "00001")]
     with pytest.raises(Exception, match=r"'example.org' is no sample key"):
         run(world.key(TWICE), "example.org")

@@ -30,7 +30,15 @@ from pipelines.shard_samples import ShardSamples
 from pipelines.stage import Stage, StageOutput, StageRun
 from pipelines.stage_configs import DatasetConfig, ExtraMember, LaionSelectionConfig, ShardsConfig
 from tests.pipelines.hostile_server import HostileServer
-from tests.pipelines.laion_world import images_config, laion_row, run_captions, run_images, run_subset, write_laion
+from tests.pipelines.laion_world import (
+    entry_list,
+    images_config,
+    laion_row,
+    run_captions,
+    run_images,
+    run_subset,
+    write_laion,
+)
 
 BAD_PATHS = ("/404", "/html", "/truncated.jpg", "/noai", "/animated.gif", "/redirect-metadata", "/500")
 
@@ -406,6 +414,32 @@ def test_alike_samples_of_all_parts_leave_one_winner_and_every_loss_is_listed(tm
     assert drops(near_duplicates=4) == near
     assert drops(near_duplicates=4, duplicate_images=True) == near | exact
     assert drops(near_duplicates=6) == near | {_key(4): ("near_duplicate", _key(2))}
+
+
+def test_copies_of_a_withdrawn_picture_go_with_it(tmp_path: Path) -> None:
+    pictures = [
+        ("0000000000000000", "a", 900),
+        ("ffffffffffffffff", "b", 100),  # withdrawn
+        ("ffffffffffffffff", "b", 900),  # its copy, in another part and larger
+        ("fffffffffffffff0", "c", 900),  # four bits from it
+    ]
+    tars = _alike_shards(tmp_path, pictures)
+    withdrawn = entry_list(tmp_path / "withdrawn.txt", _key(1))
+
+    def drops(**config: Any) -> dict[str, tuple[str, str]]:
+        output = dataset.STAGE.run(DatasetConfig(withdrawn=withdrawn, **config), {"shards": tars}, tmp_path)
+        assert output.manifest.conservation is not None and output.manifest.conservation.holds
+        rows = _rows(output.path(DROPPED_NAME))
+        assert len(rows) + len(_rows(output.path(SAMPLES_FILE))) == len(pictures)
+        return {row["sample_key"]: (row["reason"], row["detail"]) for row in rows}
+
+    alone = {_key(1): ("withdrawn", "shard-00000.tar of part 00000")}
+    assert drops() == alone
+    copied = {_key(2): ("duplicate_image", _key(1))}
+    assert drops(duplicate_images=True) == alone | copied
+    near = {_key(2): ("near_duplicate", _key(1)), _key(3): ("near_duplicate", _key(1))}
+    assert drops(near_duplicates=4) == alone | near
+    assert drops(duplicate_images=True, near_duplicates=4) == alone | near | copied
 
 
 def test_near_duplicates_need_the_hashes_of_the_index(world: dict[str, list[StageOutput]], tmp_path: Path) -> None:

@@ -63,6 +63,9 @@ def test_another_machine_finds_everything_and_fetches_what_it_asks_for(
     assert found.data_version == made.data_version
     assert not found.is_here
     assert sorted(path.name for path in found.folder.iterdir()) == [MANIFEST_NAME]
+    found.path("first.index.json", alone=True)
+    assert sorted(path.name for path in found.folder.iterdir()) == ["first.index.json", MANIFEST_NAME]
+    (found.folder / "first.index.json").unlink()
     assert found.path("first.bin").read_bytes() == b"first"
     assert (found.folder / "first.index.json").exists(), "a sidecar comes along"
     assert not (found.folder / "large.bin").exists()
