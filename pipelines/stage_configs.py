@@ -236,7 +236,7 @@ class ImageTransform(FrozenConfig):
     resizes with bilinear. Bicubic takes 1.3 times as long, lanczos 1.9 times, box 3 times."""
     jpeg_decoding: Literal["whole", "scaled"] = "whole"
     """``scaled`` lets the JPEG decoder itself shrink a picture to a half, a quarter or an eighth while both sides stay
-    at least `size_px`, and the filter does the rest. It saves a seventh of the time and more, the larger the pictures,
+    at least `size_px`, and the filter does the rest. It saves a sixth of the time and more, the larger the pictures,
     and moves pixels as far as another filter would (`tests.benchmarks.download`)."""
     jpeg_quality: int = Field(default=95, ge=1, le=100)
     jpeg_subsampling: Literal["4:4:4", "4:2:0"] = "4:2:0"
