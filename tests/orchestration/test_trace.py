@@ -19,6 +19,7 @@ from pipelines.stage_configs import DatasetConfig, EntryList, ShardsConfig
 from tests.evaluation.worlds import StandInConfig, run_stand_in
 from tests.pipelines.hostile_server import HostileServer
 from tests.pipelines.laion_world import laion_row, run_captions, run_images, run_subset, write_laion
+from tests.pipelines.store_stage import mirrored
 
 DRAWN, HELD, TWICE, LOST = "/scene/0", "/scene/1", "/scene/5", "/404"
 """Drawn by a checkpoint; held by the data set and never drawn; in both parts; a link that leads nowhere."""
@@ -173,6 +174,23 @@ def test_what_was_read_before_a_fault_is_kept(world: World, copied: Path) -> Non
     found = trace(Outputs.load(copied), [world.key(DRAWN)])
     assert labels(found.holders) == labels(world.trace(world.key(DRAWN)).holders)
     assert len(found.unreadable) == 1 and found.unreadable[0].startswith("images 00000")
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("s3")
+def test_from_an_object_store_tables_and_indexes_alone_are_fetched(bucket: str, tmp_path: Path) -> None:
+    mirrored(tmp_path / "here" / "out", bucket)
+    with HostileServer() as server:
+        world = World(server, tmp_path / "here")
+        there = mirrored(tmp_path / "there", bucket)
+        found = trace(Outputs.load(there), [world.key(DRAWN)])
+        assert labels(found.holders) == labels(world.trace(world.key(DRAWN)).holders)
+    fetched = {path.name for output in there.glob("*/*/manifest.json") for path in output.parent.iterdir()}
+    assert fetched == {
+        "manifest.json", "rows.parquet", "status-00000.parquet", "dropped.parquet", "captions-00000.parquet",
+        "shard-00000.index.json", "samples.parquet", "ledger.parquet",
+    }  # fmt: skip
+    assert len(list(there.glob("shards/*/*.index.json"))) == 1, "the other part's images have no such row"
 
 
 def test_an_output_that_a_present_one_started_from_is_in_use(tmp_path: Path) -> None:
