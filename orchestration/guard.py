@@ -9,10 +9,28 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from contextlib import suppress
 from types import FrameType
 
 _STOP_SECONDS = 10.0
+_LOOK_SECONDS = 0.05
+
+
+def _is_in_company() -> bool:
+    """Whether another process of this group lives still.
+
+    Not the place for `Popen.wait`, which waits in vain where a signal has interrupted a wait for the same process.
+    """
+    with suppress(ChildProcessError):
+        while os.waitpid(-1, os.WNOHANG) != (0, 0):
+            pass
+    others = (int(entry.name) for entry in os.scandir("/proc") if entry.name.isdigit())
+    for pid in others:
+        with suppress(ProcessLookupError):
+            if pid != os.getpid() and os.getpgid(pid) == os.getpgrp():
+                return True
+    return False
 
 
 def main() -> None:
@@ -23,8 +41,9 @@ def main() -> None:
     def stop(signum: int, frame: FrameType | None) -> None:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         os.killpg(0, signal.SIGTERM)
-        with suppress(subprocess.TimeoutExpired):
-            process.wait(_STOP_SECONDS)
+        deadline = time.monotonic() + _STOP_SECONDS
+        while _is_in_company() and time.monotonic() < deadline:
+            time.sleep(_LOOK_SECONDS)
         os.killpg(0, signal.SIGKILL)
 
     signal.signal(signal.SIGTERM, stop)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from orchestration import guard
 from orchestration.execution import Execution
 from orchestration.launch import (
     ON_OTHER_MACHINE,
@@ -121,6 +122,28 @@ def test_a_stage_ends_when_its_launcher_is_killed(tmp_path: Path) -> None:
     while _is_running(worker):
         assert time.monotonic() < deadline, "the stage outlived its launcher"
         time.sleep(0.05)
+
+
+@pytest.mark.parametrize("ignored", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_the_guard_waits_for_what_ends_in_its_own_time_and_no_longer(tmp_path: Path, ignored: bool) -> None:
+    """The stage ends at once; a worker of it puts its things in order first, and then the guard is not needed."""
+    done = tmp_path / "done"
+    worker = (
+        "import pathlib, signal, sys, time\n"
+        f"signal.signal(signal.SIGTERM, lambda *_: (time.sleep(1), pathlib.Path({str(done)!r}).touch(), sys.exit()))\n"
+        "print('ready', flush=True)\ntime.sleep(120)\n"
+    )
+    stage = f"import subprocess, sys, time\nsubprocess.Popen([sys.executable, '-c', {worker!r}])\ntime.sleep(120)\n"
+    before = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN)\n" if ignored else ""
+    command = [sys.executable, guard.__file__, str(os.getpid()), sys.executable, "-c", before + stage]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, start_new_session=True)
+    assert process.stdout is not None and process.stdout.readline() == b"ready\n"
+    process.terminate()
+    if ignored:  # the stage itself holds out, and is killed after the guard's patience
+        assert process.wait(2 * guard._STOP_SECONDS) == -signal.SIGKILL
+    else:
+        assert process.wait(guard._STOP_SECONDS - 3) == -signal.SIGKILL
+    assert done.exists()
 
 
 def _is_running(pid: int) -> bool:
