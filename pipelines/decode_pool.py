@@ -28,6 +28,7 @@ from pipelines.stage_configs import ImageTransform
 _SERVER_ENDED = (ConnectionError, EOFError)
 """Raised where a worker is wanted of a server that was killed and is not quite gone; later, a new one is started."""
 _SERVER_SECONDS = 10.0
+_ANSWER_SECONDS = 5.0
 _START_ATTEMPTS = 2
 Decoder = Callable[[bytes, ImageTransform], DecodeOutcome]
 _log = logging.getLogger(__name__)
@@ -144,8 +145,14 @@ class DecodePool:
             raise BrokenProcessPool(str(error)) from error
         except OSError as error:  # one more worker was to be started
             raise _cannot_start(error) from error
-        # Shielded, because a future that is cancelled while a worker dies ends the executor's own thread (Python 3.11).
-        return await asyncio.shield(asyncio.wrap_future(future))
+        # In its turn after one other picture at most, each ended by its alarm. What never comes is half a result: of a
+        # worker that was killed while it wrote, and that the executor waits for as long as another worker lives.
+        try:
+            async with asyncio.timeout(3 * self._work.seconds + _ANSWER_SECONDS):
+                # Shielded: a future that is cancelled while a worker dies ends the executor's own thread (Python 3.11).
+                return await asyncio.shield(asyncio.wrap_future(future))
+        except TimeoutError as error:
+            raise BrokenProcessPool("a decode worker gives no answer") from error
 
 
 def _decode_in_time(body: bytes) -> DecodeOutcome:

@@ -457,6 +457,17 @@ def test_decoding_goes_on_with_a_new_server_of_workers_where_theirs_is_gone() ->
 
 
 @pytest.mark.slow
+def test_a_worker_that_dies_while_it_hands_a_picture_over_is_not_waited_for() -> None:
+    async def run() -> list[str]:
+        async with DecodePool(2, 0.5, TRANSFORM, decode_or_misbehave) as pool:
+            await asyncio.gather(pool.decode(JPEG), pool.decode(JPEG))
+            bodies = [b"die while handing over", JPEG]
+            return [outcome.status.value for outcome in await asyncio.gather(*map(pool.decode, bodies))]
+
+    assert asyncio.run(run()) == ["decoder_crashed", "ok"]
+
+
+@pytest.mark.slow
 def test_a_pool_that_is_stopped_in_the_middle_of_its_work_ends() -> None:
     code = "from tests.pipelines.test_fetch import stop_busy_pools; stop_busy_pools()"
     subprocess.run([sys.executable, "-c", code], timeout=60, check=True)
