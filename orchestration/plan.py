@@ -24,6 +24,7 @@ from orchestration.graph import (
 )
 from pipelines.config import FrozenConfig
 from pipelines.errors import ThroughlineError
+from pipelines.input_refs import sound_outputs
 from pipelines.laion_index import part_names
 from pipelines.manifest import EARLIER, MANIFEST_NAME
 from pipelines.stage import StageOutput, StageRequest
@@ -213,12 +214,7 @@ class Plan:
 
     def _earlier_outputs(self, node: Node) -> Iterator[StageOutput]:
         """Yield the sound outputs of an asset that its present code made, of whatever inputs and configuration."""
-        know_outputs(self.output_root, node.name)
-        for path in sorted((self.output_root / node.name).glob(f"*/{MANIFEST_NAME}")):
-            try:
-                output = StageOutput.load(path)
-            except ThroughlineError:
-                continue  # an altered manifest is the audit's business
+        for output in sound_outputs(self.output_root, node.name):
             if output.manifest.code_version == node.stage.code_version and not output.damaged(read_bytes=False):
                 yield output
 

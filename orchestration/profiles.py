@@ -280,8 +280,8 @@ class Profile(FrozenConfig):
         path = Path(named.path)
         found = file_sha256(path) if path.is_file() else None
         if found != named.sha256:
-            said = f"has SHA-256 {found}" if found else "is gone"
-            yield f"dataset.withdrawn: {path} {said}, the profile names {named.sha256}; rows are left out as that said"
+            said = f"has SHA-256 {found}; name that" if found else "is gone; put it back"
+            yield f"dataset.withdrawn: the profile names {path} with SHA-256 {named.sha256}, and it {said}"
 
     def _uneven_processes(self) -> Iterator[str]:
         launch, wanted = self.launch("checkpoint"), self.training.num_processes

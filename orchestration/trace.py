@@ -16,10 +16,10 @@ from pipelines.dataset import SAMPLES_FILE
 from pipelines.entry_lists import DomainSet, OptOuts, hash_set, hosts_of
 from pipelines.errors import ThroughlineError, first_line
 from pipelines.fetch_status import FetchStatus
-from pipelines.manifest import DROPPED_NAME, MANIFEST_NAME, InputRef
+from pipelines.input_refs import sound_outputs
+from pipelines.manifest import DROPPED_NAME, InputRef
 from pipelines.shard_format import index_path, read_index
 from pipelines.stage import StageOutput
-from pipelines.storage import know_outputs
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -33,11 +33,13 @@ _UNREADABLE = (ThroughlineError, OSError, ValueError, KeyError)
 
 Place = tuple[str, str]
 """Stage and data version."""
+Found = tuple[str, str, Mapping[str, Any]]
+"""Sample key, the file that holds the row, what else the output says of it."""
 
 
 @dataclass(frozen=True)
 class Outputs:
-    """All that lies under an output root: sound outputs by stage, in the order of the graph, and what is wrong else."""
+    """All outputs under a root: sound ones by stage, in the order of the graph, and what is wrong with others."""
 
     by_stage: Mapping[str, Sequence[StageOutput]]
     broken: Mapping[Place, str]
@@ -48,14 +50,12 @@ class Outputs:
         by_stage: dict[str, list[StageOutput]] = {}
         broken: dict[Place, str] = {}
         for stage in GRAPH.nodes:
-            know_outputs(output_root, stage)
-            found = by_stage.setdefault(stage, [])
-            for path in sorted((output_root / stage).glob(f"*/{MANIFEST_NAME}")):
-                try:
-                    found.append(StageOutput.load(path))
-                except ThroughlineError as error:
-                    broken[stage, path.parent.name] = str(error)
-            found.sort(key=lambda output: (output.manifest.partition or "", output.data_version))
+
+            def note(version: str, problem: str, stage: str = stage) -> None:
+                broken[stage, version] = problem
+
+            found = sound_outputs(output_root, stage, note)
+            by_stage[stage] = sorted(found, key=lambda output: (output.manifest.partition or "", output.data_version))
         return cls(by_stage, broken)
 
     def __len__(self) -> int:
@@ -203,10 +203,11 @@ def _place(output: StageOutput) -> Place:
 class _Search:
     """What is looked for, and what was found so far."""
 
-    def __init__(self, rows: Collection[str], outputs: Outputs) -> None:
-        self.keys = {key: key for key in rows}
+    def __init__(self, named: "_NamedRows", outputs: Outputs) -> None:
+        self.named = named
+        self.keys = {key: key for key in named.rows}
         """Each key once, however many outputs hold it."""
-        self._wanted = hash_set(rows)
+        self._wanted = hash_set(named.rows)
         self.touched: dict[Place, Holder] = {}
         self.unasked = set(outputs.broken)
         """Outputs of which it is not known whether they hold rows."""
@@ -242,9 +243,9 @@ def trace(
     `current` are the outputs that results of a profile rest on (`Outputs.in_use`), None where that is not known.
     `on_output` is called for each output when it was asked.
     """
-    found = Trace(unreadable=list(outputs.broken.values()))
-    seen = _find_rows(OptOuts.of(entries), outputs.by_stage.get(SUBSET, ()), found)
-    search = _Search(found.rows, outputs)
+    named = _NamedRows(OptOuts.of(entries), outputs.by_stage[SUBSET])
+    found = Trace(rows=named.rows, unreadable=list(outputs.broken.values()))
+    search = _Search(named, outputs)
     for items in outputs.by_stage.values():
         for output in items:
             holder = Holder(output, None if current is None else _place(output) in current)
@@ -258,12 +259,8 @@ def trace(
     nowhere = {key for key, row in found.rows.items() if not row.url and key not in held}
     for key in nowhere:
         del found.rows[key]
-    found.unknown = [entry for entry in entries if entry.lower() in nowhere or not _is_seen(entry, seen, found)]
+    found.unknown = [item for item in entries if item not in named.seen and item.lower() not in found.rows]
     return found
-
-
-def _is_seen(entry: str, seen: Collection[str], found: Trace) -> bool:
-    return entry in seen or entry.lower().strip(".") in seen or entry.lower() in found.rows
 
 
 def _ask(holder: Holder, search: _Search, found: Trace) -> list[str]:
@@ -290,35 +287,38 @@ def _ask(holder: Holder, search: _Search, found: Trace) -> list[str]:
     return problems
 
 
-def _find_rows(named: OptOuts, subsets: Iterable[StageOutput], found: Trace) -> set[str]:
-    """Fill in the rows that entries name, as far as subsets hold them; return the URLs and domains that name some."""
-    found.rows.update((key, TracedRow(key)) for key in named.keys)
-    keys, urls, domains = hash_set(named.keys), hash_set(named.urls), DomainSet(named.domains)
-    listed = {domain.lower().strip(".") for domain in named.domains}
-    seen: set[str] = set()
-    for output in subsets:
-        try:
-            for batch in _batches(output, _table_names(output, "rows"), ["sample_key", "url", "alt_text"]):
-                mask = keys.contains(batch["sample_key"]) | urls.contains(batch["url"])
-                if listed:
-                    mask |= domains.contains(batch["url"])
-                    seen.update(_with_domains_above(hosts_of(batch["url"]).dictionary.to_pylist()) & listed)
-                for row in _masked(batch, mask):
-                    found.rows[row["sample_key"]] = TracedRow(row["sample_key"], row["url"], row["alt_text"])
-                    seen.add(row["url"])
-        except _UNREADABLE:
-            continue  # said when the output is asked
-    return seen
+class _NamedRows:
+    """The rows that entries name, found in the subsets: a subset is read once, for URLs, domains and keys alike."""
 
+    def __init__(self, named: OptOuts, subsets: Iterable[StageOutput]) -> None:
+        self.rows = {key: TracedRow(key) for key in named.keys}
+        self.seen: set[str] = set()
+        """URLs and domains that name some."""
+        self.held: dict[str, list[Found]] = {}
+        """Data version of a subset -> what it holds."""
+        self.problems: dict[str, Exception] = {}
+        self._keys, self._urls = hash_set(named.keys), hash_set(named.urls)
+        self._domains = DomainSet(named.domains) if named.domains else None
+        for output in subsets:
+            self.held[output.data_version] = []
+            try:
+                self._look(output)
+            except _UNREADABLE as error:
+                self.problems[output.data_version] = error
 
-def _with_domains_above(hosts: Iterable[str]) -> set[str]:
-    found: set[str] = set()
-    for name in hosts:
-        host = name
-        while host and host not in found:
-            found.add(host)
-            host = host.partition(".")[2]
-    return found
+    def _look(self, output: StageOutput) -> None:
+        for batch in _batches(output, _table_names(output, "rows"), ["sample_key", "url", "alt_text"]):
+            mask = self._keys.contains(batch["sample_key"]) | self._urls.contains(batch["url"])
+            if self._domains is not None:
+                hosts = hosts_of(batch["url"])
+                mask |= self._domains.contains_hosts(hosts)
+                self.seen.update(
+                    entry for host in hosts.dictionary.to_pylist() for entry in self._domains.entries_with(host)
+                )
+            for row in _masked(batch, mask):
+                self.rows[row["sample_key"]] = TracedRow(row["sample_key"], row["url"], row["alt_text"])
+                self.seen.add(row["url"])
+                self.held[output.data_version].append((row["sample_key"], row["file"], {}))
 
 
 def _table_names(output: StageOutput, prefix: str) -> list[str]:
@@ -350,8 +350,6 @@ def _drops(holder: Holder, search: _Search) -> Iterator[Drop]:
         yield Drop(search.keys[row["sample_key"]], holder, row["reason"], row["detail"])
 
 
-Found = tuple[str, str, Mapping[str, Any]]
-"""Sample key, the file that holds the row, what else the output says of it."""
 _Reader = Callable[[StageOutput, _Search], Iterator[Found]]
 
 
@@ -363,6 +361,12 @@ def _in_tables(prefix: str, *columns: str) -> _Reader:
             yield row["sample_key"], row["file"], {name: row[name] for name in columns}
 
     return read
+
+
+def _in_subset(output: StageOutput, search: _Search) -> Iterator[Found]:
+    yield from search.named.held[output.data_version]
+    if output.data_version in search.named.problems:
+        raise search.named.problems[output.data_version]
 
 
 def _in_images(output: StageOutput, search: _Search) -> Iterator[Found]:
@@ -404,7 +408,7 @@ def _in_calibration(output: StageOutput, search: _Search) -> Iterator[Found]:
 
 
 _READERS: Mapping[str, _Reader] = {
-    SUBSET: _in_tables("rows"),
+    SUBSET: _in_subset,
     "laion_selection": _in_tables("rows"),
     "images": _in_images,
     "captions": _in_tables("captions-"),

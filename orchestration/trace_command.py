@@ -50,12 +50,14 @@ def run_withdraw(arguments: argparse.Namespace, plan: "Plan") -> int:
 
     Raises ThroughlineError where no output has any of the rows, and where the list is not what it should be.
     """
+    from pipelines.storage import location_of
+
     path = _list_of(arguments, plan)
     found = _look(arguments, plan)
     if not found.rows:
         raise ThroughlineError(
-            f"no output under {plan.output_root} has a row of {', '.join(map(_plain, found.unknown[:3]))}; nothing was "
-            "withdrawn"
+            f"no output in {location_of(plan.output_root)} has a row of {', '.join(map(_plain, found.unknown[:3]))}; "
+            "nothing was withdrawn. URLs count byte by byte, as they stand in the metadata"
         )
     num_new, digest, num_listed = _extend_list(path, found, plan.profile.dataset.withdrawn)
     change = {"path": str(path.absolute()), "sha256": digest}

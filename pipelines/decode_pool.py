@@ -174,7 +174,10 @@ def _new_pool(workers: int, work: _Work) -> ProcessPoolExecutor:
             return _start_pool(workers, work)
         except _SERVER_ENDED as error:
             if time.monotonic() > deadline:
-                raise ThroughlineError(f"decode workers cannot be started: {first_line(error)}") from error
+                raise ThroughlineError(
+                    f"decode workers cannot be started: their server ends again and again ({first_line(error)}); where "
+                    "memory is short the system kills it, so lower images.decode_workers"
+                ) from error
             time.sleep(0.05)
         except OSError as error:
             raise _cannot_start(error) from error
@@ -183,7 +186,7 @@ def _new_pool(workers: int, work: _Work) -> ProcessPoolExecutor:
             if ended == _START_ATTEMPTS:
                 raise ThroughlineError(
                     f"decode workers cannot be started: {ended} in a row ended before they took a picture, for the "
-                    "reason above, or killed by the system, as it does where memory is short"
+                    "reason above, or killed by the system where memory is short; then lower images.decode_workers"
                 ) from error
 
 

@@ -4,7 +4,7 @@ An entry is kept as a 128-bit hash, so that an opt-out list of many millions cos
 """
 
 import string
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -80,23 +80,29 @@ class DomainSet:
     """A set of domains; a host is in it if it or any domain above it is."""
 
     def __init__(self, domains: tuple[str, ...]) -> None:
-        self._domains = frozenset(item.lower().strip(".") for item in domains)
+        self._entries = {item.lower().strip("."): item for item in domains}
+
+    def entries_with(self, host: str) -> Iterator[str]:
+        """Yield the domains, as they were given, that a host is in."""
+        while host:
+            if host in self._entries:
+                yield self._entries[host]
+            host = host.partition(".")[2]
 
     def contains_host(self, host: str) -> bool:
-        while host:
-            if host in self._domains:
-                return True
-            host = host.partition(".")[2]
-        return False
+        return next(self.entries_with(host), None) is not None
 
     def contains(self, urls: "pa.Array") -> "np.ndarray":
         """Return a mask of the URLs whose host is in the set; what has no host is in none."""
+        return self.contains_hosts(hosts_of(urls))
+
+    def contains_hosts(self, hosts: "pa.DictionaryArray") -> "np.ndarray":
+        """Return a mask of what `hosts_of` made of URLs."""
         import numpy as np
 
-        hosts = hosts_of(urls)
         known = np.fromiter(map(self.contains_host, hosts.dictionary.to_pylist()), bool, len(hosts.dictionary))
         if not len(known):
-            return np.zeros(len(urls), bool)
+            return np.zeros(len(hosts), bool)
         places = hosts.indices.fill_null(0).to_numpy(zero_copy_only=False)
         return known[places] & hosts.is_valid().to_numpy(zero_copy_only=False)
 

@@ -1,6 +1,6 @@
-"""Finds the output that an input in a manifest names, be it the whole output or one file of it."""
+"""Finds outputs: all of a stage, and the one that an input in a manifest names, be it the whole or one file of it."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from pipelines.errors import ThroughlineError
@@ -20,7 +20,7 @@ def find_input(output_root: Path, ref: InputRef, known: Iterable[StageOutput] = 
     for output in known:
         if _holds(output, ref):
             return output
-    holders = [output for output in _outputs(output_root / ref.stage) if _holds(output, ref)]
+    holders = [output for output in sound_outputs(output_root, ref.stage) if _holds(output, ref)]
     if not holders:
         raise ThroughlineError(
             f"no sound output of {ref.stage} under {output_root} holds {ref.file} with SHA-256 "
@@ -36,16 +36,26 @@ def _holds(output: StageOutput, ref: InputRef) -> bool:
     return any(entry.path == ref.file and entry.sha256 == ref.data_version for entry in manifest.files)
 
 
-def _outputs(stage_root: Path) -> Iterator[StageOutput]:
-    """Yield the outputs of a stage whose manifests are sound; the others hold nothing that can be relied on."""
-    know_outputs(stage_root.parent, stage_root.name)
-    for path in stage_root.glob(f"*/{MANIFEST_NAME}"):
+def sound_outputs(
+    output_root: Path, stage: str, on_broken: Callable[[str, str], object] = lambda version, problem: None
+) -> Iterator[StageOutput]:
+    """Yield the outputs of a stage whose manifests are sound; the others hold nothing that can be relied on.
+
+    `on_broken` is told the data version under which another lies, and what is wrong with it.
+    """
+    know_outputs(output_root, stage)
+    for path in sorted((output_root / stage).glob(f"*/{MANIFEST_NAME}")):
         try:
             output = StageOutput.load(path)
-        except ThroughlineError:
+        except ThroughlineError as error:
+            on_broken(path.parent.name, str(error))
             continue
         if output.data_version == path.parent.name:
             yield output
+        else:
+            on_broken(
+                path.parent.name, f"{path}: is the manifest of data version {output.data_version}; re-run {stage}"
+            )
 
 
 def _age(output: StageOutput) -> tuple[str, int, str]:

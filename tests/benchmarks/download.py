@@ -11,6 +11,8 @@ loopback URLs, decode in two processes, resize the short side to 256 px, cut the
 the SHA-256 of what came, and write parquet tables of 250 rows. img2dataset keeps its filter (OpenCV's area) and is
 spared EXIF; the stage also takes perceptual hashes, states what became of each row and digests its files.
 
+The steps of decoding are told one by one, and each filter beside Pillow's of the same name, on decoded squares.
+
 The limit is decoding, resizing and encoding alone, from memory, in one thread: with Pillow and torch as in the stage,
 and with OpenCV as in img2dataset. How far scaled decoding (`jpeg_decoding`) moves pixels is told by its median PSNR
 against decoding whole, beside that of the area filter.
@@ -41,6 +43,7 @@ from pipelines.errors import ThroughlineError
 from pipelines.image_decode import decode, prepare_to_decode
 from pipelines.image_resize import resize_and_crop
 from pipelines.laion_subset import ROWS_FILE
+from pipelines.perceptual_hash import perceptual_hash
 from pipelines.sample_key import sample_key
 from pipelines.stage import Stage, StageOutput, StageRequest, StageRun, write_request
 from pipelines.stage_configs import FetchConfig, ImagesConfig, ImageTransform
@@ -51,6 +54,7 @@ _SHARD_ROWS = 250
 _FEW = 20
 _NUM_DISTINCT = 200
 _PROCESSES, _CONNECTIONS = 2, 64
+_FILTERS = ("bilinear", "bicubic", "lanczos", "box")
 _PROJECT = Path(__file__).parents[2]
 
 # Serves a folder of pictures with as little as HTTP/1.1 needs; prints its port, and ends with its standard input.
@@ -279,9 +283,56 @@ def _bare(bodies: Sequence[bytes]) -> None:
         square.save(io.BytesIO(), "JPEG", quality=_QUALITY)
 
 
-def _encoded(pixels: np.ndarray) -> bytes:
+def _of_steps(folder: Path, rounds: int) -> dict[str, Any]:
+    """Return the milliseconds of each step of decoding a picture, and what each filter takes of Pillow's time."""
+    bodies = [path.read_bytes() for path in sorted(folder.glob("*.jpg"))]
+    pictures = [_loaded(body) for body in bodies]
+    squares = [resize_and_crop(picture, _SIZE_PX, "bilinear") for picture in pictures]
+    steps: dict[str, Callable[[], object]] = {
+        "JPEG decoding": lambda: [_loaded(body) for body in bodies],
+        "JPEG encoding": lambda: [_encoded(square) for square in squares],
+        "perceptual hash": lambda: [perceptual_hash(square) for square in squares],
+    }
+    for name in _FILTERS:
+        steps[f"filter {name}"] = partial(_resize_all, pictures, name)
+        steps[f"Pillow's filter {name}"] = partial(_resize_all_with_pillow, pictures, name)
+    each: dict[str, list[float]] = {name: [] for name in steps}
+    for _ in range(rounds):
+        for name, work in steps.items():
+            each[name].append(1e3 * _seconds_each(work, len(bodies)))
+    measured: dict[str, Any] = {
+        f"step {name}, ms": round(statistics.median(each[name]), 2) for name in steps if not name.startswith("Pillow")
+    }
+    for name in _FILTERS:
+        pairs = zip(each[f"Pillow's filter {name}"], each[f"filter {name}"], strict=True)
+        measured[f"filter {name}: times Pillow's speed"] = round(
+            statistics.median(theirs / ours for theirs, ours in pairs), 1
+        )
+    return measured
+
+
+def _loaded(body: bytes) -> Image.Image:
+    picture = Image.open(io.BytesIO(body))
+    picture.load()
+    return picture
+
+
+def _resize_all(pictures: Sequence[Image.Image], name: str) -> None:
+    for picture in pictures:
+        resize_and_crop(picture, _SIZE_PX, name)
+
+
+def _resize_all_with_pillow(pictures: Sequence[Image.Image], name: str) -> None:
+    for picture in pictures:
+        side = min(picture.size)
+        left, top = (picture.width - side) // 2, (picture.height - side) // 2
+        box = (left, top, left + side, top + side)
+        picture.resize((_SIZE_PX, _SIZE_PX), Image.Resampling[name.upper()], box=box)
+
+
+def _encoded(picture: Image.Image) -> bytes:
     buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "JPEG", quality=_QUALITY)
+    picture.save(buffer, "JPEG", quality=_QUALITY)
     return buffer.getvalue()
 
 
@@ -327,7 +378,7 @@ def _of_decoders(
     }
     whole, *others = transforms
     raw = [np.asarray(Image.open(io.BytesIO(body)).resize((_SIZE_PX, _SIZE_PX))) for body in bodies]
-    encoded = [Image.open(io.BytesIO(_encoded(pixels))) for pixels in raw]
+    encoded = [Image.open(io.BytesIO(_encoded(Image.fromarray(pixels)))) for pixels in raw]
     measured[f"pixels: JPEG of quality {_QUALITY} against what it encodes, dB"] = _psnr(
         np.stack(encoded), np.stack(raw)
     )
@@ -376,7 +427,7 @@ def main() -> None:
                 for way, job in ways.items():
                     few[way].append(job(_FEW))
                     each[way].append((job(args.pictures) - few[way][-1]) / (args.pictures - _FEW))
-        decoders = _of_decoders(web, transforms, args.img2dataset, args.rounds)
+        decoders = _of_decoders(web, transforms, args.img2dataset, args.rounds) | _of_steps(web, args.rounds)
     measured: dict[str, Any] = {"pictures": args.pictures, "bytes per picture": num_bytes}
     for way in ways:
         measured[f"{way}: pictures per CPU second"] = round(1 / statistics.median(each[way]), 1)

@@ -277,7 +277,8 @@ def test_a_profile_has_one_list_of_withdrawn_rows(
     assert world.key(DRAWN) in listed.read_text()
     assert run_cli("withdraw", world.key(TWICE), *named, *root) == 0, "the profile may name it as it was"
     assert run_cli("status", *named, *root) == 0
-    assert f"{listed} has SHA-256" in capsys.readouterr().err
+    present = EntryList.scan(listed).sha256
+    assert f"and it has SHA-256 {present}; name that" in capsys.readouterr().err
     listed.write_text(f"{world.key(DRAWN)}\n")
     assert "not the list that the profile names" in str(run_cli("withdraw", world.key(TWICE), *named, *root))
     listed.unlink()
