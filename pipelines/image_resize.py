@@ -1,7 +1,7 @@
 """The square of one size that a picture becomes.
 
 By torch's filters, which are Pillow's with weights of 16 bits: values differ by at most 2 of 255, and the filters are
-five to seven times as fast. The bytes are the same whatever vector instructions a CPU has.
+four to six times as fast (`tests.benchmarks.download`). The bytes are the same whatever vector instructions a CPU has.
 """
 
 import numpy as np
