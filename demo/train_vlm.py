@@ -28,7 +28,14 @@ from demo.questions import SKILLS, changed_caption, question
 from demo.scenes import RELATIONS, SCENE_PX, Scene, caption, render, sample_scene
 from demo.sprites import BACKGROUNDS, COLOURS, NOUNS
 from demo.vlm_model import GRID, Packer, Turn
-from pipelines.protocols import NO, YES, caption_prompt, unified_reward_answer, unified_reward_prompt, vqascore_question
+from pipelines.core.model_prompts import (
+    NO,
+    YES,
+    caption_prompt,
+    unified_reward_answer,
+    unified_reward_prompt,
+    vqascore_question,
+)
 
 _NOUNS, _COLOURS, _BACKGROUNDS = sorted(NOUNS), sorted(COLOURS), sorted(BACKGROUNDS)
 _RARE_SKILLS = ("differentiation", "comparison", "universal", "spatial relation")

@@ -15,7 +15,7 @@ from PIL import Image
 from demo.questions import changed_caption, questions
 from demo.scenes import caption, sample_scene
 from demo.sprites import COLOURS, NOUNS
-from pipelines.protocols import (
+from pipelines.core.model_prompts import (
     CAPTION_PROMPTS,
     NO,
     YES,

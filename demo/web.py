@@ -26,7 +26,7 @@ from yarl import URL
 
 from demo.web_pages import OVERSIZED_BYTES, Page, PageKind
 from demo.world import DEFAULT_PORT, HOST, PACK_NAME, PAGES_NAME, World
-from pipelines.errors import ThroughlineError
+from pipelines.core.errors import ThroughlineError
 
 HEALTH_PATH = "/healthz"
 SLOW_SECONDS = 0.4

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from pipelines.fetch_status import FetchStatus
+from pipelines.download.status import FetchStatus
 
 OVERSIZED_BYTES = 24 << 20
 BOMB_SIDE_PX = 16_000

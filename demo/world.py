@@ -18,9 +18,9 @@ from typing import Any, Self
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipelines.atomic import sync_folder, write_json
-from pipelines.digest import digest_json, file_sha256
-from pipelines.errors import ThroughlineError
+from pipelines.core.atomic import sync_folder, write_json
+from pipelines.core.digest import digest_json, file_sha256
+from pipelines.core.errors import ThroughlineError
 
 HOST = "127.0.0.1"
 DEFAULT_PORT = 8765

@@ -1,15 +1,13 @@
 """Configuration of the evaluation stages."""
 
 import re
-from pathlib import Path
 from typing import Literal, Self, get_args
 
 from pydantic import Field, model_validator
 
-from pipelines.config import FrozenConfig, ModelRef, added_field, execution_field
-from pipelines.digest import file_sha256
-from pipelines.errors import ThroughlineError
-from pipelines.stage_configs import EntryList
+from pipelines.core.config import FrozenConfig, ModelRef, added_field, execution_field
+from pipelines.core.errors import ThroughlineError
+from pipelines.laion.config import EntryList
 from recaption.config import EngineConfig, PoolConfig
 from training.config import SamplerConfig
 
@@ -46,14 +44,6 @@ class PromptFile(FrozenConfig):
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
     num_prompts: int | None = Field(None, ge=1)
     """Prompts that the file must hold; None takes what is there."""
-
-    @classmethod
-    def scan(cls, path: Path, num_prompts: int | None = None) -> "PromptFile":
-        """Pin the file as it is now; reads it once. Raises ThroughlineError where it can't be read."""
-        try:
-            return cls(path=str(path.absolute()), sha256=file_sha256(path), num_prompts=num_prompts)
-        except OSError as error:
-            raise ThroughlineError(f"{path}: prompt file can't be read ({error.strerror}); give its path") from error
 
 
 class PromptSetsConfig(FrozenConfig):

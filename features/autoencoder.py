@@ -10,8 +10,8 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
 
-from pipelines.config import ModelRef
-from pipelines.errors import ThroughlineError
+from pipelines.core.config import ModelRef
+from pipelines.core.errors import ThroughlineError
 
 
 class Autoencoder:

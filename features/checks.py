@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from pipelines.stage import StageOutput
+from pipelines.runner.outputs import StageOutput
 
 _CHECKED = ("hidden_states", "mean", "std")
 

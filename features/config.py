@@ -5,7 +5,7 @@ from typing import Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from features.templates import apply_template
-from pipelines.config import FrozenConfig, ModelRef, execution_field
+from pipelines.core.config import FrozenConfig, ModelRef, execution_field
 
 ComputeType = Literal["float32", "bfloat16"]
 

@@ -13,9 +13,9 @@ from safetensors import safe_open
 
 from features.tensor_file import TensorFileWriter
 from features.text_encoder import EncodedText
-from pipelines.config import ModelRef
-from pipelines.errors import ThroughlineError
-from pipelines.sample_key import SAMPLE_KEY_BYTES
+from pipelines.core.config import ModelRef
+from pipelines.core.errors import ThroughlineError
+from pipelines.core.sample_key import SAMPLE_KEY_BYTES
 
 FORMAT = "throughline-text-features-1"
 

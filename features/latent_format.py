@@ -13,9 +13,9 @@ from torch import Tensor
 from features.autoencoder import Autoencoder
 from features.feature_format import key_array
 from features.tensor_file import TensorFileWriter
-from pipelines.config import ModelRef
-from pipelines.errors import ThroughlineError
-from pipelines.sample_key import SAMPLE_KEY_BYTES
+from pipelines.core.config import ModelRef
+from pipelines.core.errors import ThroughlineError
+from pipelines.core.sample_key import SAMPLE_KEY_BYTES
 
 FORMAT = "throughline-latents-1"
 _KINDS = {"float16": "F16", "float32": "F32"}

@@ -11,16 +11,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from features.config import LatentsConfig
-from pipelines.errors import ThroughlineError
-from pipelines.manifest import Conservation
-from pipelines.progress import Progress
-from pipelines.stage import Stage, StageOutput, StageResult, StageRun
+from pipelines.core.errors import ThroughlineError
+from pipelines.core.manifest import Conservation
+from pipelines.core.progress import Progress
+from pipelines.runner.outputs import StageOutput
+from pipelines.runner.stage import Stage
+from pipelines.runner.units import StageResult, StageRun
 
 if TYPE_CHECKING:
     import numpy as np
 
     from features.autoencoder import Autoencoder
-    from pipelines.shard_reader import Sample
+    from pipelines.shards.reader import Sample
 
 
 def produce(run: StageRun[LatentsConfig]) -> StageResult:
@@ -120,8 +122,3 @@ def _summary(run: StageRun[LatentsConfig]) -> dict[str, Any]:
 
 
 STAGE = Stage(name="latents", code_version="1", config_type=LatentsConfig, produce=produce)
-
-if __name__ == "__main__":
-    from features.latents import STAGE as stage
-
-    stage.main()

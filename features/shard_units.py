@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
-from pipelines.errors import ThroughlineError
-from pipelines.shard_reader import Shard
-from pipelines.stage import StageOutput
+from pipelines.core.errors import ThroughlineError
+from pipelines.runner.outputs import StageOutput
+from pipelines.shards.reader import Shard
 
 
 def shard_units(shards: StageOutput) -> dict[str, Path]:

@@ -12,8 +12,8 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModel, AutoTokenizer
 
 from features.templates import apply_template
-from pipelines.config import ModelRef
-from pipelines.errors import ThroughlineError, first_line
+from pipelines.core.config import ModelRef
+from pipelines.core.errors import ThroughlineError, first_line
 
 STORED_TYPE = torch.bfloat16
 """Type of hidden states as given and stored, so that sampling sees what training read from the cache."""

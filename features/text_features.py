@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from features.config import TextFeaturesConfig
-from pipelines.manifest import Conservation
-from pipelines.progress import Progress
-from pipelines.stage import Stage, StageOutput, StageResult, StageRun
+from pipelines.core.manifest import Conservation
+from pipelines.core.progress import Progress
+from pipelines.runner.outputs import StageOutput
+from pipelines.runner.stage import Stage
+from pipelines.runner.units import StageResult, StageRun
 
 if TYPE_CHECKING:
     from features.text_encoder import TextEncoder
@@ -22,6 +24,7 @@ def produce(run: StageRun[TextFeaturesConfig]) -> StageResult:
     """Encode the captions of every shard that has no features yet."""
     from features.shard_units import shard_units
 
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # forks of a used tokenizer warn otherwise
     shards = run.input("shards")
     units = shard_units(shards)
     pending = [name for name in units if not run.is_finished(name)]
@@ -105,9 +108,3 @@ def _summary(run: StageRun[TextFeaturesConfig]) -> dict[str, Any]:
 
 
 STAGE = Stage(name="text_features", code_version="1", config_type=TextFeaturesConfig, produce=produce)
-
-if __name__ == "__main__":
-    from features.text_features import STAGE as stage
-
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    stage.main()

@@ -18,7 +18,7 @@ def duration(seconds: float) -> str:
 
 
 def progress_text(record: Mapping[str, Any], *, bar: bool = False) -> str:
-    """Return one line for a progress record of `pipelines.progress`."""
+    """Return one line for a progress record of `pipelines.core.progress`."""
     done, total, rate = record["done"], record.get("total"), float(record.get("rate") or 0)
     parts = [str(record["label"])]
     if total:

@@ -2,15 +2,15 @@
 
 import dagster as dg
 
-from orchestration.assets import build_asset, build_files_asset
-from orchestration.execution import Execution
-from orchestration.graph import Graph, Group
-from orchestration.jobs import EVALUATION_JOB, EVERYTHING_JOB, build_job
-from orchestration.nodes import GRAPH
-from orchestration.plan import Plan
-from orchestration.profiles import Profile, load_profile
-from orchestration.surroundings import surroundings_of
-from pipelines.environment import home_folder, profile_name
+from orchestration.defs.assets import build_asset, build_files_asset
+from orchestration.defs.jobs import EVALUATION_JOB, EVERYTHING_JOB, build_job
+from orchestration.demo_services import surroundings_of
+from orchestration.graph.execution import Execution
+from orchestration.graph.graph import Graph, Group
+from orchestration.graph.nodes import GRAPH
+from orchestration.graph.resolution import Plan
+from orchestration.profiles.profile import Profile, load_profile
+from pipelines.core.environment import home_folder, profile_name
 
 
 def build_execution(profile: Profile, graph: Graph = GRAPH) -> Execution:

@@ -12,10 +12,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipelines.errors import ThroughlineError
-from pipelines.manifest import Conservation
-from pipelines.protocols import caption_prompt
-from pipelines.stage import Stage, StageResult, StageRun, Unit
+from pipelines.core.errors import ThroughlineError
+from pipelines.core.manifest import Conservation
+from pipelines.core.model_prompts import caption_prompt
+from pipelines.runner.stage import Stage
+from pipelines.runner.units import StageResult, StageRun, Unit
 from recaption.checks import EMPTY, caption_flags, count_flags
 from recaption.config import CaptionsConfig
 
@@ -185,8 +186,3 @@ def _summary(run: StageRun[CaptionsConfig]) -> dict[str, Any]:
 
 
 STAGE = Stage(name="captions", code_version="1", config_type=CaptionsConfig, produce=produce)
-
-if __name__ == "__main__":
-    from recaption.captions import STAGE as stage
-
-    stage.main()

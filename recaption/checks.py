@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from pipelines.stage import StageOutput
+from pipelines.runner.outputs import StageOutput
 from recaption.config import CaptionCheckConfig
 
 EMPTY = "empty"

@@ -4,8 +4,8 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from pipelines.config import FrozenConfig, ModelRef, execution_field
-from pipelines.protocols import caption_prompt
+from pipelines.core.config import FrozenConfig, ModelRef, execution_field
+from pipelines.core.model_prompts import caption_prompt
 
 
 class VllmEngineConfig(FrozenConfig):
@@ -111,7 +111,7 @@ class CaptionsConfig(FrozenConfig):
 
     captioner: EngineConfig
     prompt_version: str = "dense-1"
-    """A key of `pipelines.protocols.CAPTION_PROMPTS`."""
+    """A key of `pipelines.core.model_prompts.CAPTION_PROMPTS`."""
     max_caption_tokens: int = Field(512, ge=1)
     """Longer captions are cut and flagged ``truncated``."""
     rows_per_batch: int = Field(256, ge=1)

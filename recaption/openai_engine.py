@@ -10,7 +10,7 @@ from typing import Any
 
 import httpx
 
-from pipelines.errors import ThroughlineError
+from pipelines.core.errors import ThroughlineError
 from recaption.config import OpenAIEngineConfig
 from recaption.engine import VisionAnswer, VisionRequest
 

@@ -14,9 +14,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
-from pipelines.digest import digest_json
-from pipelines.errors import ThroughlineError, first_line
-from pipelines.ray_cluster import LOCAL_RAY, join_ray, worker_environment
+from pipelines.cluster.session import LOCAL_RAY, join_ray, worker_environment
+from pipelines.core.digest import digest_json
+from pipelines.core.errors import ThroughlineError, first_line
 from recaption.config import EngineConfig, OpenAIEngineConfig, PoolConfig, VllmEngineConfig
 from recaption.engine import VisionAnswer, VisionLanguageEngine, VisionRequest, load_engine
 from recaption.vllm_environment import vllm_environment

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pipelines.errors import ThroughlineError
+from pipelines.core.errors import ThroughlineError
 from recaption.config import VllmEngineConfig
 from recaption.engine import VisionAnswer, VisionRequest
 from recaption.vllm_environment import vllm_environment

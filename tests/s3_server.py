@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from pipelines.errors import ThroughlineError
-from pipelines.object_store import ObjectStore, StoreConfig, TransferConfig
+from pipelines.core.errors import ThroughlineError
+from pipelines.storage.s3 import ObjectStore, StoreConfig, TransferConfig
 from tests.loopback_server import LoopbackServer
 
 ACCESS_KEY, SECRET_KEY = "THROUGHLINETEST", "a-secret-of-the-tests"

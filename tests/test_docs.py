@@ -10,14 +10,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from orchestration.nodes import GRAPH
-from orchestration.profiles import load_profile
-from pipelines.laion_presets import PRESETS, TOP_SHARES
-from pipelines.sample_order import SampleOrder
-from pipelines.stage_configs import LaionSubsetConfig
-from tests.pipelines.test_shard_stream import NUM_SAMPLES, write_shards
+from orchestration.graph.nodes import GRAPH
+from orchestration.profiles.profile import load_profile
+from pipelines.dataset.order import SampleOrder
+from pipelines.laion.config import LaionSubsetConfig
+from pipelines.laion.presets import PRESETS, TOP_SHARES
+from tests.pipelines.dataset.test_stream import NUM_SAMPLES, write_shards
 from training.config import ModelConfig, Strategy
-from training.flops import KNOWN_TEXT_ENCODERS, count_flops
+from training.cost.flops import KNOWN_TEXT_ENCODERS, count_flops
 
 ROOT = Path(__file__).resolve().parents[1]
 COMPARISON = ROOT / "docs" / "paper-and-released-code.md"

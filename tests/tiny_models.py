@@ -8,8 +8,13 @@ import json
 from pathlib import Path
 from typing import Any
 
-from pipelines.config import ModelRef
-from pipelines.protocols import CAPTION_PROMPTS, unified_reward_answer, unified_reward_prompt, vqascore_question
+from pipelines.core.config import ModelRef
+from pipelines.core.model_prompts import (
+    CAPTION_PROMPTS,
+    unified_reward_answer,
+    unified_reward_prompt,
+    vqascore_question,
+)
 
 QWEN_SPECIAL_TOKENS = (
     "<|endoftext|>",
@@ -213,7 +218,7 @@ def write_autoencoder(folder: Path, *, seed: int = 0, latent_channels: int = 4) 
 
 def local_ref(name: str, folder: Path) -> ModelRef:
     """Return the reference of a model folder, its revision being the digest of the weights."""
-    from pipelines.digest import file_sha256
+    from pipelines.core.digest import file_sha256
 
     weights = next(iter(sorted(folder.glob("*.safetensors"))))
     return ModelRef(id=name, revision=f"sha256:{file_sha256(weights)}", path=str(folder))

@@ -6,7 +6,7 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from features.templates import PromptDropForm
-from pipelines.config import FrozenConfig, ModelRef, execution_field
+from pipelines.core.config import FrozenConfig, ModelRef, execution_field
 
 
 class Strategy(StrEnum):

@@ -2,7 +2,7 @@
 
 Loaded by `ThroughlinePipeline.from_pretrained(folder)`, which needs no remote code. diffusers finds a pipeline class by
 name among its own alone, so `DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)` goes by `pipeline.py`,
-three lines in the folder that import this module. Sampling itself is `training.sampling.sample_latents`.
+three lines in the folder that import this module. Sampling itself is `training.sampling.sampler.sample_latents`.
 
 Shapes: B images, P distinct prompts, C latent channels, h and w latent height and width.
 """
@@ -27,19 +27,19 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from features.templates import unconditional_template
 from features.text_encoder import TextEncoder
-from pipelines.config import ModelRef
-from pipelines.digest import LOCAL_PREFIX, local_revision
-from pipelines.errors import ThroughlineError
+from pipelines.core.config import ModelRef
+from pipelines.core.digest import LOCAL_PREFIX, local_revision
+from pipelines.core.errors import ThroughlineError
 from training.config import ModelConfig, SamplerConfig, Strategy
-from training.dit import Backbone, build_model
-from training.feature_source import prepare_text
-from training.fuse_dit import FuseDiT
-from training.model_card import model_card
-from training.sampling import sample_latents
-from training.saved_model import ConditioningRecord
-from training.schedule import build_scheduler, check_scheduler
-from training.shared_attention import shared_attention_of
-from training.step_conditioning import TextBatch
+from training.data.feature_source import prepare_text
+from training.export.model_card import model_card
+from training.export.saved_model import ConditioningRecord
+from training.models.dit import Backbone, build_model
+from training.models.fuse_dit import FuseDiT
+from training.models.shared_attention import shared_attention_of
+from training.sampling.sampler import sample_latents
+from training.sampling.schedule import build_scheduler, check_scheduler
+from training.sampling.step_conditioning import TextBatch
 
 logger = logging.get_logger(__name__)
 

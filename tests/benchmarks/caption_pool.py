@@ -11,9 +11,9 @@ import time
 import numpy as np
 
 from demo.scenes import render, sample_scene
-from orchestration.profiles import load_profile
-from pipelines.environment import home_folder
-from pipelines.protocols import caption_prompt
+from orchestration.profiles.profile import load_profile
+from pipelines.core.environment import home_folder
+from pipelines.core.model_prompts import caption_prompt
 from recaption.config import VllmEngineConfig
 from recaption.engine import VisionRequest
 from tests.benchmarks.record import write_results

@@ -38,15 +38,18 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from pipelines.config import FrozenConfig
-from pipelines.errors import ThroughlineError
-from pipelines.image_decode import decode, prepare_to_decode
-from pipelines.image_resize import resize_and_crop
-from pipelines.laion_subset import ROWS_FILE
-from pipelines.perceptual_hash import perceptual_hash
-from pipelines.sample_key import sample_key
-from pipelines.stage import Stage, StageOutput, StageRequest, StageRun, write_request
-from pipelines.stage_configs import FetchConfig, ImagesConfig, ImageTransform
+from pipelines.core.config import FrozenConfig
+from pipelines.core.errors import ThroughlineError
+from pipelines.core.sample_key import sample_key
+from pipelines.download.config import FetchConfig, ImagesConfig, ImageTransform
+from pipelines.download.decode import decode, prepare_to_decode
+from pipelines.download.perceptual_hash import perceptual_hash
+from pipelines.download.resize import resize_and_crop
+from pipelines.laion.subset import ROWS_FILE
+from pipelines.runner.outputs import StageOutput
+from pipelines.runner.request import StageRequest, write_request
+from pipelines.runner.stage import Stage
+from pipelines.runner.units import StageRun
 from tests.benchmarks.record import write_results
 
 _SIZE_PX, _QUALITY = 256, 95
@@ -223,7 +226,7 @@ class _Jobs:
             output_root=str(root),
         )
         write_request(self._folder / "request.json", request)
-        command = [sys.executable, "-m", "pipelines.images", "--config", str(self._folder / "request.json")]
+        command = [sys.executable, "-m", "pipelines.runner", "images", "--config", str(self._folder / "request.json")]
         seconds = _cpu_seconds(command, self._folder / "log")
         (manifest,) = root.glob("images/*/manifest.json")
         _check(count, StageOutput.load(manifest).manifest.summary["num_ok"], "the stage")

@@ -22,11 +22,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from tests.benchmarks.model_shape import built, random_texts
 from tests.benchmarks.record import write_results
 from training.config import ModelConfig, SamplerConfig, Strategy, TrainingConfig
-from training.feature_source import Batch, prepare_text, text_lengths
-from training.loop import batch_losses
-from training.run_state import build_optimizer
-from training.sampling import sample_latents
-from training.step_conditioning import TextBatch
+from training.data.feature_source import Batch, prepare_text, text_lengths
+from training.loop.loop import batch_losses
+from training.loop.run_state import build_optimizer
+from training.sampling.sampler import sample_latents
+from training.sampling.step_conditioning import TextBatch
 
 SHAPES = {
     "paper": ModelConfig(),

@@ -48,10 +48,14 @@ import json, os, resource, sys, time
 import pyarrow as pa
 pa.set_cpu_count(1); pa.set_io_thread_count(1)
 from pathlib import Path
-import pipelines.laion_rules, pipelines.laion_duplicates
-from pipelines import laion_index, laion_selection, laion_subset
-from pipelines.source_files import digest_sources, find_sources
-from pipelines.stage_configs import LaionIndexConfig, LaionSelectionConfig, LaionSubsetConfig, WorkersConfig
+import pipelines.laion.rules, pipelines.laion.duplicates
+from pipelines.laion import index as laion_index
+from pipelines.laion import selection as laion_selection
+from pipelines.laion import subset as laion_subset
+from pipelines.laion.sources import digest_sources, find_sources
+from pipelines.laion.config import LaionIndexConfig, LaionSelectionConfig, LaionSubsetConfig
+from pipelines.laion.sources import scan_index
+from pipelines.cluster.config import WorkersConfig
 pa.array([""])  # and with it pandas
 source, out = Path(sys.argv[1]), Path(sys.argv[2])
 def started():
@@ -61,7 +65,7 @@ def report(since, **more):
     print(json.dumps({"wall": now[0] - since[0], "cpu": now[1] - since[1],
                       "rss": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10} | more))
 def index_of(source, out):
-    index = laion_index.STAGE.run(LaionIndexConfig.scan(source), {}, out)
+    index = laion_index.STAGE.run(scan_index(source), {}, out)
     digest_sources(find_sources([str(source)]), out / "digests.json")
     return index
 def subset(index, out, part, **more):

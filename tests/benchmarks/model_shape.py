@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from training.config import ModelConfig, Strategy
-from training.dit import Backbone, build_model
-from training.fuse_dit import FuseDiT
-from training.shared_attention import SharedAttention, SharedLayer
+from training.models.dit import Backbone, build_model
+from training.models.fuse_dit import FuseDiT
+from training.models.shared_attention import SharedAttention, SharedLayer
 
 BASELINE = Strategy.PENULTIMATE
 Key = TypeVar("Key")

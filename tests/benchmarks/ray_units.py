@@ -8,10 +8,11 @@ import tempfile
 import time
 from pathlib import Path
 
-from pipelines.config import FrozenConfig, execution_field
-from pipelines.ray_units import ray_tasks, run_units
-from pipelines.stage import Stage, StageRun
-from pipelines.stage_configs import WorkersConfig
+from pipelines.cluster.config import WorkersConfig
+from pipelines.cluster.units import ray_tasks, run_units
+from pipelines.core.config import FrozenConfig, execution_field
+from pipelines.runner.stage import Stage
+from pipelines.runner.units import StageRun
 from tests.benchmarks.record import write_results
 
 

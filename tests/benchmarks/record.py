@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from pipelines.environment import accelerator, git_commit, package_versions
+from pipelines.core.environment import accelerator, git_commit, package_versions
 
 RESULTS = Path(__file__).parent / "results"
 

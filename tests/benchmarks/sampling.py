@@ -24,10 +24,10 @@ from tests.benchmarks.model_shape import (
 )
 from tests.benchmarks.record import write_results
 from training.config import ModelConfig, SamplerConfig, Strategy
-from training.feature_source import prepare_text
-from training.process_memory import keep_freed_memory
-from training.sampling import sample_latents
-from training.step_conditioning import TextBatch
+from training.data.feature_source import prepare_text
+from training.models.kernels.malloc import keep_freed_memory
+from training.sampling.sampler import sample_latents
+from training.sampling.step_conditioning import TextBatch
 
 
 def sampling_run(config: ModelConfig, strategy: Strategy, args: argparse.Namespace) -> Callable[[], object]:

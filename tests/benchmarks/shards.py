@@ -30,13 +30,13 @@ from PIL import Image
 from webdataset.compat import WebDataset
 from webdataset.writer import TarWriter
 
-from pipelines.digest import HashingWriter
-from pipelines.errors import ThroughlineError
-from pipelines.sample_order import Share
-from pipelines.shard_format import SampleMembers, ShardWriter, index_path
-from pipelines.shard_reader import Sample, read_shard
-from pipelines.shard_samples import ShardSamples
-from pipelines.shard_stream import ShardStream, decode_image
+from pipelines.core.digest import HashingWriter
+from pipelines.core.errors import ThroughlineError
+from pipelines.dataset.order import Share
+from pipelines.dataset.samples import ShardSamples
+from pipelines.dataset.stream import ShardStream, decode_image
+from pipelines.shards.format import SampleMembers, ShardWriter, index_path
+from pipelines.shards.reader import Sample, read_shard
 from tests.benchmarks.record import write_results
 
 _SIZE_PX = 256

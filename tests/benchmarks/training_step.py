@@ -3,7 +3,7 @@
 python -m tests.benchmarks training_step [--strategies uniform depth_wise joint] [--batches 8 32] [--rounds 20]
 python -m tests.benchmarks training_step --modes eager bf16 compile   (bf16: autocast; compile: compiled blocks)
 
-Timed: what training/loop.py does with a batch from its prepared texts to the optimizer's step: fusion, projection,
+Timed: what training/loop/loop.py does with a batch from its prepared texts to the optimizer's step: fusion, projection,
 keys and values, the network forward and backward, gradient clipping, AdamW. Text features are cached and normalised
 once per caption, as training does it; that cost stands on a line of its own, and `--raw-text` puts it into every step.
 Not timed: reading latents, drawing noise, the moving average of the weights.
@@ -27,11 +27,11 @@ from tests.benchmarks.model_shape import (
 )
 from tests.benchmarks.record import write_results
 from training.config import ModelConfig, Strategy, TrainingConfig
-from training.feature_source import Batch, prepare_text, text_lengths
-from training.loop import batch_losses
-from training.process_memory import keep_freed_memory
-from training.run_state import build_optimizer
-from training.sharding import lay_out
+from training.data.feature_source import Batch, prepare_text, text_lengths
+from training.loop.loop import batch_losses
+from training.loop.parallel import lay_out
+from training.loop.run_state import build_optimizer
+from training.models.kernels.malloc import keep_freed_memory
 
 EAGER, BF16, COMPILE = MODES = "eager", "bf16", "compile"
 

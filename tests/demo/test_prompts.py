@@ -8,7 +8,7 @@ from demo.prompts import ADVANCED_SKILLS, BASIC_SKILLS, GENEVAL_TAGS, PROMPTS_DI
 from demo.questions import SKILLS
 from demo.scenes import BACKGROUND_PHRASES, NUMBER_WORDS, RELATIONS, plural
 from demo.sprites import COLOURS, NOUNS
-from evaluation.prompt_files import EvaluationPrompt, parse_drawbench, parse_genai_bench, parse_geneval
+from evaluation.benchmarks.prompt_files import EvaluationPrompt, parse_drawbench, parse_genai_bench, parse_geneval
 
 GENEVAL = PROMPTS_DIR / "geneval" / "evaluation_metadata.jsonl"
 GENAI = (PROMPTS_DIR / "genai_bench" / "genai_image.json", PROMPTS_DIR / "genai_bench" / "genai_skills.json")

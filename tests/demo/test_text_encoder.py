@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from demo import text_encoder
-from pipelines.errors import ThroughlineError
+from pipelines.core.errors import ThroughlineError
 
 
 def test_a_missing_package_is_one_clear_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,11 +19,11 @@ from PIL import Image
 from demo.web import serve
 from demo.web_pages import BEHAVIOURS, BOMB_SIDE_PX, OVERSIZED_BYTES
 from demo.world import World, build_world
-from pipelines.errors import ThroughlineError
-from pipelines.fetch import Fetcher
-from pipelines.fetch_status import FetchStatus
-from pipelines.image_decode import decode
-from pipelines.stage_configs import FetchConfig, ImageTransform
+from pipelines.core.errors import ThroughlineError
+from pipelines.download.config import FetchConfig, ImageTransform
+from pipelines.download.decode import decode
+from pipelines.download.fetch import Fetcher
+from pipelines.download.status import FetchStatus
 from tests.demo.ports import free_port
 
 PROJECT = Path(__file__).resolve().parents[2]

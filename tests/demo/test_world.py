@@ -14,11 +14,13 @@ from demo.laion_rows import draw_text
 from demo.scenes import caption, parse_caption, sample_scene
 from demo.world import LAION_SCHEMA, WORLD_NAME, World, build_world, ensure_world
 from demo.world_rows import FLAWS
-from pipelines import laion_index, laion_subset
-from pipelines.digest import file_sha256
-from pipelines.errors import ThroughlineError
-from pipelines.laion_index import entry_of
-from pipelines.stage_configs import LaionIndexConfig, LaionSubsetConfig
+from pipelines.core.digest import file_sha256
+from pipelines.core.errors import ThroughlineError
+from pipelines.laion import index as laion_index
+from pipelines.laion import subset as laion_subset
+from pipelines.laion.config import LaionSubsetConfig
+from pipelines.laion.index import entry_of
+from pipelines.laion.sources import scan_index
 
 PROJECT = Path(__file__).resolve().parents[2]
 
@@ -106,7 +108,7 @@ def test_truth_names_every_row_in_order_with_a_readable_caption(world: World) ->
 
 
 def test_filters_drop_the_rows_that_have_a_flaw_for_that_flaw_alone(world: World, tmp_path: Path) -> None:
-    index = laion_index.STAGE.run(LaionIndexConfig.scan(world.laion_dir), {}, tmp_path)
+    index = laion_index.STAGE.run(scan_index(world.laion_dir), {}, tmp_path)
     rules = LaionSubsetConfig(
         min_similarity=0.28,
         nsfw_allowed=("UNLIKELY",),

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.config import ModelRef
-from pipelines.stage import StageOutput
+from pipelines.core.config import ModelRef
+from pipelines.runner.outputs import StageOutput
 from tests.evaluation.worlds import (
     KnowingPool,
     answering,

@@ -16,16 +16,19 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image, ImageDraw
 
-from evaluation.config import PromptFile, PromptSetsConfig
-from evaluation.prompt_sets import STAGE as PROMPT_SETS
-from pipelines.config import FrozenConfig, ModelRef
-from pipelines.protocols import NO, YES, unified_reward_answer
-from pipelines.sample_key import sample_key
-from pipelines.stage import Stage, StageOutput, StageResult, StageRun
+from evaluation.benchmarks.prompt_files import scan_prompt_file
+from evaluation.benchmarks.prompt_sets import STAGE as PROMPT_SETS
+from evaluation.config import PromptSetsConfig
+from pipelines.core.config import FrozenConfig, ModelRef
+from pipelines.core.model_prompts import NO, YES, unified_reward_answer
+from pipelines.core.sample_key import sample_key
+from pipelines.runner.outputs import StageOutput
+from pipelines.runner.stage import Stage
+from pipelines.runner.units import StageResult, StageRun
 from recaption.config import OpenAIEngineConfig
 from recaption.engine import VisionAnswer, VisionRequest
 from training.config import ModelConfig, Strategy
-from training.saved_model import ConditioningRecord, write_conditioning
+from training.export.saved_model import ConditioningRecord, write_conditioning
 
 JUDGE = OpenAIEngineConfig(model=ModelRef(id="test/judge", revision="sha256:0123456789abcdef"))
 ENCODER = ModelRef(id="test/encoder", revision="sha256:feed")
@@ -81,10 +84,10 @@ def write_prompt_files(folder: Path, repeats: int = 1) -> PromptSetsConfig:
     lines = [f'"{prompt.replace(chr(34), chr(34) * 2)}",{category}' for prompt, category in DRAWBENCH_ROWS * repeats]
     drawbench.write_bytes(("Prompts,Category\r\n" + "\r\n".join(lines) + "\r\n").encode())
     return PromptSetsConfig(
-        geneval=PromptFile.scan(geneval),
-        genai_image=PromptFile.scan(image),
-        genai_skills=PromptFile.scan(skills),
-        drawbench=PromptFile.scan(drawbench),
+        geneval=scan_prompt_file(geneval),
+        genai_image=scan_prompt_file(image),
+        genai_skills=scan_prompt_file(skills),
+        drawbench=scan_prompt_file(drawbench),
     )
 
 
@@ -129,7 +132,7 @@ class KnowingPool:
 def answering(judge: KnowingPool) -> Iterator[KnowingPool]:
     """Let `judge` stand in for the engines of every stage that asks one."""
     with pytest.MonkeyPatch.context() as patch:
-        for module in ("evaluation.scores", "evaluation.judge_calibration"):
+        for module in ("evaluation.judging.scores", "evaluation.judging.calibration"):
             patch.setattr(f"{module}.engine_pool", lambda *_: judge)
         yield judge
 
@@ -215,7 +218,7 @@ def write_checkpoint(
     import torch
     from safetensors.torch import save
 
-    from training.dit import build_model
+    from training.models.dit import build_model
 
     generator = torch.Generator().manual_seed(7)
     model = build_model(config, strategy)

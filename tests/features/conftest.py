@@ -8,9 +8,11 @@ import pytest
 import torch
 from PIL import Image
 
-from pipelines.config import FrozenConfig, ModelRef
-from pipelines.shard_format import ShardWriter
-from pipelines.stage import Stage, StageOutput, StageRun
+from pipelines.core.config import FrozenConfig, ModelRef
+from pipelines.runner.outputs import StageOutput
+from pipelines.runner.stage import Stage
+from pipelines.runner.units import StageRun
+from pipelines.shards.format import ShardWriter
 from tests.tiny_models import write_autoencoder, write_causal_lm, write_qwen3_vl
 
 IMAGE_PX = 32

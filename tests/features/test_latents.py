@@ -11,8 +11,8 @@ from features.checks import count_nonfinite
 from features.config import LatentsConfig
 from features.latent_format import LatentReader, LatentWriter
 from features.latents import STAGE
-from pipelines.config import ModelRef
-from pipelines.errors import ThroughlineError
+from pipelines.core.config import ModelRef
+from pipelines.core.errors import ThroughlineError
 from tests.features.conftest import IMAGE_PX, image_of, sample_key
 
 

@@ -5,8 +5,8 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
 
 from features.text_encoder import TextEncoder, length_sorted_batches
-from pipelines.config import ModelRef
-from pipelines.errors import ThroughlineError
+from pipelines.core.config import ModelRef
+from pipelines.core.errors import ThroughlineError
 
 TEXTS = ["A red dog.", "", "Three yellow stars and one purple cat on a green background, left of a house.", "No."]
 

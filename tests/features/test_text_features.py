@@ -11,8 +11,8 @@ from features.config import TextFeaturesConfig
 from features.feature_format import TextFeatureReader, TextFeatureWriter, feature_metadata
 from features.text_encoder import EncodedText, TextEncoder
 from features.text_features import STAGE
-from pipelines.errors import ThroughlineError
-from pipelines.feature_keys import feature_keys
+from pipelines.core.errors import ThroughlineError
+from pipelines.dataset.feature_keys import feature_keys
 from tests.features.conftest import caption_of, sample_key
 
 

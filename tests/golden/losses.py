@@ -10,13 +10,13 @@ from pathlib import Path
 import torch
 from accelerate.state import AcceleratorState
 
-from pipelines.progress import Progress
+from pipelines.core.progress import Progress
 from tests.training.conftest import TinyData
 from training.config import Strategy
-from training.dit import build_model
-from training.feature_source import FeatureSource
-from training.loop import train
-from training.saved_model import connect_text_encoder
+from training.data.feature_source import FeatureSource
+from training.export.saved_model import connect_text_encoder
+from training.loop.loop import train
+from training.models.dit import build_model
 
 GOLDEN = Path(__file__).with_name("losses.json")
 NUM_STEPS = 20

@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 from dagster import DagsterInstance
 
-from orchestration.execution import Execution
-from orchestration.instance import open_instance
-from orchestration.plan import Plan
+from orchestration.defs.instance import open_instance
+from orchestration.graph.execution import Execution
+from orchestration.graph.resolution import Plan
 from tests.orchestration.small.stages import SMALL_GRAPH, IndexConfig, KeepConfig, SmallProfile
 
 NUMBERS = {"00000": [1, 2, 30], "00001": [5, 7], "00002": [9]}

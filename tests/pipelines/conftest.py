@@ -2,8 +2,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.pipelines.hostile_server import HostileServer
-from tests.pipelines.ray_world import GatedServer
+from tests.pipelines.cluster.ray_world import GatedServer
+from tests.pipelines.download.hostile_server import HostileServer
 
 
 @pytest.fixture(scope="session")

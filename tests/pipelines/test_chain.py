@@ -15,22 +15,29 @@ from PIL import Image
 from pydantic import ValidationError
 from webdataset.compat import WebDataset
 
-from pipelines import dataset, images, laion_selection, shards
-from pipelines.config import FrozenConfig
-from pipelines.dataset import SAMPLES_FILE, split_of
-from pipelines.errors import ThroughlineError
-from pipelines.image_rows import image_units
-from pipelines.manifest import DROPPED_NAME
-from pipelines.perceptual_hash import perceptual_hash
-from pipelines.sample_key import sample_key
-from pipelines.shard_format import ShardWriter, index_path, read_index, read_members, sample_members
-from pipelines.shard_lint import lint_folder
-from pipelines.shard_reader import BadSampleError, Shard, read_shard, scan_index
-from pipelines.shard_samples import ShardSamples
-from pipelines.stage import Stage, StageOutput, StageRun
-from pipelines.stage_configs import DatasetConfig, ExtraMember, LaionSelectionConfig, ShardsConfig
-from tests.pipelines.hostile_server import HostileServer
-from tests.pipelines.laion_world import (
+from pipelines.core.config import FrozenConfig
+from pipelines.core.errors import ThroughlineError
+from pipelines.core.manifest import DROPPED_NAME
+from pipelines.core.sample_key import sample_key
+from pipelines.dataset import dataset
+from pipelines.dataset.config import DatasetConfig
+from pipelines.dataset.dataset import SAMPLES_FILE, split_of
+from pipelines.dataset.samples import ShardSamples
+from pipelines.download import images
+from pipelines.download.perceptual_hash import perceptual_hash
+from pipelines.download.tables import image_units
+from pipelines.laion import selection as laion_selection
+from pipelines.laion.config import LaionSelectionConfig
+from pipelines.runner.outputs import StageOutput
+from pipelines.runner.stage import Stage
+from pipelines.runner.units import StageRun
+from pipelines.shards import shards
+from pipelines.shards.config import ExtraMember, ShardsConfig
+from pipelines.shards.format import ShardWriter, index_path, read_index, read_members, sample_members
+from pipelines.shards.lint import lint_folder
+from pipelines.shards.reader import BadSampleError, Shard, read_shard, scan_index
+from tests.pipelines.download.hostile_server import HostileServer
+from tests.pipelines.laion.laion_world import (
     entry_list,
     images_config,
     laion_row,

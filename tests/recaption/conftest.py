@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipelines.config import ModelRef
+from pipelines.core.config import ModelRef
 from recaption.config import PoolConfig, VllmEngineConfig
 from recaption.engine import VisionRequest
 from tests.tiny_models import write_qwen3_vl

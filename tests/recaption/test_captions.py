@@ -3,9 +3,11 @@ import pyarrow.parquet as pq
 import pytest
 
 import recaption.captions as captions_module
-from pipelines.config import FrozenConfig
-from pipelines.errors import ThroughlineError
-from pipelines.stage import Stage, StageOutput, StageRun
+from pipelines.core.config import FrozenConfig
+from pipelines.core.errors import ThroughlineError
+from pipelines.runner.outputs import StageOutput
+from pipelines.runner.stage import Stage
+from pipelines.runner.units import StageRun
 from recaption.captions import STAGE
 from recaption.checks import caption_quality
 from recaption.config import CaptionsConfig

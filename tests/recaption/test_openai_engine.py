@@ -9,8 +9,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from pipelines.config import ModelRef
-from pipelines.errors import ThroughlineError
+from pipelines.core.config import ModelRef
+from pipelines.core.errors import ThroughlineError
 from recaption.config import OpenAIEngineConfig
 from recaption.engine import load_engine
 from tests.recaption.conftest import picture, request

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from pipelines.errors import ThroughlineError
+from pipelines.core.errors import ThroughlineError
 from recaption.ray_pool import engine_pool
 from tests.recaption.conftest import POOL, picture, request
 

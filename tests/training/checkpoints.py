@@ -2,18 +2,20 @@
 
 from pathlib import Path
 
-from pipelines.config import ModelRef
-from pipelines.stage import Stage, StageOutput, StageRun
+from pipelines.core.config import ModelRef
+from pipelines.runner.outputs import StageOutput
+from pipelines.runner.stage import Stage
+from pipelines.runner.units import StageRun
 from tests.training.conftest import TEMPLATE, TINY_MODEL, TINY_TRAINING
-from tests.training.test_dit import built
+from tests.training.models.test_dit import built
 from training.config import CheckpointConfig, ModelConfig, Strategy
-from training.saved_model import (
+from training.export.saved_model import (
     CONDITIONING_NAME,
     MODEL_CONFIG_NAME,
     ConditioningRecord,
     write_conditioning,
 )
-from training.weight_files import WEIGHTS_NAME
+from training.export.weight_files import WEIGHTS_NAME
 
 
 def write_checkpoint(

@@ -14,13 +14,15 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from pipelines.config import FrozenConfig, ModelRef
-from pipelines.shard_format import ShardWriter
-from pipelines.stage import Inputs, Stage, StageOutput, StageRun
+from pipelines.core.config import FrozenConfig, ModelRef
+from pipelines.runner.outputs import Inputs, StageOutput
+from pipelines.runner.stage import Stage
+from pipelines.runner.units import StageRun
+from pipelines.shards.format import ShardWriter
 from tests.tiny_models import write_causal_lm
 from training.config import CheckpointConfig, ModelConfig, Strategy, TrainingConfig
-from training.feature_source import text_lengths
-from training.fusion import stack_texts
+from training.data.feature_source import text_lengths
+from training.models.fusion import stack_texts
 
 NUM_LAYERS, TEXT_WIDTH, KV_HEADS, HEAD_DIM = 4, 48, 2, 8  # of tests.tiny_models.write_causal_lm
 TEMPLATE = "plain-1"

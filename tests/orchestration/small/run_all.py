@@ -8,9 +8,9 @@ import sys
 import time
 from pathlib import Path
 
+from orchestration.cli.run import Run
 from orchestration.console import Console
-from orchestration.instance import open_instance
-from orchestration.run import Run
+from orchestration.defs.instance import open_instance
 from tests.orchestration.conftest import NUMBERS, execution_of
 from tests.orchestration.small.stages import IndexConfig, KeepConfig, SmallProfile
 

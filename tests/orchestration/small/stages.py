@@ -6,12 +6,12 @@ import signal
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from orchestration.graph import Graph, Group, Input, Node, PartitionKind
-from orchestration.launch import LaunchForm, LocalLaunch
-from pipelines.config import FrozenConfig, execution_field
-from pipelines.errors import ThroughlineError
-from pipelines.laion_index import ENTRY_FILE
-from pipelines.stage import StageResult, StageRun
+from orchestration.graph.graph import Graph, Group, Input, Node, PartitionKind
+from orchestration.launch.launcher import LaunchForm, LocalLaunch
+from pipelines.core.config import FrozenConfig, execution_field
+from pipelines.core.errors import ThroughlineError
+from pipelines.laion.index import ENTRY_FILE
+from pipelines.runner.units import StageResult, StageRun
 
 
 class IndexConfig(FrozenConfig):

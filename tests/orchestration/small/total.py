@@ -1,11 +1,6 @@
 """The small stage `total`."""
 
-from pipelines.stage import Stage
+from pipelines.runner.stage import Stage
 from tests.orchestration.small.stages import PlainConfig, add_up
 
 STAGE = Stage(name="total", code_version="1", config_type=PlainConfig, produce=add_up)
-
-if __name__ == "__main__":
-    from tests.orchestration.small.total import STAGE as stage
-
-    stage.main()

@@ -1,0 +1,1 @@
+"""Prompts and the images drawn for them: stages `prompt_sets` and `samples`, the published benchmark formats."""

@@ -1,0 +1,205 @@
+"""Owns the samples: the images of one arm for the prompts of one benchmark."""
+
+import hashlib
+import io
+import logging
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+from evaluation.benchmarks.prompt_files import EvaluationPrompt
+from evaluation.benchmarks.prompt_sets import read_prompts
+from evaluation.config import SamplesConfig, parse_partition
+from pipelines.core.config import ModelRef
+from pipelines.core.errors import ThroughlineError
+from pipelines.runner.outputs import StageOutput
+from pipelines.runner.stage import Stage
+from pipelines.runner.units import FinishedUnit, StageResult, StageRun
+from training.config import Arm, SamplerConfig
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from training.sampling.sampler import Sampler
+
+logger = logging.getLogger(__name__)
+
+
+def png_bytes(image: "Image.Image") -> bytes:
+    """Return the image as PNG without metadata, so that equal pixels give equal bytes."""
+    stream = io.BytesIO()
+    image.convert("RGB").save(stream, "PNG", compress_level=6)
+    return stream.getvalue()
+
+
+class _RememberingEncoder:
+    """A text encoder that encodes each prompt once per process, and by itself.
+
+    By itself, because rounding depends on a text's batch mates: whatever was encoded before, by other arms or before a
+    kill, a prompt's hidden states are the same.
+    """
+
+    def __init__(self, encoder: Any, max_num_bytes: int) -> None:
+        self._encoder = encoder
+        self.max_tokens: int = encoder.max_tokens
+        self.truncated: set[str] = set()
+        """Texts that were longer than `max_tokens` and were cut."""
+        self._left = max_num_bytes
+        self._known: dict[str, Any] = {}
+
+    def encode(self, texts: Sequence[str]) -> list[Any]:
+        """Return the encoded texts, in order."""
+        return [self._encode_one(text) for text in texts]
+
+    def _encode_one(self, text: str) -> Any:
+        if text in self._known:
+            return self._known[text]
+        (encoded,) = self._encoder.encode([text])
+        if encoded.was_truncated:
+            self.truncated.add(text)
+        num_bytes = encoded.hidden_states.numel() * encoded.hidden_states.element_size()
+        if num_bytes <= self._left:
+            self._left -= num_bytes
+            self._known[text] = encoded
+        return encoded
+
+
+@lru_cache(maxsize=1)
+def _text_encoder(model: ModelRef, template_version: str, device: str, max_num_bytes: int) -> _RememberingEncoder:
+    from training.data.feature_source import load_text_encoder
+
+    return _RememberingEncoder(load_text_encoder(model, template_version, device), max_num_bytes)
+
+
+@lru_cache(maxsize=1)
+def _autoencoder(model: ModelRef, device: str, subfolder: str | None) -> Any:
+    from training.sampling.sampler import load_autoencoder
+
+    return load_autoencoder(model, device, subfolder)
+
+
+def _load_sampler(checkpoint: StageOutput, config: SamplesConfig) -> "tuple[Sampler, _RememberingEncoder]":
+    """Load the checkpoint; encoder, autoencoder and encoded prompts stay for the next request of this process."""
+    import torch
+
+    from training.export.saved_model import read_conditioning
+    from training.sampling.sampler import load_sampler
+
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    made_with = read_conditioning(checkpoint)
+    version, subfolder = made_with.template_version, made_with.autoencoder_subfolder
+    encoder = _text_encoder(config.text_encoder, version, config.device, config.prompt_memory_bytes)
+    sampler = load_sampler(
+        checkpoint,
+        config.text_encoder,
+        config.autoencoder,
+        device=config.device,
+        encoder=encoder,
+        decoder=_autoencoder(config.autoencoder, config.device, subfolder),
+    )
+    return sampler, encoder
+
+
+def produce(run: StageRun[SamplesConfig]) -> StageResult:
+    """Write ``images/<prompt_id>-<k>.png`` and ``samples.parquet`` (prompt_id, sample_index, path, sha256, prompt).
+
+    Inputs: the checkpoint of the arm's strategy, prompt_sets. Rows are images: prompts x images per prompt.
+    """
+    arm_name, benchmark = parse_partition(run.partition)
+    try:
+        arm = Arm.parse(arm_name)
+    except ValueError as error:
+        raise ThroughlineError(f"samples {run.partition}: {error}") from error
+    checkpoint = run.input("checkpoint")
+    if checkpoint.manifest.partition != arm.strategy.value:
+        raise ThroughlineError(
+            f"samples {run.partition}: got the checkpoint of {checkpoint.manifest.partition}, "
+            f"expected that of {arm.strategy}"
+        )
+    config = run.config
+    prompts = read_prompts(run.input("prompt_sets"), benchmark)
+    per_prompt = config.images_per_prompt[benchmark]
+    size = config.prompts_per_unit
+    units = [(f"{start // size:05d}", prompts[start : start + size]) for start in range(0, len(prompts), size)]
+    todo = [(name, chunk) for name, chunk in units if not run.is_finished(name)]
+    num_done = (len(prompts) - sum(len(chunk) for _, chunk in todo)) * per_prompt
+    if todo:
+        sampler, encoder = _load_sampler(checkpoint, config)
+        settings = config.sampler.model_copy(update={"gate_shift": arm.gate_shift})
+        with run.progress(len(prompts) * per_prompt, "images", initial=num_done) as progress:
+            for name, chunk in todo:
+                with run.unit(name) as unit:
+                    images = _sample(sampler, chunk, per_prompt, config.seed, settings)
+                    rows = []
+                    for prompt, sample_index, image in images:
+                        data = png_bytes(image)
+                        path = f"images/{prompt.prompt_id}-{sample_index}.png"
+                        unit.write(path, data)
+                        rows.append(_row(prompt, sample_index, path, data))
+                    unit.account(rows_in=len(chunk) * per_prompt, rows_out=len(rows))
+                    unit.notes["rows"] = rows
+                    truncated = [prompt.prompt_id for prompt in chunk if prompt.prompt in encoder.truncated]
+                    unit.notes["truncated"] = truncated
+                progress.advance(len(rows))
+        _warn_of_truncated(run, encoder.max_tokens)
+    rows = [row for unit in _sampled_units(run) for row in unit.notes["rows"]]
+    if not run.is_finished("table"):
+        _write_table(run, rows)
+    summary = {
+        "num_images": len(rows),
+        "num_prompts": len(prompts),
+        "num_truncated_prompts": len(_truncated(run)),
+        "images_per_prompt": per_prompt,
+    }
+    return StageResult(summary=summary, seeds={"noise": config.seed})
+
+
+def _sampled_units(run: StageRun[SamplesConfig]) -> list[FinishedUnit]:
+    return [unit for unit in run.finished_units() if unit.name != "table"]
+
+
+def _truncated(run: StageRun[SamplesConfig]) -> list[str]:
+    """Ids of the prompts that were cut."""
+    return [prompt_id for unit in _sampled_units(run) for prompt_id in unit.notes["truncated"]]
+
+
+def _warn_of_truncated(run: StageRun[SamplesConfig], max_tokens: int) -> None:
+    truncated = _truncated(run)
+    if truncated:
+        logger.warning(
+            "%s: %d prompts, such as %s, are longer in their template than the %d tokens that the text encoder reads, "
+            "and were drawn without their ends; shorten them in the benchmark's file",
+            run.label, len(truncated), truncated[0], max_tokens,
+        )  # fmt: skip
+
+
+def _sample(
+    sampler: "Sampler", prompts: Sequence[EvaluationPrompt], per_prompt: int, seed: int, settings: SamplerConfig
+) -> list[tuple[EvaluationPrompt, int, "Image.Image"]]:
+    wanted = [(prompt, index) for prompt in prompts for index in range(per_prompt)]
+    images = sampler.generate([prompt.prompt for prompt, _ in wanted], [index for _, index in wanted], seed, settings)
+    return [(prompt, index, image) for (prompt, index), image in zip(wanted, images, strict=True)]
+
+
+def _row(prompt: EvaluationPrompt, sample_index: int, path: str, data: bytes) -> dict[str, Any]:
+    return {
+        "prompt_id": prompt.prompt_id,
+        "sample_index": sample_index,
+        "path": path,
+        "sha256": hashlib.sha256(data).hexdigest(),
+        "prompt": prompt.prompt,
+    }
+
+
+def _write_table(run: StageRun[SamplesConfig], rows: Sequence[dict[str, Any]]) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    text = pa.string()
+    schema = pa.schema({"prompt_id": text, "sample_index": pa.int32(), "path": text, "sha256": text, "prompt": text})
+    with run.unit("table") as unit, unit.open("samples.parquet", num_rows=len(rows)) as stream:
+        pq.write_table(pa.Table.from_pylist(list(rows), schema=schema), stream)
+
+
+STAGE = Stage(name="samples", code_version="2", config_type=SamplesConfig, produce=produce)

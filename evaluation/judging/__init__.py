@@ -1,0 +1,1 @@
+"""Judge models: questions, answers, the stage `scores`, and calibration against known pairs."""

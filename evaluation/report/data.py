@@ -1,0 +1,277 @@
+"""Gathers what the report shows from finished outputs: counts, curves, pictures, grids. Knows nothing of HTML."""
+
+import base64
+import io
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from evaluation.config import Benchmark, parse_partition
+from evaluation.report.caption_tables import caption_tables, evenly
+from pipelines.core.manifest import EARLIER
+from pipelines.dataset.dataset import left_out_as_withdrawn
+from pipelines.runner.outputs import StageOutput
+
+Lineage = Mapping[str, Sequence[StageOutput]]
+
+FUNNEL_STAGES: Mapping[str, str] = {
+    "laion_subset": "Rows that pass the filters",
+    "laion_selection": "Rows kept of all parts together",
+    "images": "Pictures downloaded and decoded",
+    "captions": "Pictures captioned",
+    "shards": "Pairs written to shards",
+    "dataset": "Samples to train on",
+}
+_PICTURE_QUALITY = 82
+
+
+@dataclass(frozen=True)
+class FunnelStep:
+    """What a stage took in and gave out, summed over its parts."""
+
+    stage: str
+    label: str
+    rows_in: int
+    rows_out: int
+    dropped: Sequence[tuple[str, int]]
+    """(reason, rows), most frequent first."""
+
+
+def funnel(lineage: Lineage) -> list[FunnelStep]:
+    """Return the steps from metadata rows to training samples, those that counted rows.
+
+    An output that another took the place of counts with neither its rows nor its losses.
+    """
+    replaced = {
+        ref.data_version
+        for items in lineage.values()
+        for item in items
+        for ref in item.manifest.inputs.get(EARLIER, ())
+    }
+    steps = []
+    for stage, label in FUNNEL_STAGES.items():
+        outputs = [item for item in lineage.get(stage, ()) if item.data_version not in replaced]
+        tables = [item.manifest.conservation for item in outputs if item.manifest.conservation]
+        if not tables:
+            continue
+        reasons: Counter[str] = Counter()
+        for table in tables:
+            reasons.update(table.dropped)
+        dropped = sorted(reasons.items(), key=lambda item: (-item[1], item[0]))
+        steps.append(FunnelStep(stage, label, sum(t.rows_in for t in tables), sum(t.rows_out for t in tables), dropped))
+    return steps
+
+
+def picture_uri(image_bytes: bytes, size_px: int) -> str:
+    """Return an encoded picture as a data URI, scaled to fit a square of `size_px`."""
+    from PIL import Image
+
+    with Image.open(io.BytesIO(image_bytes)) as image:
+        small = image.convert("RGB")
+        if max(small.size) > size_px:
+            small.thumbnail((size_px, size_px), Image.Resampling.LANCZOS)
+        stream = io.BytesIO()
+        small.save(stream, "WEBP", quality=_PICTURE_QUALITY, method=4)
+    return "data:image/webp;base64," + base64.b64encode(stream.getvalue()).decode()
+
+
+@dataclass(frozen=True)
+class CaptionedPicture:
+    """A training picture with the text it came with and the one it got."""
+
+    sample_key: str
+    alt_text: str
+    caption: str
+    uri: str
+
+
+def sample_captions(lineage: Lineage, wanted: int, size_px: int) -> list[CaptionedPicture]:
+    """Return captions with their pictures, spread evenly over parts, their tables, and the sample keys in a table.
+
+    Reads no more tables than captions are wanted, however many there are. Rows that the data set left out as withdrawn
+    are not shown.
+    """
+    withdrawn = left_out_as_withdrawn(lineage.get("dataset", ()))
+    tables = caption_tables(lineage.get("images", ()), lineage.get("captions", ()))
+    chosen = [tables[index] for index in evenly(len(tables), wanted)]
+    shown: list[CaptionedPicture] = []
+    for place, table in enumerate(chosen):
+        share = wanted * (place + 1) // len(chosen) - wanted * place // len(chosen)
+        captions = {key: text for key, text in table.captions().items() if key not in withdrawn}
+        keys = sorted(captions)
+        pictures = table.pictures({keys[index] for index in evenly(len(keys), share)})
+        for key, (alt_text, image_bytes) in sorted(pictures.items()):
+            shown.append(CaptionedPicture(key, alt_text, captions[key], picture_uri(image_bytes, size_px)))
+    return shown
+
+
+@dataclass(frozen=True)
+class LossCurve:
+    """A strategy's training losses by step, and its validation losses where there are any."""
+
+    strategy: str
+    steps: Sequence[int]
+    losses: Sequence[float]
+    validation: Sequence[tuple[int, float]]
+
+
+def loss_curves(lineage: Lineage) -> list[LossCurve]:
+    """Return the losses of all checkpoints, in the order of the strategies."""
+    from training.config import Strategy
+
+    order = [strategy.value for strategy in Strategy]
+    curves = []
+    for output in lineage.get("checkpoint", ()):
+        rows = [json.loads(line) for line in output.path("metrics.jsonl").read_text().splitlines()]
+        validation = [(row["step"], row["validation_loss"]) for row in rows if row.get("validation_loss") is not None]
+        rows = [row for row in rows if row["loss"] is not None]  # a step left out may have none
+        curves.append(
+            LossCurve(
+                output.manifest.partition or "",
+                [row["step"] for row in rows],
+                [row["loss"] for row in rows],
+                validation,
+            )
+        )
+    return sorted(curves, key=lambda curve: order.index(curve.strategy) if curve.strategy in order else len(order))
+
+
+def smoothed(values: Sequence[float], window: int) -> list[float]:
+    """Return the running mean over the last `window` values (fewer at the start)."""
+    means, total = [], 0.0
+    for index, value in enumerate(values):
+        total += value - (values[index - window] if index >= window else 0.0)
+        means.append(total / min(index + 1, window))
+    return means
+
+
+def thinned(values: Sequence[Any], wanted: int = 240) -> list[Any]:
+    """Return at most about `wanted` values evenly spaced, the last one among them."""
+    step = max(1, len(values) // wanted)
+    kept = list(values[::step])
+    return kept if not values or (len(values) - 1) % step == 0 else [*kept, values[-1]]
+
+
+@dataclass(frozen=True)
+class GridCell:
+    """A picture of the sample grid, with the judge's scores of it."""
+
+    uri: str | None
+    scores: Sequence[tuple[str, float]] = ()
+
+
+@dataclass(frozen=True)
+class GridRow:
+    """A prompt with one picture per arm."""
+
+    prompt_id: str
+    prompt: str
+    skills: Sequence[str]
+    cells: Sequence[GridCell]
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The sample grid of a benchmark."""
+
+    benchmark: str
+    arms: Sequence[str]
+    rows: Sequence[GridRow] = field(default_factory=list)
+
+
+def sample_grid(lineage: Lineage, benchmark: Benchmark, arms: Sequence[str], wanted: int, size_px: int) -> Grid:
+    """Return the first sample of some prompts that every arm has: the same prompts in the same rows for all arms."""
+    import pyarrow.parquet as pq
+
+    samples: dict[str, tuple[StageOutput, dict[str, dict[str, Any]]]] = {}
+    for output in lineage.get("samples", ()):
+        arm, of_benchmark = parse_partition(output.manifest.partition)
+        if of_benchmark == benchmark:
+            rows = pq.read_table(output.path("samples.parquet")).to_pylist()
+            samples[arm] = (output, {row["prompt_id"]: row for row in rows if row["sample_index"] == 0})
+    shown = [arm for arm in arms if arm in samples]
+    if not shown:
+        return Grid(benchmark, [])
+    scores, skills = _scores_of_first_samples(lineage, benchmark)
+    common = sorted(set.intersection(*(set(samples[arm][1]) for arm in shown)))
+    rows = []
+    for prompt_id in _spread_over_skills(common, skills, wanted):
+        cells = []
+        for arm in shown:
+            output, by_prompt = samples[arm]
+            uri = picture_uri(output.path(by_prompt[prompt_id]["path"]).read_bytes(), size_px)
+            cells.append(GridCell(uri, scores.get((arm, prompt_id), ())))
+        prompt = samples[shown[0]][1][prompt_id]["prompt"]
+        rows.append(GridRow(prompt_id, prompt, skills.get(prompt_id, ()), cells))
+    return Grid(benchmark, shown, rows)
+
+
+def _spread_over_skills(prompt_ids: Sequence[str], skills: Mapping[str, Sequence[str]], wanted: int) -> list[str]:
+    """Choose prompts in turn from the groups of equal first skills, and return them in order."""
+    groups: dict[str, list[str]] = {}
+    for prompt_id in prompt_ids:
+        groups.setdefault(" ".join(skills.get(prompt_id, ())[:2]), []).append(prompt_id)
+    queues = [list(group) for group in groups.values()]
+    if len(queues) > wanted:
+        queues = [queues[index] for index in evenly(len(queues), wanted)]
+    chosen: list[str] = []
+    while len(chosen) < wanted and any(queues):
+        for queue in queues:
+            if queue and len(chosen) < wanted:
+                chosen.append(queue.pop(0))
+    return sorted(chosen)
+
+
+def _scores_of_first_samples(
+    lineage: Lineage, benchmark: Benchmark
+) -> tuple[dict[tuple[str, str], list[tuple[str, float]]], dict[str, tuple[str, ...]]]:
+    import pyarrow.parquet as pq
+
+    scores: dict[tuple[str, str], list[tuple[str, float]]] = {}
+    skills: dict[str, tuple[str, ...]] = {}
+    for output in lineage.get("scores", ()):
+        arm, of_benchmark = parse_partition(output.manifest.partition)
+        if of_benchmark != benchmark:
+            continue
+        for row in pq.read_table(output.path("scores.parquet")).to_pylist():
+            skills[row["prompt_id"]] = tuple(row["skills"])
+            if row["sample_index"] == 0:
+                scores.setdefault((arm, row["prompt_id"]), []).append((row["metric"], row["value"]))
+    return scores, skills
+
+
+@dataclass(frozen=True)
+class ProvenanceRow:
+    """A stage's outputs of one code version, with the models that took part."""
+
+    stage: str
+    code_version: str
+    outputs: Sequence[tuple[str, str]]
+    """(partition, data version)."""
+    num_more: int
+    models: Sequence[tuple[str, str]]
+    """(model, revision)."""
+    sources: Sequence[tuple[str, str]]
+    """(file, SHA-256) of what came from outside the graph."""
+
+
+def provenance(lineage: Lineage, max_outputs: int = 24) -> list[ProvenanceRow]:
+    """Return one row per stage and code version, in the order of the graph."""
+    rows = []
+    for stage, outputs in lineage.items():
+        by_version: dict[str, list[StageOutput]] = {}
+        for output in outputs:
+            by_version.setdefault(output.manifest.code_version, []).append(output)
+        for code_version, items in by_version.items():
+            models = {(model.id, model.revision) for item in items for model in item.manifest.models}
+            sources = {(source.name, source.sha256) for item in items for source in item.manifest.sources}
+            listed = [(item.manifest.partition or "", item.data_version) for item in items]
+            num_more = max(0, len(listed) - max_outputs)
+            rows.append(
+                ProvenanceRow(
+                    stage, code_version, listed[:max_outputs], num_more, sorted(models), sorted(sources)[:max_outputs]
+                )
+            )
+    return rows

@@ -1,0 +1,1 @@
+"""The command `throughline`: one module per command, started without heavy imports."""

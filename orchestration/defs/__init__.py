@@ -1,0 +1,1 @@
+"""Everything that imports dagster: assets, checks, jobs, metadata, instance and storage."""

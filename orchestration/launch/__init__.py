@@ -1,0 +1,1 @@
+"""Stage processes: how they are started, watched and ended."""

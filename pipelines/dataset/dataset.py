@@ -1,0 +1,211 @@
+"""Stage ``dataset``: rolls all parts up into one table of samples, the one thing that training depends on.
+
+The samples stay where they are; here stands which there are, in which shard, and which are held out.
+"""
+
+import hashlib
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from pathlib import Path
+
+from pipelines.cluster.units import ray_tasks
+from pipelines.core.errors import ThroughlineError
+from pipelines.core.manifest import DROPPED_NAME
+from pipelines.dataset.config import DatasetConfig
+from pipelines.dataset.feature_keys import feature_keys
+from pipelines.laion.block_lists import read_keys
+from pipelines.laion.index import part_names
+from pipelines.runner.outputs import StageOutput
+from pipelines.runner.stage import Stage
+from pipelines.runner.units import StageResult, StageRun, Unit
+from pipelines.shards.format import ShardIndex
+from pipelines.shards.reader import Shard
+
+SAMPLES_FILE = "samples.parquet"
+TRAIN, VALIDATION = "train", "validation"
+WITHDRAWN = "withdrawn"
+_ROW_GROUP_ROWS = 65_536
+_HASH_COLUMNS = ("perceptual_hash", "source_sha256", "source_pixels")
+
+
+def split_of(sample_key: str, config: DatasetConfig) -> str:
+    """Return ``train`` or ``validation``: a function of the key, so that a sample never changes sides."""
+    digest = hashlib.blake2b(bytes.fromhex(sample_key), digest_size=8, salt=_salt(config.validation_salt)).digest()
+    held_out = int.from_bytes(digest, "little") < config.validation_share * 2**64
+    return VALIDATION if held_out else TRAIN
+
+
+def _salt(text: str) -> bytes:
+    return hashlib.blake2b(text.encode(), digest_size=hashlib.blake2b.SALT_SIZE).digest()
+
+
+def produce(run: StageRun[DatasetConfig]) -> StageResult:
+    parts = _by_part(run.inputs.get("shards", ()), "shards")
+    if not parts:
+        raise ThroughlineError("dataset: no shards among its inputs; materialise at least one part first")
+    for index in run.inputs.get("index", ()):
+        _check_parts(index, parts)
+    features = {name: _by_part(run.inputs[name], name) for name in ("latents", "text_features") if run.inputs.get(name)}
+    for name, outputs in features.items():
+        missing = [part for part in parts if part not in outputs]
+        if missing:
+            raise ThroughlineError(f"dataset: {name} for part {', '.join(missing)} not among its inputs; run it first")
+    if not run.is_finished("samples"):
+        _write_samples(run, parts, features)
+    (unit,) = run.finished_units()
+    return StageResult(
+        summary={"num_parts": len(parts), "num_samples": unit.rows[1] if unit.rows else 0, **unit.notes["splits"]}
+    )
+
+
+def _check_parts(index: StageOutput, parts: Collection[str]) -> None:
+    registered = part_names(index)
+    wrong = sorted(set(registered) ^ set(parts))
+    if wrong:
+        raise ThroughlineError(
+            f"dataset: shards of {len(parts)} parts, the index registers {len(registered)}; they differ in {wrong[0]}"
+        )
+
+
+def _by_part(outputs: Sequence[StageOutput], name: str) -> dict[str, StageOutput]:
+    """Return part -> output in the order of parts."""
+    by_part: dict[str, StageOutput] = {}
+    for output in sorted(outputs, key=lambda item: item.manifest.partition or ""):
+        part = output.manifest.partition or ""
+        if part in by_part:
+            raise ThroughlineError(f"dataset: two outputs of {name} for part {part} among its inputs")
+        by_part[part] = output
+    return by_part
+
+
+def _write_samples(
+    run: StageRun[DatasetConfig], parts: dict[str, StageOutput], features: dict[str, dict[str, StageOutput]]
+) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    rows: dict[str, tuple[str, str, int]] = {}
+    hashes: dict[str, tuple[str, str, int]] = {}
+    wants_hashes = run.config.duplicate_images or run.config.near_duplicates is not None
+    rows_in, withdrawn, gone = 0, read_keys(run.config.withdrawn), set[str]()
+    with run.unit("samples") as unit, run.progress(len(parts), "parts") as progress:
+        for part, shards in parts.items():
+            for path in shards.files(".tar"):
+                contents = _checked_contents(path, shards)
+                keys = contents.keys
+                known = {name: _feature_keys(outputs[part], name, path, keys) for name, outputs in features.items()}
+                rows_in += len(keys)
+                for index, key in enumerate(keys):
+                    lacking = next((name for name, present in known.items() if key not in present), None)
+                    if key in withdrawn:
+                        unit.drop(key, WITHDRAWN, f"{path.name} of part {part}")
+                        gone.add(key)
+                    elif lacking:
+                        unit.drop(key, f"{lacking}_missing", f"{path.name} of part {part}")
+                    elif key in rows:
+                        first_part, first_shard, _ = rows[key]
+                        detail = f"{path.name} of part {part}, first in {first_shard} of part {first_part}"
+                        unit.drop(key, "duplicate_key", detail)
+                    else:
+                        rows[key] = (part, path.name, index)
+                if wants_hashes:
+                    hashes |= zip(keys, _hashes(contents, path), strict=True)
+            progress.advance(samples=len(rows))
+        if wants_hashes:
+            _drop_alike(run, unit, rows, hashes, gone)
+        sample_keys = sorted(rows)
+        splits = [split_of(key, run.config) for key in sample_keys]
+        table = pa.table(
+            {
+                "sample_key": pa.array(sample_keys, pa.string()),
+                "part": pa.array([rows[key][0] for key in sample_keys], pa.string()),
+                "shard": pa.array([rows[key][1] for key in sample_keys], pa.string()),
+                "index_in_shard": pa.array([rows[key][2] for key in sample_keys], pa.int32()),
+                "split": pa.array(splits, pa.string()),
+            }
+        )
+        with unit.open(SAMPLES_FILE, num_rows=len(sample_keys)) as stream:
+            pq.write_table(table, stream, compression="zstd", row_group_size=_ROW_GROUP_ROWS)
+        unit.account(rows_in=rows_in, rows_out=len(sample_keys))
+        unit.notes["splits"] = {f"num_{split}": splits.count(split) for split in (TRAIN, VALIDATION)}
+
+
+def left_out_as_withdrawn(datasets: Iterable[StageOutput]) -> frozenset[str]:
+    """Return the sample keys that data sets have dropped as withdrawn."""
+    import pyarrow.parquet as pq
+
+    keys: set[str] = set()
+    for output in datasets:
+        conservation = output.manifest.conservation
+        if conservation is not None and WITHDRAWN in conservation.dropped:
+            rows = pq.read_table(output.path(DROPPED_NAME), filters=[("reason", "=", WITHDRAWN)])
+            keys.update(rows["sample_key"].to_pylist())
+    return frozenset(keys)
+
+
+def _checked_contents(path: Path, shards: StageOutput) -> ShardIndex:
+    with Shard(path) as shard:
+        contents = shard.contents
+    stated = shards.manifest.file(path.name).num_rows
+    if len(contents.keys) != stated:
+        raise ThroughlineError(
+            f"{path}: {len(contents.keys)} samples, manifest says {stated}; re-run shards for part "
+            f"{shards.manifest.partition}"
+        )
+    return contents
+
+
+def _hashes(contents: ShardIndex, path: Path) -> Iterator[tuple[str, str, int]]:
+    """Yield (perceptual hash, source SHA-256, source pixels) of each sample of a shard."""
+    lacking = [name for name in _HASH_COLUMNS if name not in contents.columns]
+    if lacking:
+        raise ThroughlineError(f"{path}: its index has no {', '.join(lacking)}; re-run images and shards")
+    return zip(*(contents.columns[name] for name in _HASH_COLUMNS), strict=True)
+
+
+def _drop_alike(
+    run: StageRun[DatasetConfig],
+    unit: Unit,
+    rows: dict[str, tuple[str, str, int]],
+    hashes: dict[str, tuple[str, str, int]],
+    gone: Collection[str],
+) -> None:
+    """Take samples out of `rows` that are alike another one; the detail of a drop is the winner's key.
+
+    Those that are `gone` already win over all others: a picture that was withdrawn does not come back as its copy.
+    """
+    import numpy as np
+
+    from pipelines.dataset.near_duplicates import winners
+
+    config = run.config
+    best_first = sorted([*gone, *rows], key=lambda key: (key not in gone, -hashes[key][2], key))
+    if config.duplicate_images:
+        first: dict[str, str] = {}
+        for key in best_first:
+            winner = first.setdefault(hashes[key][1], key)
+            if winner != key and rows.pop(key, None) is not None:
+                unit.drop(key, "duplicate_image", winner)
+        best_first = list(first.values())
+    if config.near_duplicates is not None:
+        packed = np.array([int(hashes[key][0], 16) for key in best_first], dtype=np.uint64)
+        with ray_tasks(run, config.workers) as tasks:
+            winner_of = winners(packed, config.near_duplicates, tasks)
+        for place, winner_place in enumerate(winner_of.tolist()):
+            if winner_place != place and rows.pop(best_first[place], None) is not None:
+                unit.drop(best_first[place], "near_duplicate", best_first[winner_place])
+
+
+def _feature_keys(output: StageOutput, name: str, shard: Path, keys_of_shard: Sequence[str]) -> set[str]:
+    """Return the keys that have this feature; raises ThroughlineError for keys that the shard doesn't have."""
+    path = output.path(f"{name}-{shard.stem.removeprefix('shard-')}.safetensors")
+    keys = set(feature_keys(path))
+    strangers = keys.difference(keys_of_shard)
+    if strangers:
+        raise ThroughlineError(
+            f"{path}: {len(strangers)} sample keys that {shard.name} does not have, such as {min(strangers)}; "
+            f"re-run {name} for part {output.manifest.partition}"
+        )
+    return keys
+
+
+STAGE = Stage(name="dataset", code_version="2", config_type=DatasetConfig, produce=produce)

@@ -1,0 +1,138 @@
+"""The columns of LAION metadata: their names in the published tables, their types, and the table a subset is."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipelines.core.errors import ThroughlineError
+from pipelines.laion.where import Kind
+from pipelines.storage.remote_files import RangeReader
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column by the role it plays: the names it goes by, compared without case, and the kinds of type it may have."""
+
+    role: str
+    names: tuple[str, ...]
+    kinds: tuple[str, ...]
+    needed: bool = False
+
+
+# LAION-400M and LAION-5B's tables write URL, TEXT, WIDTH, LANGUAGE; Re-LAION url and caption; DataComp original_width
+# and clip_l14_similarity_score; the aesthetic tables aesthetic (v1), AESTHETIC_SCORE (v2) or prediction (tags).
+COLUMNS = (
+    Column("url", ("url",), ("string",), needed=True),
+    Column("text", ("text", "caption", "alt_text"), ("string",), needed=True),
+    Column("width", ("width", "original_width"), ("integer", "floating")),
+    Column("height", ("height", "original_height"), ("integer", "floating")),
+    Column("similarity", ("similarity", "clip_b32_similarity_score", "clip_similarity_vitb32"), ("floating",)),
+    Column("similarity_l14", ("clip_l14_similarity_score", "clip_similarity_vitl14"), ("floating",)),
+    Column(
+        "aesthetic", ("aesthetic", "aesthetic_score", "prediction", "aesthetic_score_laion_v2"), ("floating", "integer")
+    ),
+    Column("pwatermark", ("pwatermark",), ("floating", "integer")),
+    Column("punsafe", ("punsafe",), ("floating", "integer")),
+    Column("nsfw", ("nsfw",), ("string",)),
+    Column("language", ("language", "lang", "detected_language"), ("string",)),
+    Column("license", ("license",), ("string",)),
+    Column("sha256", ("sha256",), ("string",)),
+)
+KINDS: Mapping[str, Kind] = {column.role: "string" if "string" in column.kinds else "number" for column in COLUMNS}
+"""Role -> what its values are."""
+LABELS = ("nsfw", "language", "license")
+"""Roles whose values are few: they are read as dictionaries, and asked once per word."""
+
+SUBSET_SCHEMA = pa.schema(
+    [
+        pa.field("sample_key", pa.string(), nullable=False),
+        pa.field("url", pa.string(), nullable=False),
+        pa.field("alt_text", pa.string(), nullable=False),
+        pa.field("width", pa.int32()),
+        pa.field("height", pa.int32()),
+        pa.field("similarity", pa.float64()),
+        pa.field("aesthetic", pa.float64()),
+        pa.field("pwatermark", pa.float64()),
+        pa.field("punsafe", pa.float64()),
+        pa.field("nsfw", pa.string()),
+        pa.field("language", pa.string()),
+        pa.field("license", pa.string()),
+        # What the source table says the picture's bytes hash to (DataComp); null elsewhere.
+        pa.field("expected_sha256", pa.string()),
+        pa.field("source_row", pa.int64(), nullable=False),
+    ]
+)
+
+
+def _kind(data_type: pa.DataType) -> str:
+    if pa.types.is_dictionary(data_type):
+        data_type = data_type.value_type
+    if pa.types.is_string(data_type) or pa.types.is_large_string(data_type) or pa.types.is_string_view(data_type):
+        return "string"
+    if pa.types.is_integer(data_type):
+        return "integer"
+    if pa.types.is_floating(data_type):
+        return "floating"
+    if pa.types.is_null(data_type):
+        return "null"
+    return str(data_type)
+
+
+def column_kinds(schema: pa.Schema) -> tuple[dict[str, Kind], dict[str, str]]:
+    """Return lower-case name -> kind and -> column, for the columns of a file that a condition can read."""
+    kinds: dict[str, Kind] = {}
+    columns = {}
+    for field in schema:
+        found = _kind(field.type)
+        if found in ("string", "integer", "floating", "bool"):
+            kinds[field.name.lower()] = "string" if found == "string" else "boolean" if found == "bool" else "number"
+            columns[field.name.lower()] = field.name
+    return kinds, columns
+
+
+def open_metadata(path: Path | RangeReader, dictionaries: Sequence[str] = ()) -> pq.ParquetFile:
+    """Open a metadata file, to read some columns as dictionaries.
+
+    Raises ThroughlineError where it is not a whole parquet file.
+    """
+    try:
+        return pq.ParquetFile(path, read_dictionary=list(dictionaries), pre_buffer=True)
+    except (pa.ArrowInvalid, pa.ArrowException, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise ThroughlineError(f"{path}: cannot be read ({error.strerror})") from error
+        reason = str(error).splitlines()[0]
+        raise ThroughlineError(f"{path}: not a whole parquet file ({reason}); fetch it again") from error
+
+
+def resolve_columns(schema: pa.Schema, path: object) -> dict[str, str]:
+    """Return role -> column name for the roles that a metadata file fills; `path` names it in errors.
+
+    Raises ThroughlineError, naming the file, where a needed column is missing, a role is filled twice, or a column's
+    type cannot hold what its role means. A column of type null is a column of missing values.
+    """
+    roles: dict[str, str] = {}
+    for column in COLUMNS:
+        candidates = [name for name in schema.names if name.lower() in column.names]
+        if len(candidates) > 1:
+            exact = [name for name in candidates if name.lower() == column.names[0]]
+            if len(exact) != 1:
+                raise ThroughlineError(f"{path}: columns {', '.join(candidates)} all mean {column.role}; keep one")
+            candidates = exact
+        if not candidates:
+            if column.needed:
+                raise ThroughlineError(
+                    f"{path}: no column {' or '.join(column.names)} (in any case) among {', '.join(schema.names)}; "
+                    "this is not LAION metadata"
+                )
+            continue
+        found = _kind(schema.field(candidates[0]).type)
+        if found not in (*column.kinds, *(() if column.needed else ("null",))):
+            raise ThroughlineError(
+                f"{path}: column {candidates[0]} is {schema.field(candidates[0]).type}, expected "
+                f"{' or '.join(column.kinds)}; convert it or leave the file out"
+            )
+        roles[column.role] = candidates[0]
+    return roles

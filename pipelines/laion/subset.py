@@ -1,0 +1,273 @@
+"""Stage ``laion_subset``: the rows of one part that pass the rules, each with its sample key.
+
+They depend on the part's own entry of the index alone. Duplicates are looked for within the part; the stage `dataset`
+settles equal sample keys between parts.
+"""
+
+# pyarrow.compute makes its functions when it is imported, where no type checker sees them.
+# pyright: reportAttributeAccessIssue=false
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pipelines.cluster.units import ray_tasks, run_units
+from pipelines.core.errors import ThroughlineError
+from pipelines.core.manifest import SourceFile
+from pipelines.laion.config import LaionSubsetConfig
+from pipelines.laion.index import Part, read_part
+from pipelines.laion.sources import locate_source
+from pipelines.runner.outputs import StageOutput
+from pipelines.runner.stage import Stage
+from pipelines.runner.units import StageResult, StageRun, Unit
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    from pipelines.laion.duplicates import DuplicateFinder
+    from pipelines.laion.rules import Rule
+
+ROWS_FILE = "rows.parquet"
+_UNIT = "rows"
+# Rows held in memory at a time, and rows per row group: part of the output's bytes, so no matter of configuration.
+_BATCH_ROWS = 65_536
+# Role -> column of the subset.
+_KEPT_AS_THEY_ARE = {
+    "url": "url", "text": "alt_text", "sha256": "expected_sha256", "similarity": "similarity",
+    "aesthetic": "aesthetic", "pwatermark": "pwatermark", "punsafe": "punsafe",
+}  # fmt: skip
+
+
+def produce(run: StageRun[LaionSubsetConfig]) -> StageResult:
+    entry = run.input("index")
+    part = read_part(entry)
+    if part.part != run.partition:
+        raise ThroughlineError(f"laion_subset {run.partition}: the entry of the index is that of part {part.part}")
+    if not run.is_finished(_UNIT):
+        path = _locate(run.config, entry, part).absolute()
+        with ray_tasks(run, run.config.workers) as tasks:
+            for _ in run_units(run, tasks, [(_UNIT, path)], _make_rows):
+                pass
+    (finished,) = run.finished_units()
+    rows_in, rows_out = finished.rows or (0, 0)
+    return StageResult(
+        summary={"num_rows": rows_in, "num_kept": rows_out, "dropped": finished.dropped},
+        sources=[SourceFile(name=part.name, sha256=part.sha256, num_bytes=part.num_bytes)],
+    )
+
+
+def _make_rows(run: StageRun[LaionSubsetConfig], name: str, path: Path) -> None:
+    with run.unit(name) as unit:
+        _write_subset(run, unit, read_part(run.input("index")), path)
+
+
+def _locate(config: LaionSubsetConfig, entry: StageOutput, part: Part) -> Path:
+    where = entry.manifest.execution
+    cache = config.digest_cache or where.get("digest_cache")
+    return locate_source(part.content, config.source or where["source"], Path(cache) if cache else None)
+
+
+def _open_checked(config: LaionSubsetConfig, part: Part, path: Path) -> "tuple[list[Rule], dict[str, str]]":
+    """Return the rules, and name -> column of the file for the names in `where` that are no roles.
+
+    Raises ThroughlineError that names the file and the column where a rule finds nothing to read.
+    """
+    from pipelines.laion.rules import rules_of
+
+    rules = rules_of(config)
+    for rule in rules:
+        for role in rule.columns:
+            if role not in part.columns:
+                raise ThroughlineError(
+                    f"{path}: no column {role}, which the rule {rule.field} needs; switch that rule off "
+                    f"({rule.field}=null) or leave the file out"
+                )
+    return rules, _named_columns(config.where, part.columns, path) if config.where else {}
+
+
+def _named_columns(where: str, roles: dict[str, str], path: Path) -> dict[str, str]:
+    """Return lower-case name -> column or role for what `where` reads; a role's name means the role."""
+    from pipelines.laion.schema import KINDS, column_kinds, open_metadata
+    from pipelines.laion.where import Expression
+
+    with open_metadata(path) as metadata:
+        kinds, columns = column_kinds(metadata.schema_arrow)
+    by_column = {column.lower(): role for role, column in roles.items()}
+    for name, role in [*by_column.items(), *((role, role) for role in roles)]:
+        kinds[name], columns[name] = KINDS[role], role
+    expression = Expression(where)
+    try:
+        expression.check(kinds)
+    except ThroughlineError as error:
+        raise ThroughlineError(f"{path}: {error}") from error
+    return {name: columns[name] for name in expression.names}
+
+
+def _write_subset(run: StageRun[LaionSubsetConfig], unit: Unit, part: Part, path: Path) -> None:
+    import pyarrow.parquet as pq
+
+    from pipelines.laion.duplicates import DuplicateFinder
+    from pipelines.laion.schema import LABELS, SUBSET_SCHEMA
+
+    rules, named = _open_checked(run.config, part, path)
+    duplicates = DuplicateFinder(run.config.drop_duplicate_urls, part.num_rows)
+    rows_in = rows_out = 0
+    with (
+        run.progress(part.num_rows, "rows") as progress,
+        unit.open(ROWS_FILE) as stream,
+        # A dictionary of addresses, texts or keys would be built only to be thrown away.
+        pq.ParquetWriter(
+            stream, SUBSET_SCHEMA, compression="zstd", use_dictionary=["width", "height", *LABELS]
+        ) as writer,
+    ):
+        pending: list[pa.RecordBatch] = []
+        for batch in read_batches(path, part.columns, _BATCH_ROWS, named):
+            rows_in += batch.num_rows
+            if rows_in > part.num_rows:
+                break  # there is room to remember so many
+            pending.append(_keep(batch, rows_in - batch.num_rows, rules, duplicates, unit))
+            rows_out += pending[-1].num_rows
+            _write_groups(writer, pending, _BATCH_ROWS)
+            progress.advance(batch.num_rows, kept=rows_out)
+        _write_groups(writer, pending, 1)
+    if rows_in != part.num_rows:
+        found = f"at least {rows_in}" if rows_in > part.num_rows else rows_in
+        raise ThroughlineError(f"{path}: {found} rows, the index says {part.num_rows}; run laion_index again")
+    unit.count_rows(ROWS_FILE, rows_out)
+    unit.account(rows_in=rows_in, rows_out=rows_out)
+
+
+def _write_groups(writer: "pq.ParquetWriter", pending: "list[pa.RecordBatch]", least: int) -> None:
+    """Write whole row groups while at least `least` rows are pending, however the rows came."""
+    import pyarrow as pa
+
+    while (num_rows := sum(batch.num_rows for batch in pending)) >= least:
+        beyond = max(num_rows - _BATCH_ROWS, 0)
+        last = pending.pop()
+        inside = last.num_rows - beyond
+        writer.write_batch(pa.concat_batches([*pending, last[:inside]]), row_group_size=_BATCH_ROWS)
+        pending[:] = [last[inside:]] if beyond else []
+
+
+def read_batches(
+    path: Path, columns: dict[str, str], batch_rows: int, named: dict[str, str] | None = None
+) -> "Iterator[pa.RecordBatch]":
+    """Yield record batches with one column per role, cast to the types that the rules read.
+
+    text is never null (null becomes the empty string); labels may be dictionaries of strings; a role that the file
+    lacks is a column of nulls. `named` adds columns under further names: name -> role, or column of the file as it is.
+    Raises ThroughlineError that names the file where its data cannot be read.
+    """
+    import pyarrow as pa
+
+    from pipelines.laion.hashes import fill_missing
+    from pipelines.laion.schema import COLUMNS, KINDS, LABELS, open_metadata
+
+    named = named or {}
+    types = {column.role: pa.string() if KINDS[column.role] == "string" else pa.float64() for column in COLUMNS}
+    own = [column for column in named.values() if column not in types]
+    labels = [columns[role] for role in LABELS if role in columns]
+    with open_metadata(path, labels) as metadata:
+        try:
+            for batch in _raw_batches(metadata, batch_rows, [*columns.values(), *own]):
+                arrays = {
+                    role: _cast(batch[columns[role]], kind, role in LABELS)
+                    if role in columns
+                    else pa.nulls(batch.num_rows, kind)
+                    for role, kind in types.items()
+                }
+                arrays["text"] = fill_missing(arrays["text"])
+                for name, column in named.items():
+                    arrays[name] = arrays[column] if column in types else _plain(batch[column])
+                yield pa.RecordBatch.from_pydict(arrays)
+        except (pa.ArrowException, OSError) as error:
+            reason = str(error).splitlines()[0]
+            raise ThroughlineError(f"{path}: damaged metadata ({reason}); fetch the file again") from error
+
+
+def _raw_batches(metadata: "pq.ParquetFile", batch_rows: int, columns: list[str]) -> "Iterator[pa.RecordBatch]":
+    """Yield the rows, a few row groups read ahead at a time: asked for all at once, the whole file would be."""
+    groups: list[int] = []
+    num_rows = 0
+    for group in range(metadata.num_row_groups):
+        groups.append(group)
+        num_rows += metadata.metadata.row_group(group).num_rows
+        if num_rows >= batch_rows or group + 1 == metadata.num_row_groups:
+            yield from metadata.iter_batches(batch_rows, row_groups=groups, columns=columns, use_threads=False)
+            groups, num_rows = [], 0
+
+
+def _cast(array: "pa.Array", kind: "pa.DataType", keep_dictionary: bool) -> "pa.Array":
+    import pyarrow as pa
+
+    if isinstance(array, pa.DictionaryArray):
+        if keep_dictionary and array.dictionary.type == kind:
+            return array
+        array = array.dictionary_decode()
+    return array if array.type == kind else array.cast(kind)
+
+
+def _plain(array: "pa.Array") -> "pa.Array":
+    """Return a column that no role fills as strings, integers, floats or booleans of one width."""
+    import pyarrow as pa
+
+    if isinstance(array, pa.DictionaryArray):
+        array = array.dictionary_decode()
+    if pa.types.is_large_string(array.type) or pa.types.is_string_view(array.type):
+        return array.cast(pa.string())
+    if pa.types.is_integer(array.type):
+        return array.cast(pa.int64(), safe=False)
+    return array.cast(pa.float64()) if pa.types.is_floating(array.type) else array
+
+
+def _keep(
+    batch: "pa.RecordBatch", first_row: int, rules: "list[Rule]", duplicates: "DuplicateFinder", unit: Unit
+) -> "pa.RecordBatch":
+    """Return the rows that stay, in the subset's schema; each of the others is dropped with its reason."""
+    import numpy as np
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    from pipelines.laion.hashes import hex_keys, sample_keys
+    from pipelines.laion.rules import Rows, first_reasons
+    from pipelines.laion.schema import LABELS, SUBSET_SCHEMA
+
+    keys = sample_keys(batch["url"], batch["text"])
+    reasons = first_reasons(rules, Rows(batch, keys))
+    words = [*(rule.reason for rule in rules), "duplicate_pair", "duplicate_url"]
+    passed = np.flatnonzero(reasons < 0)
+    for offset, mask in enumerate(duplicates.find(keys, batch["url"], passed)):
+        reasons[passed[mask]] = len(rules) + offset
+    kept, lost = np.flatnonzero(reasons < 0), np.flatnonzero(reasons >= 0)
+    if len(lost):
+        numbers = pc.cast(pa.array(lost + first_row), pa.string())
+        unit.drop_arrays(
+            hex_keys(keys[lost]),
+            pa.DictionaryArray.from_arrays(pa.array(reasons[lost]), pa.array(words)),
+            pc.binary_join_element_wise("row", numbers, " "),
+        )
+    rows = batch.select([*_KEPT_AS_THEY_ARE, "width", "height", *LABELS])
+    if len(kept) < len(reasons):
+        rows = rows.take(pa.array(kept))
+    columns = {
+        "sample_key": hex_keys(keys[kept]),
+        "source_row": pa.array(kept + first_row),
+        "width": _pixels(rows["width"]),
+        "height": _pixels(rows["height"]),
+        **{name: rows[role] for role, name in _KEPT_AS_THEY_ARE.items()},
+        **{role: rows[role].cast(pa.string()) for role in LABELS},
+    }
+    return pa.RecordBatch.from_pydict(columns, schema=SUBSET_SCHEMA)
+
+
+def _pixels(sides: "pa.Array") -> "pa.Array":
+    """Return sides as int32; what is no size a picture can have (NaN, negative, huge) becomes null."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    valid = pc.and_(pc.greater_equal(sides, 0), pc.less(sides, 2**31))
+    return pc.cast(pc.if_else(pc.fill_null(valid, False), sides, None), pa.int32(), safe=False)
+
+
+STAGE = Stage(name="laion_subset", code_version="3", config_type=LaionSubsetConfig, produce=produce)

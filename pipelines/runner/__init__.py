@@ -1,0 +1,1 @@
+"""The stage runner: requests, units of work, resume, locks, publication, and finished outputs as inputs."""

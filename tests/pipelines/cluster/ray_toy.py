@@ -1,0 +1,60 @@
+"""A stage of small units for Ray's workers, which import it: units that kill their worker, raise, or take notes."""
+
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+from pipelines.cluster.config import WorkersConfig
+from pipelines.cluster.units import ray_tasks, run_units
+from pipelines.core.config import FrozenConfig, execution_field
+from pipelines.core.errors import ThroughlineError
+from pipelines.runner.stage import Stage
+from pipelines.runner.units import StageRun
+
+NUM_UNITS = 6
+NAMES = [f"{number:05d}" for number in range(NUM_UNITS)]
+
+
+class RayToyConfig(FrozenConfig):
+    workers: WorkersConfig = execution_field(WorkersConfig())
+    deadly: str | None = execution_field(None)
+    """Unit that kills its worker, `deaths` times."""
+    deaths: int = execution_field(0)
+    notes: str = execution_field()
+    """Folder where each try of a unit leaves a file."""
+    wrong: str | None = execution_field(None)
+    """Unit that raises."""
+    most_waiting: int = execution_field(NUM_UNITS)
+    """Units that may have been taken and not be finished."""
+
+
+def produce(run: StageRun[RayToyConfig]) -> None:
+    finished: list[str] = []
+
+    def units() -> Iterator[tuple[str, int]]:
+        for number, name in enumerate(NAMES):
+            assert number - len(finished) < run.config.most_waiting, "units are taken faster than they are done"
+            yield name, number
+
+    with ray_tasks(run, run.config.workers) as tasks:
+        for unit in run_units(run, tasks, units(), make_unit):
+            finished.append(unit.name)  # noqa: PERF401 - units() looks at it meanwhile
+
+
+def make_unit(run: StageRun[RayToyConfig], name: str, number: int) -> None:
+    config = run.config
+    tries = [path for path in Path(config.notes).iterdir() if path.name.startswith(name)]
+    (Path(config.notes) / f"{name}-{len(tries)}").touch()
+    with run.unit(name) as unit:
+        unit.write(f"a-{name}.bin", bytes([number]) * 1000, num_rows=3)
+        if name == config.deadly and len(tries) < config.deaths:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if name == config.wrong:
+            raise ThroughlineError(f"{run.label}: unit {name} is wrong; mend it")
+        unit.write(f"deep/b-{name}.bin", name.encode())
+        unit.drop(f"{number:032x}", "odd", "because")
+        unit.account(rows_in=4, rows_out=3)
+
+
+STAGE = Stage(name="ray_toy", code_version="1", config_type=RayToyConfig, produce=produce)

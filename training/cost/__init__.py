@@ -1,0 +1,1 @@
+"""Parameters and floating-point operations of models and training steps."""

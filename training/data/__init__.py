@@ -1,0 +1,1 @@
+"""What a training step reads: the order of samples, latents, stored or freshly encoded text features."""

@@ -1,0 +1,1 @@
+"""Stage `checkpoint`: flow matching, the training loop, snapshots, parallelism, metrics."""
