@@ -1,6 +1,7 @@
 """Stage ``images``: downloads one part's pictures and makes them square; every row ends as a picture or with a reason.
 
-Fetching is `fetch`, decoding is `decode`, files are `outcomes`; here rows become shards, and passes over them are made until every row is settled.
+Here rows become shards, and passes over them are made until every row is settled; fetching, decoding and the files of a
+shard have modules of their own.
 """
 
 import asyncio

@@ -93,7 +93,8 @@ def test_a_task_whose_inputs_are_missing_is_refused(profile: SmallProfile) -> No
 
 def test_a_stage_ends_when_its_launcher_is_killed(tmp_path: Path) -> None:
     """The launcher dies by SIGKILL and can't clean up; the stage and the worker that it started end all the same."""
-    module = tmp_path / "sleeper.py"
+    module = tmp_path / "slow_stages" / "sleeper.py"
+    module.parent.mkdir()
     module.write_text(
         "import subprocess, sys\n"
         "worker = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(120)'])\n"
@@ -108,7 +109,7 @@ def test_a_stage_ends_when_its_launcher_is_killed(tmp_path: Path) -> None:
         "from pipelines.runner.request import StageRequest\n"
         "request = StageRequest(stage='sleeper', config={}, output_root='unused')\n"
         "launcher = Launcher(Path(sys.argv[1]), on_line=lambda line: print(line, flush=True))\n"
-        "launcher.run('sleeper', [request], LocalLaunch())\n"
+        "launcher.run('slow_stages.sleeper', [request], LocalLaunch())\n"
     )
     environment = {**os.environ, "PYTHONPATH": f"{Path.cwd()}{os.pathsep}{tmp_path}"}
     process = subprocess.Popen(

@@ -19,7 +19,7 @@ from pipelines.runner.stage import Stage
 from pipelines.runner.units import StageRun
 from pipelines.shards import shards
 from pipelines.shards.config import ShardsConfig
-from tests.pipelines import ray_toy
+from tests.pipelines.cluster import ray_toy
 from tests.pipelines.cluster.ray_toy import RayToyConfig
 from tests.pipelines.cluster.ray_world import (
     GatedServer,

@@ -14,7 +14,7 @@ from pipelines.core.errors import ThroughlineError
 from pipelines.core.manifest import MANIFEST_NAME, Manifest, damaged_files
 from pipelines.runner import publication
 from pipelines.runner.locks import WAITING, hold
-from tests.pipelines import toy_stage
+from tests.pipelines.runner import toy_stage
 from tests.pipelines.runner.test_stage import start
 from tests.pipelines.runner.toy_stage import STAGE, ToyConfig
 

@@ -18,8 +18,8 @@ from pipelines.runner.outputs import StageOutput, find_input
 from pipelines.runner.request import StageRequest, write_request
 from pipelines.runner.stage import Stage
 from pipelines.runner.units import StageResult, StageRun
-from tests.pipelines import toy_stage
 from tests.pipelines.laion.laion_world import laion_row, run_index, write_laion
+from tests.pipelines.runner import toy_stage
 from tests.pipelines.runner.toy_stage import STAGE, ToyConfig
 
 REPOSITORY = Path(__file__).parents[3]

@@ -35,6 +35,6 @@ def mirrored(root: Path, bucket: str, **changes: Any) -> Path:
 
 if __name__ == "__main__":
     folder, name, count = sys.argv[1:]
-    from tests.pipelines import store_stage  # by its own name, so that the stage is that of the test
+    from tests.pipelines.storage import store_stage  # by its own name, so that the stage is that of the test
 
     print(store_stage.STAGE.run(ToyConfig(count_file=count), {}, mirrored(Path(folder), name)).data_version)

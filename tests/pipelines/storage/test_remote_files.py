@@ -13,7 +13,7 @@ from pipelines.laion.config import LaionSubsetConfig
 from pipelines.laion.index import entry_of, read_parts
 from pipelines.laion.sources import find_sources, local_path
 from pipelines.runner.outputs import StageOutput
-from tests.pipelines import laion_world
+from tests.pipelines.laion import laion_world
 from tests.pipelines.laion.laion_world import kept_rows, laion_row, write_laion
 from tests.pipelines.storage.file_server import FileServer
 from tests.s3_server import FaultyProxy, S3Server
