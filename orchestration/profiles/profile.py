@@ -24,7 +24,7 @@ from orchestration.launch.launcher import AccelerateLaunch, LaunchForm, LocalLau
 from orchestration.profiles.model_pins import is_pinned, resolve_models
 from pipelines.core.config import FrozenConfig, ModelRef
 from pipelines.core.digest import file_sha256
-from pipelines.core.errors import ThroughlineError, in_plain_words, problem_in_words
+from pipelines.core.errors import ThroughlineError, os_error_message, problem_in_words
 from pipelines.dataset.config import DatasetConfig
 from pipelines.download.config import ImagesConfig
 from pipelines.laion.config import LaionSelectionConfig, LaionSubsetConfig
@@ -362,7 +362,7 @@ def _read_profile_file(name: str, known: Mapping[str, Any]) -> tuple[str, dict[s
         text = path.read_text()
         content = tomllib.loads(text) if path.suffix == ".toml" else json.loads(text)
     except OSError as error:
-        said = f"{path}: can't be read as a profile: {in_plain_words(error)}"
+        said = f"{path}: can't be read as a profile: {os_error_message(error)}"
         raise ThroughlineError(f"{said}; name another file, or one of {', '.join(known)}") from error
     except ValueError as error:
         raise ThroughlineError(f"{path}: can't be read as a profile ({error}); mend that line") from error

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
 
-from pipelines.core.errors import ThroughlineError, first_line, in_plain_words
+from pipelines.core.errors import ThroughlineError, first_line, os_error_message
 from pipelines.download.config import ImageTransform
 from pipelines.download.decode import DecodeOutcome, decode, prepare_to_decode
 from pipelines.download.status import FetchStatus
@@ -191,7 +191,7 @@ def _new_pool(workers: int, work: _Work) -> ProcessPoolExecutor:
 
 
 def _cannot_start(error: OSError) -> ThroughlineError:
-    said = f"decode workers cannot be started: {in_plain_words(error)}"
+    said = f"decode workers cannot be started: {os_error_message(error)}"
     if error.errno in (None, errno.ENAMETOOLONG, errno.EACCES, errno.EROFS, errno.ENOENT, errno.ENOSPC):
         # Without a number: the socket's path, which has room for about 100 characters, is too long.
         said += (

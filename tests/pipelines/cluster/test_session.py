@@ -87,7 +87,7 @@ def test_nodes_killed_in_mid_job_cost_no_row_and_make_none_twice(
         on_ray = run_chain(gated, source, tmp_path / "ray", workers, before_shards=add_a_node)
         killer.join()
     assert killed == ["images", "shards"]
-    again = [record.getMessage() for record in caplog.records if "it is done again" in record.getMessage()]
+    again = [record.getMessage() for record in caplog.records if "retrying" in record.getMessage()]
     assert {message.split()[0] for message in again} == {"images", "shards"}
     assert versions(on_ray) == versions(run_chain(gated, source, tmp_path / "here", WorkersConfig()))
 

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from pipelines.cluster.config import WorkersConfig
-from pipelines.cluster.units import _Surroundings, ray_tasks
+from pipelines.cluster.nodes import NodeRequirements
+from pipelines.cluster.units import ray_tasks
 from pipelines.core.config import FrozenConfig
 from pipelines.core.errors import ThroughlineError
 from pipelines.download import images
@@ -97,12 +98,12 @@ def test_of_two_attempts_at_a_unit_the_adopted_one_alone_counts(tmp_path: Path) 
 
 def test_a_node_without_the_folder_or_with_other_versions_is_named(tmp_path: Path) -> None:
     (tmp_path / "token").write_text("ours")
-    with pytest.raises(ThroughlineError, match=r"node .* does not see .*; mount the folder of outputs on every node"):
-        _Surroundings(tmp_path, "another's", {}).check()
+    with pytest.raises(ThroughlineError, match=r"node .* does not see .*; mount the output folder on every node"):
+        NodeRequirements(tmp_path, "another's", {}).check()
     with pytest.raises(ThroughlineError, match="does not see"):
-        _Surroundings(tmp_path / "elsewhere", "ours", {}).check()
+        NodeRequirements(tmp_path / "elsewhere", "ours", {}).check()
     with pytest.raises(ThroughlineError, match=r"node .* has numpy [\d.]+, this process 1\.0; install the same"):
-        _Surroundings(tmp_path, "ours", {"numpy": "1.0"}).check()
+        NodeRequirements(tmp_path, "ours", {"numpy": "1.0"}).check()
 
 
 @pytest.mark.slow
