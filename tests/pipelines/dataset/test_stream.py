@@ -127,7 +127,7 @@ def test_a_run_resumes_in_another_layout(samples: ShardSamples) -> None:
     assert seen == whole[:consumed]
 
 
-def test_what_the_loader_fetched_ahead_does_not_count_as_consumed(samples: ShardSamples) -> None:
+def test_prefetched_batches_do_not_count_as_consumed(samples: ShardSamples) -> None:
     loader = iter(DataLoader(ShardStream(samples, Share(batch_size=2), seed=7), batch_size=None, num_workers=2))
     last = [next(loader) for _ in range(3)][-1]
     del loader
@@ -152,7 +152,7 @@ def test_samples_are_a_map_style_dataset_with_the_same_order(samples: ShardSampl
     assert len(loader) == len(found) == 3
 
 
-def test_copies_in_other_processes_do_not_disturb_each_other(samples: ShardSamples) -> None:
+def test_copies_in_other_processes_are_independent(samples: ShardSamples) -> None:
     expected = [sample.caption for sample in samples[:]]
     copy = pickle.loads(pickle.dumps(samples))
     assert [sample.caption for sample in copy[:]] == expected
@@ -168,7 +168,7 @@ def test_copies_in_other_processes_do_not_disturb_each_other(samples: ShardSampl
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_a_bad_sample_is_left_out_counted_and_named_and_nothing_moves(tmp_path: Path, num_workers: int) -> None:
+def test_a_bad_sample_is_skipped_and_listed_and_no_other_moves(tmp_path: Path, num_workers: int) -> None:
     damaged = ShardSamples.of_shards(write_shards(tmp_path, bad=[4], contradicting=[17]))
     stream = ShardStream(damaged, Share(batch_size=4, stop=NUM_SAMPLES), seed=7)
     found = list(DataLoader(stream, batch_size=None, num_workers=num_workers))

@@ -1,3 +1,4 @@
+import hashlib
 import json
 import re
 import signal
@@ -22,7 +23,7 @@ from pipelines.download.tables import image_units
 from pipelines.runner.outputs import StageOutput
 from pipelines.runner.stage import Stage
 from pipelines.runner.units import StageRun
-from tests.pipelines.download.hostile_server import HostileServer
+from tests.pipelines.download.hostile_server import JPEG, HostileServer
 from tests.pipelines.laion.laion_world import (
     entry_list,
     images_config,
@@ -206,7 +207,7 @@ def test_passes_end_when_no_retryable_row_is_left(server: HostileServer, tmp_pat
 
 
 @pytest.mark.slow
-def test_a_download_killed_between_passes_goes_on_with_the_second(server: HostileServer, tmp_path: Path) -> None:
+def test_a_download_killed_between_passes_resumes_with_the_second(server: HostileServer, tmp_path: Path) -> None:
     paths = ["/scene/1", "/heals/1/e", "/scene/2", "/heals/1/f", "/heals/9/g", "/scene/3"]
     subset = subset_of([server.url(path) for path in paths], tmp_path)
     options = {"fetch": no_retries(server), "retry_passes": 1, "rows_per_shard": 2}
@@ -244,9 +245,9 @@ def test_a_later_pass_fetches_failed_rows_only_and_copies_the_rest(server: Hosti
     server.requests.clear()
     first = run_images(server, subset, tmp_path, **options)
     assert server.requests == Counter(paths)
-    asked_before = server.requests.copy()
+    earlier_requests = server.requests.copy()
     second = run_later(server, subset, first, tmp_path, **options)
-    assert server.requests - asked_before == {"/heals/1/h": 1, "/heals/9/i": 1, "/no-status": 1}
+    assert server.requests - earlier_requests == {"/heals/1/h": 1, "/heals/9/i": 1, "/no-status": 1}
     assert second.manifest.inputs["earlier"] == (first.ref,)
     assert second.manifest.conservation == Conservation(
         rows_in=8, rows_out=5, dropped={"bad_http": 1, "http_not_found": 1, "http_server_error": 1}
@@ -324,7 +325,21 @@ def test_drifted_images_are_recorded_and_kept_or_dropped(server: HostileServer, 
     assert (lost["sample_key"], lost["reason"]) == (sample_key(urls[1], "text"), "drifted")
 
 
-def test_settings_that_decide_which_rows_arrive_are_part_of_the_fingerprint() -> None:
+def test_drift_is_counted_over_all_passes(server: HostileServer, tmp_path: Path) -> None:
+    urls = (server.url("/jpeg"), server.url("/heals/1/drift"), server.url("/heals/1/same"))
+    stage = Stage(name="subset", code_version="1", config_type=_SubsetLike, produce=_stated_subset)
+    expected = ("0" * 64, "0" * 64, hashlib.sha256(JPEG).hexdigest())
+    subset = stage.run(_SubsetLike(urls=urls, expected=expected), {}, tmp_path, "00000")
+    server.requests.clear()
+    passes = {"fetch": no_retries(server), "retry_passes": 1, "retry_pass_seconds": 0.0}
+    output = run_images(server, subset, tmp_path, **passes)
+    assert output.manifest.summary["drift"] == {"drifted": 2, "same": 1}
+    server.requests.clear()
+    strict = run_images(server, subset, tmp_path, drift="drop", **passes)
+    assert strict.manifest.summary["drift"] == {"drifted": 2, "same": 1}
+
+
+def test_settings_that_decide_which_rows_succeed_are_part_of_the_fingerprint() -> None:
     def fingerprint(config: ImagesConfig) -> str:
         return images.STAGE.fingerprint(config, {})
 

@@ -1,4 +1,4 @@
-"""`throughline lint` finds planted damage of every kind, and nothing in sound shards of ours or others'."""
+"""`throughline lint` finds every kind of damage, and nothing in intact shards of ours or others."""
 
 import gzip
 import io
