@@ -154,10 +154,10 @@ def parse_manifest(data: bytes, name: str) -> Manifest:
         raise ThroughlineError(
             f"{name}: not a readable manifest ({str(error).splitlines()[0]}); re-run its stage"
         ) from error
-    found = manifest.content_digest()
-    if found != manifest.data_version:
+    digest = manifest.content_digest()
+    if digest != manifest.data_version:
         raise ThroughlineError(
-            f"{name}: content digest {found} differs from its data version {manifest.data_version}; "
+            f"{name}: content digest {digest} differs from its data version {manifest.data_version}; "
             f"the manifest was altered, re-run stage {manifest.stage}"
         )
     return manifest
@@ -175,8 +175,8 @@ def damaged_files(folder: Path, manifest: Manifest, *, read_bytes: bool) -> list
             problems.append(f"{path}: missing; re-run {manifest.stage} {manifest.partition or ''}".rstrip())
         elif (num_bytes := path.stat().st_size) != entry.num_bytes:
             problems.append(f"{path}: {num_bytes} bytes, manifest says {entry.num_bytes}; re-run {manifest.stage}")
-        elif read_bytes and (found := file_sha256(path)) != entry.sha256:
+        elif read_bytes and (digest := file_sha256(path)) != entry.sha256:
             problems.append(
-                f"{path}: SHA-256 {found[:12]}..., manifest says {entry.sha256[:12]}...; re-run {manifest.stage}"
+                f"{path}: SHA-256 {digest[:12]}..., manifest says {entry.sha256[:12]}...; re-run {manifest.stage}"
             )
     return problems

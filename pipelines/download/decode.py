@@ -123,21 +123,21 @@ def decode(body: bytes, transform: ImageTransform) -> DecodeOutcome:
 
 
 def _decode(body: bytes, transform: ImageTransform) -> DecodeOutcome:
-    found = sniff(body)
-    if found == "html":
+    image_format = sniff(body)
+    if image_format == "html":
         raise _Rejected(FetchStatus.HTML)
-    if found is None:
+    if image_format is None:
         raise _Rejected(FetchStatus.NOT_AN_IMAGE, f"starts with {body[:8].hex()}")
-    if not isinstance(found, ImageFormat) or found not in transform.formats:
-        raise _Rejected(FetchStatus.FORMAT_NOT_ALLOWED, found)
+    if not isinstance(image_format, ImageFormat) or image_format not in transform.formats:
+        raise _Rejected(FetchStatus.FORMAT_NOT_ALLOWED, image_format)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # plug-ins warn about odd metadata, which does not matter here
-        with _open(body, found) as source:
+        with _open(body, image_format) as source:
             _check_header(source, transform)
             source_size = source.size
             if transform.jpeg_decoding == "scaled" and source.format == "JPEG":
                 source.draft(None, (transform.size_px, transform.size_px))
-            _load(source, found)
+            _load(source, image_format)
             width_px, height_px, square, notes = _finish(source, source_size, transform)
     buffer = io.BytesIO()
     square.save(buffer, "JPEG", quality=transform.jpeg_quality, subsampling=transform.jpeg_subsampling)
@@ -145,7 +145,7 @@ def _decode(body: bytes, transform: ImageTransform) -> DecodeOutcome:
         status=FetchStatus.OK,
         detail=", ".join(notes),
         image=buffer.getvalue(),
-        format=found.value,
+        format=image_format.value,
         width_px=width_px,
         height_px=height_px,
         source_sha256=hashlib.sha256(body).hexdigest(),
@@ -173,9 +173,9 @@ def _finish(
     return width_px, height_px, _over_white(square, profile, notes), notes
 
 
-def _open(body: bytes, found: ImageFormat) -> Image.Image:
+def _open(body: bytes, image_format: ImageFormat) -> Image.Image:
     try:
-        return Image.open(io.BytesIO(body), formats=[_PILLOW_NAMES[found]])
+        return Image.open(io.BytesIO(body), formats=[_PILLOW_NAMES[image_format]])
     except (UnidentifiedImageError, *_DECODER_ERRORS) as error:
         raise _corrupt(error, "header") from error
 
@@ -205,9 +205,9 @@ def _check_header(source: Image.Image, transform: ImageTransform) -> None:
             raise _Rejected(FetchStatus.ANIMATED)
 
 
-def _load(source: Image.Image, found: ImageFormat) -> None:
+def _load(source: Image.Image, image_format: ImageFormat) -> None:
     try:
-        if found is not ImageFormat.JPEG:
+        if image_format is not ImageFormat.JPEG:
             source.seek(0)
         source.load()
     except _DECODER_ERRORS as error:

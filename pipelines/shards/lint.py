@@ -53,9 +53,9 @@ def lint_folder(
         for key in shard.keys:
             first = first_shards.setdefault((path.parent if manifest else folder, key), name)
             if first != name:
-                shard.found("duplicate_key", key, f"also in {first}")
+                shard.report("duplicate_key", key, f"also in {first}")
         if manifest is not None and entry is None:
-            shard.found("file_unlisted", "", f"{MANIFEST_NAME} of {manifest.stage} does not name it")
+            shard.report("file_unlisted", "", f"{MANIFEST_NAME} of {manifest.stage} does not list it")
         on_shard(report)
     for parent, manifest in manifests.items():
         if manifest is not None:
@@ -97,7 +97,7 @@ def _check_other_files(folder: Path, manifest: Manifest, report: LintReport) -> 
         path = folder / entry.path
         name = path.relative_to(report.folder).as_posix()
         if not path.is_file():
-            report.findings.append(Finding("file_missing", name, "", f"{MANIFEST_NAME} of {manifest.stage} names it"))
+            report.findings.append(Finding("file_missing", name, "", f"{MANIFEST_NAME} of {manifest.stage} lists it"))
         elif not path.name.endswith(_TAR_SUFFIXES) and file_sha256(path) != entry.sha256:
             report.findings.append(Finding("hash_disagrees", name, "", "not the SHA-256 that the manifest states"))
 
@@ -125,10 +125,10 @@ def _read_shard(path: Path, shard: ShardChecks, entry: FileEntry | None, report:
                 shard.add(member)
         except DamagedTarError as error:
             is_intact = False
-            shard.found(error.kind, "", str(error))
+            shard.report(error.kind, "", str(error))
         except (gzip.BadGzipFile, EOFError, zlib.error) as error:
             is_intact = False
-            shard.found("cut_short", "", f"the compressed data is damaged ({error})")
+            shard.report("cut_short", "", f"the compressed data is damaged ({error})")
         shard.finish()
         while reader.read(1 << 20):
             pass
@@ -140,9 +140,9 @@ def _read_shard(path: Path, shard: ShardChecks, entry: FileEntry | None, report:
         return
     report.num_shards_with_digest += 1
     if reader.hash.hexdigest() != entry.sha256:
-        shard.found("hash_disagrees", "", "not the SHA-256 that the manifest states")
+        shard.report("hash_disagrees", "", "not the SHA-256 that the manifest states")
     if is_intact and entry.num_rows is not None and len(shard.keys) != entry.num_rows:
-        shard.found("count_disagrees", "", f"{len(shard.keys)} samples, the manifest says {entry.num_rows}")
+        shard.report("count_disagrees", "", f"{len(shard.keys)} samples, the manifest says {entry.num_rows}")
 
 
 class _Gunzip(io.RawIOBase):

@@ -115,7 +115,7 @@ class ShardChecks:
         self._positions: list[tuple[str, str, int, int]] = []
         """(key, suffix, offset, size) of each member."""
 
-    def found(self, kind: str, key: str, detail: str) -> None:
+    def report(self, kind: str, key: str, detail: str) -> None:
         assert kind in KINDS
         self._report.findings.append(Finding(kind, printable(self._name), printable(key), printable(detail)))
 
@@ -126,21 +126,21 @@ class ShardChecks:
             return
         path = PurePosixPath(entry.name)
         if path.is_absolute() or ".." in path.parts:
-            self.found("unsafe_name", entry.name, "absolute, or outside the folder that the tar is unpacked into")
+            self.report("unsafe_name", entry.name, "absolute, or outside the folder that the tar is unpacked into")
         if entry.kind != "file":
-            self.found("not_a_file", entry.name, f"is {entry.kind}")
+            self.report("not_a_file", entry.name, f"is {entry.kind}")
             return
         if path.name.startswith("__") and path.name.endswith("__"):
             return  # metadata of the whole shard, by webdataset's convention
         match = _NAME.fullmatch(entry.name)
         if match is None:
-            self.found("no_key", entry.name, "expected <key>.<suffix>; readers skip it or fail")
+            self.report("no_key", entry.name, "expected <key>.<suffix>; readers skip it or fail")
             return
         key, suffix = match[1], match[2].lower()
         if key != self._key:
             self._begin(key)
         if suffix in self.keys[key]:
-            self.found("duplicate_member", key, f"{suffix} occurs twice")
+            self.report("duplicate_member", key, f"{suffix} occurs twice")
         self.keys[key].add(suffix)
         self._positions.append((key, suffix, entry.offset, len(entry.data)))
         self._members[suffix] = entry.data
@@ -148,9 +148,9 @@ class ShardChecks:
     def _begin(self, key: str) -> None:
         self._check_sample()
         if key in self.keys:
-            self.found("split_sample", key, "its members are not consecutive; readers see two samples")
+            self.report("split_sample", key, "its members are not consecutive; readers see two samples")
         elif self._is_ours and key < self._key:
-            self.found("unsorted", key, f"comes after {self._key}")
+            self.report("unsorted", key, f"comes after {self._key}")
         self.keys.setdefault(key, set())
         self._key, self._members = key, {}
 
@@ -159,14 +159,14 @@ class ShardChecks:
         self._check_sample()
         self._members = {}
         if not self.keys:
-            self.found("empty", "", "no samples")
+            self.report("empty", "", "no samples")
         counts = Counter(suffix for suffixes in self.keys.values() for suffix in suffixes)
         expected = {suffix for suffix, count in counts.items() if 2 * count >= len(self.keys)}
         for key, suffixes in self.keys.items():
             if missing := expected - suffixes:
                 of_all = f"of {len(self.keys)} samples"
                 listed = ", ".join(f"{suffix} (in {counts[suffix]} {of_all})" for suffix in sorted(missing))
-                self.found("missing_member", key, f"lacks {listed}")
+                self.report("missing_member", key, f"lacks {listed}")
         self._report.num_samples += len(self.keys)
 
     def check_index(self, path: Path, num_bytes: int) -> None:
@@ -176,10 +176,10 @@ class ShardChecks:
         try:
             index = read_index(index_path(path))
         except ThroughlineError as error:
-            self.found("index_disagrees", "", str(error))
+            self.report("index_disagrees", "", str(error))
             return
         if index.num_bytes != num_bytes:
-            self.found("index_disagrees", "", f"the tar has {num_bytes} bytes, its index says {index.num_bytes}")
+            self.report("index_disagrees", "", f"the tar has {num_bytes} bytes, its index says {index.num_bytes}")
         stated = [
             (key, suffix, offset, size)
             for key, row in zip(index.keys, index.rows, strict=True)
@@ -188,9 +188,9 @@ class ShardChecks:
         differing = next((pair for pair in zip(self._positions, stated, strict=False) if pair[0] != pair[1]), None)
         if differing is not None:
             (key, suffix, offset, size), other = differing
-            self.found("index_disagrees", key, f"{suffix} has {size} bytes at {offset}, the index says {other}")
+            self.report("index_disagrees", key, f"{suffix} has {size} bytes at {offset}, the index says {other}")
         elif len(stated) != len(self._positions):
-            self.found("index_disagrees", "", f"{len(self._positions)} members, the index says {len(stated)}")
+            self.report("index_disagrees", "", f"{len(self._positions)} members, the index says {len(stated)}")
 
     def _check_sample(self) -> None:
         if not self._members:
@@ -199,7 +199,7 @@ class ShardChecks:
         for suffix, data in self._members.items():
             last = suffix.rpartition(".")[2]
             if last in _PICKLE_SUFFIXES or _is_pickle(data):
-                self.found("pickle", self._key, f"{suffix} is a pickle, which runs code when it is loaded")
+                self.report("pickle", self._key, f"{suffix} is a pickle, which runs code when it is loaded")
             elif last in _IMAGE_FORMATS:
                 self._check_image(suffix, last, data)
             elif last == "json":
@@ -209,35 +209,35 @@ class ShardChecks:
         try:
             return self._members[suffix].decode()
         except UnicodeDecodeError as error:
-            self.found("text_unreadable", self._key, f"{suffix} is not UTF-8 ({error.reason} at byte {error.start})")
+            self.report("text_unreadable", self._key, f"{suffix} is not UTF-8 ({error.reason} at byte {error.start})")
             return None
 
     def _check_json(self, suffix: str, data: bytes, texts: dict[str, str | None]) -> None:
         try:
             record = json.loads(data)
         except (ValueError, RecursionError) as error:
-            self.found("json_unreadable", self._key, f"{suffix}: {error}")
+            self.report("json_unreadable", self._key, f"{suffix}: {error}")
             return
         if suffix != "json":
             return
         if not isinstance(record, dict):
-            self.found("json_unreadable", self._key, f"{suffix} is a {type(record).__name__}, not an object")
+            self.report("json_unreadable", self._key, f"{suffix} is a {type(record).__name__}, not an object")
             return
         self._check_digests(record)
         caption, text = record.get("caption"), texts.get("txt")
         if isinstance(caption, str) and text is not None and caption != text:
-            self.found("caption_disagrees", self._key, f"JSON says {caption!r:.60}, txt says {text!r:.60}")
+            self.report("caption_disagrees", self._key, f"JSON says {caption!r:.60}, txt says {text!r:.60}")
         for name in ("sample_key", "key"):
             stated = record.get(name)
             if isinstance(stated, str) and stated != self._key.rpartition("/")[2]:
-                self.found("key_disagrees", self._key, f"JSON says {name} {stated}")
+                self.report("key_disagrees", self._key, f"JSON says {name} {stated}")
 
     def _check_digests(self, record: dict[str, Any]) -> None:
         image = next((suffix for suffix in self._members if suffix in _IMAGE_FORMATS), None)
         for name, suffix in (("image_sha256", image), ("caption_sha256", "txt")):
             data = self._members.get(suffix or "")
             if name in record and data is not None and record[name] != hashlib.sha256(data).hexdigest():
-                self.found("hash_disagrees", self._key, f"{suffix} does not have the {name} of its JSON")
+                self.report("hash_disagrees", self._key, f"{suffix} does not have the {name} of its JSON")
 
     def _check_image(self, suffix: str, last: str, data: bytes) -> None:
         from PIL import Image
@@ -247,15 +247,15 @@ class ShardChecks:
             try:
                 with Image.open(io.BytesIO(data)) as image:
                     if image.format not in (_IMAGE_FORMATS[last], "MPO" if _IMAGE_FORMATS[last] == "JPEG" else None):
-                        self.found("image_suffix", self._key, f"{suffix} holds {image.format}")
+                        self.report("image_suffix", self._key, f"{suffix} holds {image.format}")
                     if image.width * image.height > _MAX_PIXELS:
-                        self.found("image_unreadable", self._key, f"{suffix} claims {image.width} x {image.height} px")
+                        self.report("image_unreadable", self._key, f"{suffix} claims {image.width} x {image.height} px")
                     elif self._decode:
                         image.load()
             except (Image.DecompressionBombError, *_IMAGE_ERRORS) as error:
                 start = f"{len(data)} bytes, starting with {data[:8].hex()}" if data else "no bytes"
                 reason = str(error) if self._decode and "identify" not in str(error) else type(error).__name__
-                self.found("image_unreadable", self._key, f"{suffix}: {reason} ({start})")
+                self.report("image_unreadable", self._key, f"{suffix}: {reason} ({start})")
 
 
 def _is_pickle(data: bytes) -> bool:
