@@ -15,8 +15,8 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
 setup: $(STAMP)
 
 $(STAMP): $(LOCKS) pyproject.toml requirements/torchvision_shim.py Makefile
-	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if v == (3, 11) else \
-	  "Python 3.11 is needed, this is %d.%d; install it or run: make setup PYTHON=/path/to/python3.11" % v)'
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v <= (3, 13) else \
+	  "Python 3.11 to 3.13 is needed, this is %d.%d; run: make setup PYTHON=/path/to/python3.11" % v)'
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "Installing torch (CPU build) ..."
 	@$(PIP) install -q --no-deps --no-compile $(TORCH_INDEX) $(TORCH) $(TORCHVISION) 2>&1 | grep -v -e Retrying -e '^$$' || true
