@@ -10,7 +10,7 @@ TORCHVISION := torchvision==0.28.0
 TORCH_INDEX := --extra-index-url https://download.pytorch.org/whl/cpu --retries 1
 PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
 
-.PHONY: setup demo test ui check bench clean
+.PHONY: setup demo test ui check bench docs clean
 
 setup: $(STAMP)
 
@@ -53,5 +53,17 @@ check: setup
 bench: setup
 	@$(BIN)/python -m tests.benchmarks
 
+# The API reference is read from source, so the site needs none of the project's own packages.
+DOCS_VENV := .venv-docs
+
+$(DOCS_VENV)/.set-up: requirements/docs.lock
+	@test -x $(DOCS_VENV)/bin/python || $(PYTHON) -m venv $(DOCS_VENV)
+	@$(DOCS_VENV)/bin/python -m pip --disable-pip-version-check install -q --no-deps -r requirements/docs.lock
+	@touch $@
+
+docs: $(DOCS_VENV)/.set-up
+	@NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/mkdocs build --strict --quiet
+	@echo "Built: .throughline/site/index.html"
+
 clean:
-	@rm -rf $(VENV) .throughline
+	@rm -rf $(VENV) $(DOCS_VENV) .throughline
