@@ -1,4 +1,4 @@
-"""For the docs site: a link to a folder or file of the repository becomes plain text, since the site has no such page."""
+"""For the docs site: links to folders and files of the repository become plain text, since the site has no such pages."""
 
 import re
 from typing import Any
