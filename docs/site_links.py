@@ -1,4 +1,4 @@
-"""For the docs site: links to folders and files of the repository become plain text, since the site has no such pages."""
+"""For the docs site: links out of docs become plain text, since the site has no pages for them."""
 
 import re
 from typing import Any
