@@ -1,20 +1,17 @@
 """What of an estimate deserves a sentence: what can't be done as configured, and what decides time and space."""
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
-from orchestration.cost.selectivity import unknown_rules
-from orchestration.cost.units import bytes_text, count_text, three_digits, time_text
-
-if TYPE_CHECKING:
-    from orchestration.cost.inputs import Inputs
-    from orchestration.cost.stages import Estimate
+from orchestration.cost.inputs import ProfileInputs
+from orchestration.cost.table import bytes_text, count_text, three_digits, time_text
+from orchestration.cost.types import RunEstimate
+from pipelines.laion.cost import rules_without_assumption
 
 _GIB = 1 << 30
 _MANY_EPOCHS = 20
 
 
-def notes_of(inputs: "Inputs", result: "Estimate") -> Iterator[str]:
+def notes_for(inputs: ProfileInputs, result: RunEstimate) -> Iterator[str]:
     """Yield the sentences about the stages shown; the gravest come first."""
     shown = {stage.stage for stage in result.stages}
     if shown & {"text_features", "checkpoint"}:
@@ -25,7 +22,7 @@ def notes_of(inputs: "Inputs", result: "Estimate") -> Iterator[str]:
     yield from _disk(inputs, result)
     yield from _slowest(result)
     yield from _machines(result)
-    rules = unknown_rules(inputs.profile.laion_subset)
+    rules = rules_without_assumption(inputs.profile.laion_subset)
     if rules and "pass_other" not in inputs.chosen and not _measures_rules(inputs):
         yield (
             f"Nothing is known of what the filters {', '.join(rules)} drop: they count as keeping every row "
@@ -35,11 +32,11 @@ def notes_of(inputs: "Inputs", result: "Estimate") -> Iterator[str]:
         yield f"The time of {', '.join(result.unknown())} is not known and in no sum."
 
 
-def _measures_rules(inputs: "Inputs") -> bool:
+def _measures_rules(inputs: ProfileInputs) -> bool:
     return "pass_rules" in inputs.measured or "pass_rules" in inputs.chosen
 
 
-def _text(inputs: "Inputs", result: "Estimate") -> Iterator[str]:
+def _text(inputs: ProfileInputs, result: RunEstimate) -> Iterator[str]:
     text, profile = result.text, inputs.profile
     if not text.stored_bytes.is_known:
         return
@@ -60,7 +57,7 @@ def _text(inputs: "Inputs", result: "Estimate") -> Iterator[str]:
     )
 
 
-def _memory(inputs: "Inputs", result: "Estimate") -> Iterator[str]:
+def _memory(inputs: ProfileInputs, result: RunEstimate) -> Iterator[str]:
     training, needs = inputs.profile.training, inputs.profile.needs
     held, has = result.training_memory_bytes.value, needs.gpu_memory_gib * _GIB
     if training.device == "cuda" and has and held > has:
@@ -70,7 +67,7 @@ def _memory(inputs: "Inputs", result: "Estimate") -> Iterator[str]:
         )
 
 
-def _disk(inputs: "Inputs", result: "Estimate") -> Iterator[str]:
+def _disk(inputs: ProfileInputs, result: RunEstimate) -> Iterator[str]:
     sums = result.totals()
     wanted, has = sums["bytes_out"].value + sums["scratch_bytes"].value, inputs.profile.needs.disk_gib * _GIB
     if wanted > has:
@@ -80,7 +77,7 @@ def _disk(inputs: "Inputs", result: "Estimate") -> Iterator[str]:
         )
 
 
-def _epochs(inputs: "Inputs", result: "Estimate") -> Iterator[str]:
+def _epochs(inputs: ProfileInputs, result: RunEstimate) -> Iterator[str]:
     training, epochs = inputs.profile.training, result.epochs
     if not epochs.is_known:
         return
@@ -97,7 +94,7 @@ def _epochs(inputs: "Inputs", result: "Estimate") -> Iterator[str]:
         yield f"{said}."
 
 
-def _machines(result: "Estimate") -> Iterator[str]:
+def _machines(result: RunEstimate) -> Iterator[str]:
     most = result.filtering[-1]
     enough = next(row for row in result.filtering if row.seconds.value == most.seconds.value)
     if enough is most:
@@ -109,7 +106,7 @@ def _machines(result: "Estimate") -> Iterator[str]:
     )
 
 
-def _slowest(result: "Estimate") -> Iterator[str]:
+def _slowest(result: RunEstimate) -> Iterator[str]:
     known = [stage for stage in result.stages if stage.seconds.is_known]
     whole = sum(stage.seconds.value for stage in known)
     if len(known) < 2 or not whole:

@@ -16,16 +16,14 @@ from concurrent.futures import ProcessPoolExecutor
 from datetime import UTC, datetime
 from multiprocessing import get_context
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from orchestration.cost.assumptions import Assumptions
 from orchestration.cost.inputs import Measured
+from orchestration.profiles.profile import Profile
 from pipelines.core.config import identity_of
 from pipelines.core.digest import digest_json
 from pipelines.core.errors import ThroughlineError
-
-if TYPE_CHECKING:
-    from orchestration.profiles.profile import Profile
 
 _FILTERED_ROWS = (12_900_000 // 64, 12_900_000 // 4)
 _GROUP_ROWS = 65_536
@@ -40,7 +38,7 @@ _WORDS = (
 )  # fmt: skip
 
 
-def calibrate(profile: "Profile", assumptions: Assumptions) -> dict[str, Measured]:
+def calibrate(profile: Profile, assumptions: Assumptions) -> dict[str, Measured]:
     """Measure with the profile's rules and image size; takes about 30 s of one core, and 700 MB of disk for a while."""
     with tempfile.TemporaryDirectory(prefix="throughline-calibration-") as name:
         folder = Path(name)
@@ -49,7 +47,7 @@ def calibrate(profile: "Profile", assumptions: Assumptions) -> dict[str, Measure
     return {name: Measured(value, what) for name, value in rates.items()}
 
 
-def keep(measured: Mapping[str, Measured], profile: "Profile") -> Path:
+def save_calibration(measured: Mapping[str, Measured], profile: Profile) -> Path:
     """Write a calibration under the profile's home, where later estimates find it."""
     from pipelines.core.atomic import write_json
 
@@ -65,7 +63,7 @@ def keep(measured: Mapping[str, Measured], profile: "Profile") -> Path:
     return path
 
 
-def kept_calibration(profile: "Profile") -> dict[str, Measured]:
+def load_calibration(profile: Profile) -> dict[str, Measured]:
     """Return the calibration that was kept, if it was made on this machine with the same filters and image size.
 
     Raises ThroughlineError where its file can't be read.
@@ -83,18 +81,18 @@ def kept_calibration(profile: "Profile") -> dict[str, Measured]:
         raise ThroughlineError(f"{path}: not a readable calibration ({error}); delete it") from error
 
 
-def _path(profile: "Profile") -> Path:
+def _path(profile: Profile) -> Path:
     return Path(profile.home) / "cache" / "calibration.json"
 
 
-def _subject(profile: "Profile") -> str:
+def _subject(profile: Profile) -> str:
     return digest_json([identity_of(profile.laion_subset), identity_of(profile.images.transform)])
 
 
 # Filtering
 
 
-def _filtering(profile: "Profile", folder: Path) -> dict[str, float]:
+def _filtering(profile: Profile, folder: Path) -> dict[str, float]:
     from pipelines.cluster.config import WorkersConfig
     from pipelines.laion import index as laion_index
     from pipelines.laion.sources import scan_index
@@ -236,7 +234,7 @@ def _pictures(width: int, height: int) -> list[bytes]:
     return pictures
 
 
-def _decoding(profile: "Profile", assumptions: Assumptions) -> dict[str, float]:
+def _decoding(profile: Profile, assumptions: Assumptions) -> dict[str, float]:
     from pipelines.download.decode import decode, prepare_to_decode
     from pipelines.download.status import FetchStatus
 
@@ -256,7 +254,7 @@ def _decoding(profile: "Profile", assumptions: Assumptions) -> dict[str, float]:
     return {"decode_images_per_second": done / seconds}
 
 
-def _writing(profile: "Profile", folder: Path) -> dict[str, float]:
+def _writing(profile: Profile, folder: Path) -> dict[str, float]:
     from pipelines.core.digest import HashingWriter
     from pipelines.shards.format import ShardWriter
 

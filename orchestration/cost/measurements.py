@@ -10,18 +10,16 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from orchestration.cost.inputs import Facts, Measured
+from pydantic import BaseModel
+
+from orchestration.cost.inputs import Measured
+from orchestration.profiles.profile import Profile
 from pipelines.core.config import identity_of
 from pipelines.core.errors import ThroughlineError
 from pipelines.core.manifest import MANIFEST_NAME, Manifest, read_manifest
-from training.config import Strategy
-
-if TYPE_CHECKING:
-    from pydantic import BaseModel
-
-    from orchestration.profiles.profile import Profile
+from pipelines.runner.cost import Facts
 
 _LONG_ENOUGH_SECONDS = 2.0
 """Where a manifest has no rate of its own: a shorter run is mostly its start."""
@@ -29,13 +27,13 @@ _NOT_COMPARED = ("revision", "path", "source", "digest_cache")
 """Fields that move no rate and no share, and that the first run may fill in."""
 
 
-def facts_of(profile: "Profile", *, count_parameters: bool) -> Facts:
+def facts_of(profile: Profile, *, count_parameters: bool) -> Facts:
     """Look up what the profile implies; counting parameters builds each strategy's model on torch's meta device."""
-    parameters: dict[Strategy, int] = {}
+    parameters: dict[str, int] = {}
     if count_parameters:
         from training.cost.params import count_parameters as count
 
-        parameters = {strategy: count(profile.model, strategy) for strategy in profile.strategies}
+        parameters = {strategy.value: count(profile.model, strategy) for strategy in profile.strategies}
     local = {model.id: Path(model.path) for model in profile.models().values() if model.path is not None}
     sizes = {name: size for name, folder in local.items() if (size := _num_parameters(folder)) is not None}
     return Facts(parameters=parameters, prompts=_prompts(profile), local_parameters=sizes)
@@ -53,7 +51,7 @@ def _num_parameters(folder: Path) -> int | None:
     return num if files else None
 
 
-def _prompts(profile: "Profile") -> dict[str, int]:
+def _prompts(profile: Profile) -> dict[str, int]:
     """Return prompts by benchmark, as the profile pins their number or as its files hold; without those, nothing."""
     from evaluation.benchmarks.prompt_files import parse_drawbench, parse_genai_bench, parse_geneval
 
@@ -80,7 +78,7 @@ def _path(file: Any) -> Path:
     return Path(file.path)
 
 
-def measured_for(profile: "Profile") -> dict[str, Measured]:
+def measured_for(profile: Profile) -> dict[str, Measured]:
     """Return assumption -> measurement, from the metadata files and from finished outputs under the output root."""
     found = dict(_metadata(profile))
     for measure in (_subset, _images, _captions, _shards, _latents, _text, _checkpoint, _samples, _scores):
@@ -88,7 +86,7 @@ def measured_for(profile: "Profile") -> dict[str, Measured]:
     return found
 
 
-def _metadata(profile: "Profile") -> Iterator[tuple[str, Measured]]:
+def _metadata(profile: Profile) -> Iterator[tuple[str, Measured]]:
     """Count the rows of the profile's own metadata, by the files' footers."""
     from pipelines.laion.schema import open_metadata
     from pipelines.laion.sources import find_sources, size_of
@@ -134,7 +132,7 @@ class _Found:
         )
 
 
-def _find(profile: "Profile", stage: str, *configs: "BaseModel") -> tuple[_Found, _Found]:
+def _find(profile: Profile, stage: str, *configs: BaseModel) -> tuple[_Found, _Found]:
     """Return the manifests of these configurations, and those among them whose rates hold here."""
     identities = [_comparable(identity_of(config)) for config in configs]
     whole = [_comparable(config.model_dump(mode="json")) for config in configs]
@@ -192,14 +190,14 @@ def _done(rate: str) -> Callable[[Manifest], float]:
     return lambda manifest: _measurement(rate)(manifest) * _measurement("seconds")(manifest)
 
 
-def _subset(profile: "Profile") -> Iterator[tuple[str, Measured]]:
+def _subset(profile: Profile) -> Iterator[tuple[str, Measured]]:
     same, here = _find(profile, "laion_subset", profile.laion_subset)
     yield from _named("pass_rules", same.ratio(_rows_out, _rows_in))
     yield from _named("subset_row_bytes", same.ratio(_bytes_of("rows.parquet"), _rows_out))
     yield from _named("filter_rows_per_second", here.rate(_rows_in))
 
 
-def _images(profile: "Profile") -> Iterator[tuple[str, Measured]]:
+def _images(profile: Profile) -> Iterator[tuple[str, Measured]]:
     def picture_bytes(manifest: Manifest) -> float:
         return sum(entry.num_bytes for entry in manifest.files if entry.path.startswith("images-"))
 
@@ -209,7 +207,7 @@ def _images(profile: "Profile") -> Iterator[tuple[str, Measured]]:
     yield from _named("fetch_rows_per_second", here.ratio(_done("rows_per_second"), _measurement("seconds")))
 
 
-def _captions(profile: "Profile") -> Iterator[tuple[str, Measured]]:
+def _captions(profile: Profile) -> Iterator[tuple[str, Measured]]:
     def tokens(manifest: Manifest) -> float:
         return manifest.summary["mean_caption_tokens"] * manifest.summary["num_captions"]
 
@@ -219,19 +217,19 @@ def _captions(profile: "Profile") -> Iterator[tuple[str, Measured]]:
     yield from _named("captions_per_second", here.ratio(_done("captions_per_second"), _measurement("seconds")))
 
 
-def _shards(profile: "Profile") -> Iterator[tuple[str, Measured]]:
+def _shards(profile: Profile) -> Iterator[tuple[str, Measured]]:
     same, here = _find(profile, "shards", profile.shards)
     yield from _named("shard_share", same.ratio(_rows_out, _rows_in))
     yield from _named("shard_sample_bytes", same.ratio(_bytes_of(".tar", ".index.json"), _rows_out))
     yield from _named("shard_samples_per_second", here.rate(_rows_in))
 
 
-def _latents(profile: "Profile") -> Iterator[tuple[str, Measured]]:
+def _latents(profile: Profile) -> Iterator[tuple[str, Measured]]:
     _, here = _find(profile, "latents", profile.latents)
     yield from _named("latents_per_second", here.ratio(_done("images_per_second"), _measurement("seconds")))
 
 
-def _text(profile: "Profile") -> Iterator[tuple[str, Measured]]:
+def _text(profile: Profile) -> Iterator[tuple[str, Measured]]:
     if profile.text_features is None:
         return
     same, here = _find(profile, "text_features", profile.text_features)
@@ -239,7 +237,7 @@ def _text(profile: "Profile") -> Iterator[tuple[str, Measured]]:
     yield from _named("text_features_per_second", here.ratio(_done("captions_per_second"), _measurement("seconds")))
 
 
-def _checkpoint(profile: "Profile") -> Iterator[tuple[str, Measured]]:
+def _checkpoint(profile: Profile) -> Iterator[tuple[str, Measured]]:
     """Steps of another length and number count too: operations a second depend on the model and the processes."""
     model, training = profile.model.model_dump(mode="json"), profile.training
     wanted = {name: getattr(training, name) for name in ("num_processes", "device", "precision", "threads", "sharded")}
@@ -260,12 +258,12 @@ def _checkpoint(profile: "Profile") -> Iterator[tuple[str, Measured]]:
     )
 
 
-def _samples(profile: "Profile") -> Iterator[tuple[str, Measured]]:
+def _samples(profile: Profile) -> Iterator[tuple[str, Measured]]:
     _, here = _find(profile, "samples", profile.samples)
     yield from _named("samples_per_second", here.rate(_rows_out))
 
 
-def _scores(profile: "Profile") -> Iterator[tuple[str, Measured]]:
+def _scores(profile: Profile) -> Iterator[tuple[str, Measured]]:
     def answers(manifest: Manifest) -> float:
         return manifest.summary["num_answers"]
 
