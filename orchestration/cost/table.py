@@ -1,4 +1,7 @@
-"""An estimate for a terminal: the stages, the sums, filtering on several machines, and the sentences."""
+"""An estimate as text for a terminal: stages, totals, filtering on several machines, notes and sources.
+
+Numbers have three digits, a readable unit, and a letter for their weakest source.
+"""
 
 import textwrap
 from collections.abc import Callable, Sequence
@@ -17,16 +20,16 @@ LETTERS = {Basis.PROFILE: "p", Basis.MEASURED: "m", Basis.ASSUMED: "a"}
 _WIDTH = 118
 _INDENT = "  "
 _WORDS = {
-    Basis.PROFILE: "from the profile alone",
+    Basis.PROFILE: "from the profile",
     Basis.MEASURED: "measured on this machine",
-    Basis.ASSUMED: "rests on an assumption",
+    Basis.ASSUMED: "assumed in part",
 }
 
 
 def estimate_lines(result: RunEstimate, inputs: ProfileInputs) -> list[str]:
     """Return the lines to print."""
     legend = ", ".join(f"{letter} {_WORDS[basis]}" for basis, letter in LETTERS.items())
-    used = inputs_used(result)
+    used = _sources_used(result)
     return [
         f"profile {result.profile}: {_cell(count_text, result.rows)} rows of metadata in "
         f"{_cell(count_text, result.parts)} files become {_cell(count_text, result.samples)} samples",
@@ -36,26 +39,26 @@ def estimate_lines(result: RunEstimate, inputs: ProfileInputs) -> list[str]:
         "",
         *_paragraph(_explanation(result)),
         "",
-        "filtering all metadata, duplicates between files included (throughline subset)",
+        "filtering all metadata, including dedup across files (throughline subset)",
         *_aligned(_filtering_rows(result), num_left=1),
         "",
-        "worth knowing",
+        "notes",
         *(line for note in result.notes for line in _paragraph(note, mark="- ")),
         "",
-        *_basis_lines(used, inputs),
+        *_source_lines(used, inputs),
     ]
 
 
 def _explanation(result: RunEstimate) -> str:
-    said = "time: on the wall, stages one after the other. writes: what stays"
+    legend = "time: wall-clock, stages in sequence. writes: without temporary files"
     scratch = result.totals()["scratch_bytes"]
     if not scratch.value:
-        return f"{said}."
-    return f"{said}; snapshots take another {_cell(bytes_text, scratch)} while a strategy is trained."
+        return f"{legend}."
+    return f"{legend}; snapshots take another {_cell(bytes_text, scratch)} during training."
 
 
-def inputs_used(result: RunEstimate) -> dict[Basis, list[str]]:
-    """Return the names of the inputs that the quantities shown rest on, by source."""
+def _sources_used(result: RunEstimate) -> dict[Basis, list[str]]:
+    """Return the names of the sources of the quantities shown, by basis."""
     quantities: list[Quantity] = [result.rows, result.samples, result.epochs]
     for stage in result.stages:
         quantities += [stage.rows_out, stage.bytes_in, stage.bytes_out, stage.requests, stage.seconds, stage.nodes]
@@ -90,7 +93,7 @@ def _stage_rows(result: RunEstimate) -> list[list[str]]:
     sums = result.totals()
     rows.append(
         [
-            "together", "", "", "", _cell(bytes_text, sums["bytes_out"]), _cell(count_text, sums["requests"]),
+            "total", "", "", "", _cell(bytes_text, sums["bytes_out"]), _cell(count_text, sums["requests"]),
             _cell(time_text, sums["seconds"]), "", "",
             _cell(gpu_time_text, sums["gpu_seconds"]) if sums["gpu_seconds"].value else "", "",
         ]
@@ -99,7 +102,7 @@ def _stage_rows(result: RunEstimate) -> list[list[str]]:
 
 
 def _filtering_rows(result: RunEstimate) -> list[list[str]]:
-    rows = [["machines", "processes on each", "memory of each", "time", "of it between files"]]
+    rows = [["machines", "processes each", "memory each", "time", "dedup across files"]]
     rows += [
         [
             str(row.nodes),
@@ -113,11 +116,11 @@ def _filtering_rows(result: RunEstimate) -> list[list[str]]:
     return rows
 
 
-def _basis_lines(used: dict[Basis, list[str]], inputs: ProfileInputs) -> list[str]:
+def _source_lines(used: dict[Basis, list[str]], inputs: ProfileInputs) -> list[str]:
     values = inputs.assumptions.model_dump()
     assumed = [name if values[name] is None else f"{name}={_short(values[name])}" for name in used[Basis.ASSUMED]]
     measured = [f"{name}={inputs.measured[name].value:.4g}" for name in used[Basis.MEASURED]]
-    lines = _paragraph("assumed: " + ", ".join(assumed) + " (--assume NAME=VALUE; --reasons tells why)")
+    lines = _paragraph("assumed: " + ", ".join(assumed) + " (--assume NAME=VALUE; --reasons explains them)")
     if measured:
         lines += _paragraph("measured: " + ", ".join(measured))
         lines += _paragraph("from: " + "; ".join(sorted({inputs.measured[name].what for name in used[Basis.MEASURED]})))
@@ -133,7 +136,7 @@ def _cell(text_of: Callable[[float], str], quantity: Quantity) -> str:
 
 
 def _aligned(rows: Sequence[Sequence[str]], *, num_left: int, has_sum: bool = False) -> list[str]:
-    """Return a table with `num_left` columns of words, then numbers to the right; a last column of words has no end."""
+    """Return an aligned table: `num_left` columns and a last column "limit" to the left, the others to the right."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     last_is_words = rows[0][-1] == "limit"
     lines = []
@@ -155,26 +158,26 @@ def _paragraph(text: str, mark: str = "") -> list[str]:
 
 
 def three_digits(value: float) -> str:
-    """Return a number below 1,000 with three digits at most, and without zeros that say nothing."""
+    """Return a number below 1,000 with three digits at most, without trailing zeros."""
     if value >= 99.95:
         return f"{value:.0f}"
     return f"{value:.2g}" if value < 1 else f"{value:.3g}"
 
 
 def count_text(value: float) -> str:
-    """Return a number of things: ``553``, ``9,600``, ``413 M``."""
+    """Return a count: ``553``, ``9,600``, ``413 M``."""
     if value < _PLAIN_COUNT:
         return f"{value:,.0f}"
     return _scaled(value, _COUNTS, "")
 
 
 def bytes_text(value: float) -> str:
-    """Return bytes in powers of ten: ``13.7 TB``."""
+    """Return bytes in decimal units: ``13.7 TB``."""
     return _scaled(value, _BYTES, " B")
 
 
 def time_text(seconds: float) -> str:
-    """Return a time: ``41 s``, ``12 min``, ``5.2 h``, ``3.4 days``, ``2.1 years``."""
+    """Return a duration: ``41 s``, ``12 min``, ``5.2 h``, ``3.4 days``, ``2.1 years``."""
     if seconds >= _YEAR:
         return f"{_large(seconds / _YEAR)} years"
     for unit, name in ((_DAY, "days"), (_HOUR, "h"), (_MINUTE, "min")):
@@ -190,7 +193,7 @@ def gpu_time_text(seconds: float) -> str:
 
 
 def with_letter(text: str, quantity: Quantity) -> str:
-    """Return a printed number with the letter of its source; one that is not known is a question mark."""
+    """Return a printed number with the letter of its basis, or a question mark where it is unknown."""
     return f"{text} {LETTERS[quantity.basis]}" if quantity.is_known else f"{UNKNOWN_WORD}  "
 
 

@@ -36,13 +36,13 @@ class FilteringEstimate:
 
 def subset_cost(inputs: CostInputs, workload: Workload) -> StageEstimate:
     """Return the estimate of `laion_subset`."""
-    kept = workload.rows * selectivity(inputs)
+    passed = workload.rows * selectivity(inputs)
     return StageEstimate(
         stage=workload.stage,
         rows_in=workload.rows,
-        rows_out=kept,
+        rows_out=passed,
         bytes_in=workload.rows * inputs.assumed("metadata_row_bytes"),
-        bytes_out=kept * inputs.assumed("subset_row_bytes"),
+        bytes_out=passed * inputs.assumed("subset_row_bytes"),
         seconds=workload.rows / (inputs.assumed("filter_rows_per_second") * workload.num_runs),
         nodes=workload.num_runs,
         limit="one process",
@@ -62,8 +62,8 @@ def filtering(inputs: CostInputs, nodes: int) -> FilteringEstimate:
     parts_per_node = (inputs.num_parts / nodes).rounded_up()
     processes = largest(Quantity(1.0), smallest(assumed("cores_per_node"), fitting - fitting.value % 1, parts_per_node))
     waves = (inputs.num_parts / (processes * nodes)).rounded_up()
-    kept = inputs.metadata_rows * selectivity(inputs)
-    selection = kept / assumed("selection_rows_per_second")
+    passed = inputs.metadata_rows * selectivity(inputs)
+    selection = passed / assumed("selection_rows_per_second")
     return FilteringEstimate(
         nodes=nodes,
         processes=processes,

@@ -54,7 +54,7 @@ def test_table_shows_units_and_sources_and_suggests_calibration(capsys: pytest.C
     output = capsys.readouterr().out
     assert "413 M a rows of metadata" in output
     assert "throughline estimate --calibrate" in output
-    assert "worth knowing" in output and "PB" in output
+    assert "\nnotes\n" in output and "PB" in output
 
 
 def test_invalid_arguments_are_rejected_in_one_sentence() -> None:
@@ -71,7 +71,7 @@ def test_invalid_arguments_are_rejected_in_one_sentence() -> None:
 def test_reasons_are_printed(capsys: pytest.CaptureFixture[str]) -> None:
     assert estimate("--reasons") == 0
     output = capsys.readouterr().out
-    assert "rows = 413,000,000\n    Rows of metadata. LAION-400M has 413 M by its own page" in output
+    assert "rows = 413,000,000\n    Rows of metadata. LAION-400M has 413 M according to its page" in output
 
 
 def test_the_old_name_still_works_and_names_the_new_one(capsys: pytest.CaptureFixture[str]) -> None:
@@ -236,5 +236,5 @@ def test_calibration_runs_the_real_stages_and_is_saved(tmp_path: Path, monkeypat
 
 def test_calibration_fails_clearly_where_its_image_is_rejected(tmp_path: Path) -> None:
     profile = _profile(tmp_path, name="paper")
-    with pytest.raises(ThroughlineError, match="decodes pictures of 100x100 px"):
+    with pytest.raises(ThroughlineError, match="decodes images of 100x100 px"):
         estimate_calibration._decoding(profile, Assumptions(source_width_px=100, source_height_px=100))

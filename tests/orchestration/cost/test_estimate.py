@@ -132,8 +132,8 @@ def test_filtering_assigns_whole_parts_to_machines(tmp_path: Path) -> None:
 def test_notes_name_the_machines_beyond_which_filtering_gets_no_faster(tmp_path: Path) -> None:
     notes = [note for note in estimate(inputs_of(tmp_path)).notes if note.startswith("Filtering takes as long")]
     assert notes == [
-        "Filtering takes as long on 16 machines as on 1: all 32 files are worked on at once there, and what is left is "
-        "compared between files by one process (4.35 min)."
+        "Filtering takes as long on 16 machines as on 1, where every file already has a process of its own; dedup "
+        "across files is one process (4.35 min)."
     ]
     many = estimate(inputs_of(tmp_path, "part_rows=1e5")).notes
     assert not any(note.startswith("Filtering takes as long") for note in many)
@@ -218,11 +218,11 @@ def test_selectivity_covers_the_rules_of_the_profile(tmp_path: Path) -> None:
     where = inputs_of(tmp_path, *words, changes=(*off, "laion_subset.where=width > 5"))
     assert estimate(where).stages[0].rows_out.value == pytest.approx(413_000_000 / 16)
     unset = estimate(inputs_of(tmp_path, changes=("laion_subset.where=width > 5",)))
-    assert any("Nothing is known of what the filters where drop" in note for note in unset.notes)
+    assert any("The selectivity of the filters where is unknown" in note for note in unset.notes)
 
 
 def test_notes_state_the_cost_of_encoding_text(paper: RunEstimate) -> None:
-    assert paper.notes[0].startswith("Training encodes the captions of every batch anew")
+    assert paper.notes[0].startswith("Training encodes the captions of every batch, ")
     assert paper.text.stored_bytes.value > 1e15
     assert paper.text.stored_bytes.value > 100 * sum(
         stage.bytes_out.value for stage in paper.stages if stage.stage in ("images", "shards", "latents")
@@ -314,7 +314,7 @@ def test_numbers_are_formatted_with_readable_units() -> None:
 def test_the_table_is_aligned(paper: RunEstimate, tmp_path: Path) -> None:
     lines = estimate_lines(paper, inputs_of(tmp_path))
     start = next(number for number, line in enumerate(lines) if line.startswith("  stage"))
-    end = next(number for number, line in enumerate(lines) if line.startswith("  together"))
+    end = next(number for number, line in enumerate(lines) if line.startswith("  total"))
     heads, rows = lines[start], [line.ljust(140) for line in lines[start + 1 : end + 1] if not line.startswith("  -")]
     for name in ("rows out", "writes", "time"):
         column = heads.index(name) + len(name) - 1
