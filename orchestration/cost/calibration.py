@@ -28,7 +28,6 @@ from pipelines.core.errors import ThroughlineError
 _FILTERED_ROWS = (12_900_000 // 64, 12_900_000 // 4)
 _GROUP_ROWS = 65_536
 _NUM_HOSTS = 5000
-_MB = 1 << 20
 _DECODE_SECONDS = 3.0
 _NUM_JPEGS = 16
 _SHARD_SAMPLES = 8000

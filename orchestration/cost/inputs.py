@@ -94,7 +94,7 @@ class ProfileInputs:
         return value
 
     def num_runs(self, node: Node) -> Quantity:
-        """Return how many runs of a stage work at the same time."""
+        """Return the concurrent runs of a stage."""
         per_run = self.implied(self.profile.partitions_per_run(node.name), f"batches.{node.name}")
         return smallest(self.assumed("parallel_runs"), (self._num_partitions(node.partition) / per_run).rounded_up())
 

@@ -1,7 +1,7 @@
-"""The interface between a stage's cost model and whoever estimates a whole run.
+"""The interface between a stage's cost model and the estimate of a whole run.
 
-A cost model is a pure function beside the stage's code, named by `Stage.cost`: from the inputs of the estimate and the
-stage's workload it returns a `StageEstimate`. Assumptions, measurements and the profile belong to the estimator.
+A cost model is a pure function next to the stage's code, referenced by `Stage.cost`. It maps the inputs of the estimate
+and the stage's workload to a `StageEstimate`. `orchestration.cost` provides both.
 """
 
 from collections.abc import Callable, Mapping
@@ -16,7 +16,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, kw_only=True)
 class StageEstimate:
-    """What one stage reads, writes and takes. Bytes are on disk; `seconds` is wall-clock time."""
+    """Rows, bytes, requests, time and hardware of one stage. Bytes are on disk; `seconds` is wall-clock time."""
 
     stage: str
     partition: str | None = None
@@ -45,7 +45,7 @@ class StageEstimate:
 
 @dataclass(frozen=True, kw_only=True)
 class Workload:
-    """What reaches a stage."""
+    """The rows that a stage processes, and its concurrent runs."""
 
     stage: str
     partition: str | None = None
@@ -53,12 +53,12 @@ class Workload:
     rows: Quantity
     """Rows out of the nearest upstream stage."""
     num_runs: Quantity
-    """Runs of the stage at the same time, each a process of its own."""
+    """Concurrent runs of the stage, one process each."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Facts:
-    """Counts that the profile implies and that take a look at files or model code to find."""
+    """Counts implied by the profile that require reading files or building models."""
 
     parameters: Mapping[str, int] = field(default_factory=dict)
     """Trained parameters of each strategy to estimate."""
@@ -69,7 +69,7 @@ class Facts:
 
 
 class CostInputs(Protocol):
-    """Everything a cost model may read. Each number comes as a `Quantity` that names its source."""
+    """Everything a cost model may read. Each number is a `Quantity` that names its source."""
 
     @property
     def facts(self) -> Facts: ...

@@ -162,7 +162,7 @@ def test_a_stage_brings_its_own_cost_model(tmp_path: Path) -> None:
     assert [stage.stage for stage in estimate(inputs, ["thumbnails"], graph).stages] == ["thumbnails"]
 
 
-def test_runs_at_the_same_time_follow_partitions_and_batches(tmp_path: Path) -> None:
+def test_concurrent_runs_follow_partitions_and_batches(tmp_path: Path) -> None:
     graph = Graph((*GRAPH.nodes.values(), toy_stage.NODE))
     for batch, num_runs in ((1, 8), (3, 4), (10, 1)):
         changes = (f"batches.thumbnails={batch}",)
