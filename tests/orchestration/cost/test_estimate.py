@@ -104,6 +104,8 @@ def test_training_by_hand(by_hand: dict[str, StageEstimate], tmp_path: Path) -> 
     flops = 500_000 * training_flops(model, Strategy.PENULTIMATE).total(512, 512 * 100)
     encoding = 500_000 * 512 * 100 * 2 * 36 * (2560 * (2 * 4096 + 2 * 1024) + 3 * 2560 * 9728)
     assert stage.seconds.value == pytest.approx((flops / 0.5 + encoding / 0.4) / (64 * 1e15))
+    held_out = load_profile("paper", tmp_path).dataset.validation_share
+    assert stage.rows_in.value == pytest.approx(100 * (1 - held_out))  # stages without a cost model pass rows on
     assert stage.rows_out.value == 500_000 * 512
     assert stage.bytes_out.value == 4 * PARAMETERS["penultimate"]
     # Weights, average and two moments; two snapshots kept, and the one being written.
