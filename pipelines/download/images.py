@@ -19,6 +19,7 @@ from pipelines.core.manifest import EARLIER, Conservation
 from pipelines.core.progress import Progress
 from pipelines.download.circuit_breaker import FailureWatch
 from pipelines.download.config import ImagesConfig
+from pipelines.download.cost import images_cost
 from pipelines.download.outcomes import Passes, Row, RowOutcome, Standing, images_name, status_name, write_tables
 from pipelines.download.status import MAY_HEAL, MAY_HEAL_LATER, FetchStatus
 from pipelines.download.tally import Tally
@@ -387,4 +388,4 @@ def _write_shard(run: StageRun[ImagesConfig], task: _Task, outcomes: list[RowOut
         unit.notes["statuses"] = dict(sorted(Counter(outcome.status.value for outcome in outcomes).items()))
 
 
-STAGE = Stage(name="images", code_version="4", config_type=ImagesConfig, produce=produce)
+STAGE = Stage(name="images", code_version="4", config_type=ImagesConfig, produce=produce, cost=images_cost)
