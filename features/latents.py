@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from features.config import LatentsConfig
+from features.cost import latents_cost
 from pipelines.core.errors import ThroughlineError
 from pipelines.core.manifest import Conservation
 from pipelines.core.progress import Progress
@@ -121,4 +122,4 @@ def _summary(run: StageRun[LatentsConfig]) -> dict[str, Any]:
     return {"num_images": sum(unit.rows[1] for unit in units if unit.rows), **notes}
 
 
-STAGE = Stage(name="latents", code_version="1", config_type=LatentsConfig, produce=produce)
+STAGE = Stage(name="latents", code_version="1", config_type=LatentsConfig, produce=produce, cost=latents_cost)

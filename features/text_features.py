@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from features.config import TextFeaturesConfig
+from features.cost import text_features_cost
 from pipelines.core.manifest import Conservation
 from pipelines.core.progress import Progress
 from pipelines.runner.outputs import StageOutput
@@ -107,4 +108,6 @@ def _summary(run: StageRun[TextFeaturesConfig]) -> dict[str, Any]:
     }
 
 
-STAGE = Stage(name="text_features", code_version="1", config_type=TextFeaturesConfig, produce=produce)
+STAGE = Stage(
+    name="text_features", code_version="1", config_type=TextFeaturesConfig, produce=produce, cost=text_features_cost
+)

@@ -19,6 +19,7 @@ from pipelines.runner.stage import Stage
 from pipelines.runner.units import StageResult, StageRun, Unit
 from recaption.checks import EMPTY, caption_flags, count_flags
 from recaption.config import CaptionsConfig
+from recaption.cost import captions_cost
 
 if TYPE_CHECKING:
     from recaption.engine import VisionAnswer, VisionRequest
@@ -185,4 +186,4 @@ def _summary(run: StageRun[CaptionsConfig]) -> dict[str, Any]:
     }
 
 
-STAGE = Stage(name="captions", code_version="1", config_type=CaptionsConfig, produce=produce)
+STAGE = Stage(name="captions", code_version="1", config_type=CaptionsConfig, produce=produce, cost=captions_cost)

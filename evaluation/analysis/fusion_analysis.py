@@ -215,4 +215,4 @@ def produce(run: StageRun[FusionAnalysisConfig]) -> StageResult:
     return StageResult(summary=summarise(weights, strategy))
 
 
-STAGE = Stage(name="fusion_analysis", code_version="1", config_type=FusionAnalysisConfig, produce=produce)
+STAGE = Stage(name="fusion_analysis", code_version="1", config_type=FusionAnalysisConfig, produce=produce, cost=None)

@@ -224,4 +224,4 @@ def produce(run: StageRun[ResultsConfig]) -> StageResult:
     return StageResult(summary=summary, seeds={"bootstrap": config.seed})
 
 
-STAGE = Stage(name="results", code_version="1", config_type=ResultsConfig, produce=produce)
+STAGE = Stage(name="results", code_version="1", config_type=ResultsConfig, produce=produce, cost=None)

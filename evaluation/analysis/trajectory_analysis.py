@@ -109,4 +109,6 @@ def _write(run: StageRun[TrajectoryAnalysisConfig], found: dict[str, Any]) -> No
         unit.notes.update({name: value for name, value in found.items() if name != "steps"})
 
 
-STAGE = Stage(name="trajectory_analysis", code_version="1", config_type=TrajectoryAnalysisConfig, produce=produce)
+STAGE = Stage(
+    name="trajectory_analysis", code_version="1", config_type=TrajectoryAnalysisConfig, produce=produce, cost=None
+)

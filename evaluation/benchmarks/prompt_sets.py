@@ -138,4 +138,4 @@ def produce(run: StageRun[PromptSetsConfig]) -> StageResult:
     )
 
 
-STAGE = Stage(name="prompt_sets", code_version="1", config_type=PromptSetsConfig, produce=produce)
+STAGE = Stage(name="prompt_sets", code_version="1", config_type=PromptSetsConfig, produce=produce, cost=None)

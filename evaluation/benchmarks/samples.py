@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
+from evaluation.benchmarks.cost import samples_cost
 from evaluation.benchmarks.prompt_files import EvaluationPrompt
 from evaluation.benchmarks.prompt_sets import read_prompts
 from evaluation.config import SamplesConfig, parse_partition
@@ -202,4 +203,4 @@ def _write_table(run: StageRun[SamplesConfig], rows: Sequence[dict[str, Any]]) -
         pq.write_table(pa.Table.from_pylist(list(rows), schema=schema), stream)
 
 
-STAGE = Stage(name="samples", code_version="2", config_type=SamplesConfig, produce=produce)
+STAGE = Stage(name="samples", code_version="2", config_type=SamplesConfig, produce=produce, cost=samples_cost)

@@ -174,4 +174,6 @@ def produce(run: StageRun[JudgeCalibrationConfig]) -> StageResult:
     return StageResult(summary=_summary(rows, len(pairs)))
 
 
-STAGE = Stage(name="judge_calibration", code_version="2", config_type=JudgeCalibrationConfig, produce=produce)
+STAGE = Stage(
+    name="judge_calibration", code_version="2", config_type=JudgeCalibrationConfig, produce=produce, cost=None
+)

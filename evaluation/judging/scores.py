@@ -10,6 +10,7 @@ from evaluation.benchmarks.geneval import QUESTIONS_VERSION
 from evaluation.benchmarks.prompt_files import EvaluationPrompt
 from evaluation.benchmarks.prompt_sets import read_prompts
 from evaluation.config import ScoresConfig, parse_partition
+from evaluation.judging.cost import scores_cost
 from evaluation.judging.judges import (
     METRICS,
     Question,
@@ -185,4 +186,4 @@ def produce(run: StageRun[ScoresConfig]) -> StageResult:
     return StageResult(summary=_summary(config, benchmark, answers, scores))
 
 
-STAGE = Stage(name="scores", code_version="1", config_type=ScoresConfig, produce=produce)
+STAGE = Stage(name="scores", code_version="1", config_type=ScoresConfig, produce=produce, cost=scores_cost)

@@ -280,4 +280,4 @@ def produce(run: StageRun[ReportConfig]) -> StageResult:
     return StageResult(summary={"num_bytes": len(html), "results": results.data_version})
 
 
-STAGE = Stage(name="report", code_version="1", config_type=ReportConfig, produce=produce)
+STAGE = Stage(name="report", code_version="1", config_type=ReportConfig, produce=produce, cost=None)

@@ -235,4 +235,4 @@ def _feature_keys(output: StageOutput, name: str, shard: Path, keys_of_shard: Se
     return keys
 
 
-STAGE = Stage(name="dataset", code_version="2", config_type=DatasetConfig, produce=produce)
+STAGE = Stage(name="dataset", code_version="2", config_type=DatasetConfig, produce=produce, cost=None)

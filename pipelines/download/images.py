@@ -18,6 +18,7 @@ from pipelines.core.errors import ThroughlineError
 from pipelines.core.manifest import EARLIER, Conservation
 from pipelines.download.circuit_breaker import FailureWatch
 from pipelines.download.config import ImagesConfig
+from pipelines.download.cost import images_cost
 from pipelines.download.outcomes import Row, RowOutcome, write_tables
 from pipelines.download.passes import PartShards, PassStore, ShardTask
 from pipelines.download.status import RETRYABLE, FetchStatus
@@ -293,4 +294,4 @@ def _write_shard(run: StageRun[ImagesConfig], task: ShardTask, outcomes: list[Ro
         unit.notes["statuses"] = {status.value: statuses[status] for status in sorted(statuses)}
 
 
-STAGE = Stage(name="images", code_version="4", config_type=ImagesConfig, produce=produce)
+STAGE = Stage(name="images", code_version="4", config_type=ImagesConfig, produce=produce, cost=images_cost)

@@ -146,4 +146,4 @@ def _describe(content: SourceContent, place: SourcePlace) -> Part:
     return Part(part=part_key(content.name), **content.model_dump(), num_rows=num_rows, columns=columns)
 
 
-STAGE = Stage(name="laion_index", code_version="3", config_type=LaionIndexConfig, produce=produce)
+STAGE = Stage(name="laion_index", code_version="3", config_type=LaionIndexConfig, produce=produce, cost=None)

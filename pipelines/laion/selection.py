@@ -404,4 +404,4 @@ def _kept(unit: Unit, batch: "pa.RecordBatch", reasons: "np.ndarray") -> "pa.Rec
     return batch.filter(pc.invert(lost))
 
 
-STAGE = Stage(name="laion_selection", code_version="2", config_type=LaionSelectionConfig, produce=produce)
+STAGE = Stage(name="laion_selection", code_version="2", config_type=LaionSelectionConfig, produce=produce, cost=None)

@@ -15,6 +15,7 @@ from pipelines.cluster.units import ray_tasks, run_units
 from pipelines.core.errors import ThroughlineError
 from pipelines.core.manifest import SourceFile
 from pipelines.laion.config import LaionSubsetConfig
+from pipelines.laion.cost import subset_cost
 from pipelines.laion.index import Part, read_part
 from pipelines.laion.sources import locate_source
 from pipelines.runner.outputs import StageOutput
@@ -270,4 +271,4 @@ def _pixels(sides: "pa.Array") -> "pa.Array":
     return pc.cast(pc.if_else(pc.fill_null(valid, False), sides, None), pa.int32(), safe=False)
 
 
-STAGE = Stage(name="laion_subset", code_version="3", config_type=LaionSubsetConfig, produce=produce)
+STAGE = Stage(name="laion_subset", code_version="3", config_type=LaionSubsetConfig, produce=produce, cost=subset_cost)

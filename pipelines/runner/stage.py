@@ -37,6 +37,7 @@ from pipelines.core.manifest import (
     damaged_files,
     read_manifest,
 )
+from pipelines.runner.cost import CostModel
 from pipelines.runner.locks import hold
 from pipelines.runner.outputs import Inputs, StageOutput, Verify
 from pipelines.runner.publication import publish
@@ -59,6 +60,8 @@ class Stage(Generic[ConfigT]):
     code_version: str
     config_type: type[ConfigT]
     produce: Callable[[StageRun[ConfigT]], StageResult | None]
+    cost: CostModel | None = None
+    """Estimates rows, bytes and time before anything runs; None where they are negligible."""
 
     def fingerprint(self, config: ConfigT, inputs: Inputs, partition: str | None = None) -> str:
         """Return the digest of all that the output is computed from."""

@@ -17,6 +17,7 @@ from pipelines.runner.outputs import StageOutput
 from pipelines.runner.stage import Stage
 from pipelines.runner.units import StageResult, StageRun, Unit
 from pipelines.shards.config import ShardsConfig
+from pipelines.shards.cost import shards_cost
 
 if TYPE_CHECKING:
     from pipelines.download.tables import ImageUnit
@@ -226,4 +227,4 @@ def _column(path: Path, column: str) -> dict[str, bytes]:
     return dict(zip(table["sample_key"].to_pylist(), encoded, strict=True))
 
 
-STAGE = Stage(name="shards", code_version="2", config_type=ShardsConfig, produce=produce)
+STAGE = Stage(name="shards", code_version="2", config_type=ShardsConfig, produce=produce, cost=shards_cost)

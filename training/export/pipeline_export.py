@@ -44,4 +44,4 @@ def _export(run: StageRun[PipelineExportConfig]) -> None:
         unit.notes["text_encoder"] = lineage["text_encoder"]
 
 
-STAGE = Stage(name="pipeline_export", code_version="2", config_type=PipelineExportConfig, produce=produce)
+STAGE = Stage(name="pipeline_export", code_version="2", config_type=PipelineExportConfig, produce=produce, cost=None)

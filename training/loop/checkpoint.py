@@ -20,6 +20,7 @@ from pipelines.runner.request import StageRequest
 from pipelines.runner.stage import Stage
 from pipelines.runner.units import StageResult, StageRun
 from training.config import CheckpointConfig
+from training.cost.checkpoint import checkpoint_cost
 from training.export.saved_model import (
     CONDITIONING_NAME,
     MODEL_CONFIG_NAME,
@@ -221,4 +222,6 @@ class CheckpointStage(Stage[CheckpointConfig]):
             super().run_requests(paths)
 
 
-STAGE = CheckpointStage(name="checkpoint", code_version="4", config_type=CheckpointConfig, produce=produce)
+STAGE = CheckpointStage(
+    name="checkpoint", code_version="4", config_type=CheckpointConfig, produce=produce, cost=checkpoint_cost
+)
