@@ -9,13 +9,13 @@ from scipy import stats
 from evaluation.analysis.bootstrap import (
     PromptScores,
     bootstrap_intervals,
+    derive_seed,
     draw_weights,
     estimates,
     paired_differences,
-    seed_of,
 )
 
-SEED = seed_of(0, "test")
+SEED = derive_seed(0, "test")
 
 
 def make(values: np.ndarray, counts: np.ndarray | None = None, strata: np.ndarray | None = None) -> PromptScores:
@@ -122,9 +122,9 @@ def test_intervals_move_and_stretch_with_the_scores(seed: int, factor: float, of
 
 def test_the_same_seed_gives_the_same_interval_and_another_gives_another() -> None:
     scores = make(np.random.default_rng(1).normal(size=(50, 2)))
-    once = bootstrap_intervals(scores, num_resamples=500, seed=seed_of(4, "geneval"))
-    assert once == bootstrap_intervals(scores, num_resamples=500, seed=seed_of(4, "geneval"))
-    assert once != bootstrap_intervals(scores, num_resamples=500, seed=seed_of(4, "drawbench"))
+    once = bootstrap_intervals(scores, num_resamples=500, seed=derive_seed(4, "geneval"))
+    assert once == bootstrap_intervals(scores, num_resamples=500, seed=derive_seed(4, "geneval"))
+    assert once != bootstrap_intervals(scores, num_resamples=500, seed=derive_seed(4, "drawbench"))
 
 
 def test_the_interval_covers_the_truth_about_as_often_as_it_says() -> None:

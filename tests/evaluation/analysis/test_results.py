@@ -17,7 +17,7 @@ from evaluation.judging.scores import STAGE as SCORES
 from pipelines.core.config import ModelRef
 from pipelines.core.errors import ThroughlineError
 from pipelines.runner.outputs import StageOutput
-from tests.evaluation.worlds import JUDGE, KnowingPool, answering, plausible_answer, write_samples
+from tests.evaluation.worlds import JUDGE, ScriptedPool, plausible_answer, use_judge, write_samples
 from training.config import Strategy
 
 CONFIG = ResultsConfig(num_resamples=500)
@@ -36,7 +36,7 @@ def write_scores(root: Path, prompts: StageOutput, arms: tuple[str, ...] = ARMS)
 
 @pytest.fixture(scope="module")
 def scores(prompts: StageOutput, tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[StageOutput]]:
-    with answering(KnowingPool(plausible_answer)):
+    with use_judge(ScriptedPool(plausible_answer)):
         yield write_scores(tmp_path_factory.mktemp("scores"), prompts)
 
 
@@ -109,7 +109,7 @@ def test_scores_of_two_judges_are_refused(scores: list[StageOutput], prompts: St
 
 
 def test_a_benchmark_may_have_a_judge_of_its_own(
-    scores: list[StageOutput], prompts: StageOutput, pool: KnowingPool, tmp_path: Path
+    scores: list[StageOutput], prompts: StageOutput, pool: ScriptedPool, tmp_path: Path
 ) -> None:
     rater = ScoresConfig(judge=JUDGE.model_copy(update={"model": ModelRef(id="other/rater", revision="1")}))
     chosen = [item for item in scores if not (item.manifest.partition or "").endswith("drawbench")]

@@ -30,11 +30,11 @@ from pipelines.runner.outputs import StageOutput
 from pipelines.runner.units import StageResult, StageRun
 from tests.evaluation.worlds import (
     JUDGE,
-    KnowingPool,
+    ScriptedPool,
     StandInConfig,
-    answering,
     plausible_answer,
     run_stand_in,
+    use_judge,
     write_checkpoint,
     write_data,
     write_prompt_sets,
@@ -98,7 +98,7 @@ def build(root: Path) -> StageOutput:
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StageOutput]:
-    with answering(KnowingPool(plausible_answer)):
+    with use_judge(ScriptedPool(plausible_answer)):
         yield build(tmp_path_factory.mktemp("lineage"))
 
 
