@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from evaluation.judging.checks import (
     CheckResult,
-    judge_calibration,
     check_judge_answer_format,
+    judge_calibration,
     loss_is_finite_and_falls,
     same_order,
     unscored_share,
