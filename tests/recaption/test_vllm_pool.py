@@ -64,10 +64,10 @@ def test_logprobs_of_yes_and_no_equal_those_of_transformers(pool, transformers_m
 def test_a_request_that_cannot_be_served_fails_alone(pool):
     good, bad = request(1), request(1).__class__(image_bytes=b"not an image", text="?", max_tokens=2)
     too_long = request(1, "Yes " * 3000)
-    first, unreadable, refused, last = _ask(pool, [good, bad, too_long, good])
-    assert (unreadable.finish_reason, refused.finish_reason) == ("error", "error")
+    first, unreadable, rejected, last = _ask(pool, [good, bad, too_long, good])
+    assert (unreadable.finish_reason, rejected.finish_reason) == ("error", "error")
     assert "unreadable image" in unreadable.error
-    assert "512" in refused.error
+    assert "512" in rejected.error
     assert first.text == last.text == _ask(pool, [good])[0].text
 
 
