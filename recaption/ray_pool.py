@@ -18,7 +18,8 @@ from pipelines.cluster.session import LOCAL_RAY, join_ray, worker_environment
 from pipelines.core.digest import digest_json
 from pipelines.core.errors import ThroughlineError, first_line
 from recaption.config import EngineConfig, OpenAIEngineConfig, PoolConfig, VllmEngineConfig
-from recaption.engine import VisionAnswer, VisionLanguageEngine, VisionRequest, load_engine
+from recaption.engine import VisionAnswer, VisionLanguageEngine, VisionRequest
+from recaption.engines import load_engine
 from recaption.vllm_environment import vllm_environment
 
 KeyT = TypeVar("KeyT")

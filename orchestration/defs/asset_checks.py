@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from evaluation.judging.checks import (
-    Verdict,
+    CheckResult,
+    check_judge_answer_format,
     judge_calibration,
-    judge_speaks_to_the_point,
     loss_is_finite_and_falls,
     same_order,
     unscored_share,
@@ -144,7 +144,7 @@ def count_not_finite(path: Path) -> int:
     return count
 
 
-def _said_by(judge: Callable[[StageOutput], Verdict]) -> "Callable[[Plan, Task], Finding]":
+def _said_by(judge: Callable[[StageOutput], CheckResult]) -> "Callable[[Plan, Task], Finding]":
     """Make a question to the plan of one that the evaluation asks of an output."""
 
     def look(plan: "Plan", task: "Task") -> Finding:
@@ -208,7 +208,7 @@ CHECKS: Mapping[str, tuple[Check, ...]] = {
         Check(
             name="judge_format",
             description="At most one in twenty answers to Yes/No questions begins with neither word.",
-            look=_said_by(judge_speaks_to_the_point),
+            look=_said_by(check_judge_answer_format),
             severe=False,
         ),
     ),
