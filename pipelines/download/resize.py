@@ -31,8 +31,8 @@ def resize_and_crop(image: Image.Image, size_px: int, resample: str) -> Image.Im
     source = _pixels(image)[:, top : top + side, left : left + side].permute(0, 3, 1, 2)
     resized = functional.interpolate(source, size, mode=resample, antialias=True).permute(0, 2, 3, 1)
     layout = "RGBX" if resized.shape[-1] > len(image.getbands()) else image.mode
-    # The tensor goes first: Arrow gives up its memory without holding the GIL, which Pillow's last reference to a mapped
-    # buffer needs (Python 3.13 crashed).
+    # The tensor goes first: Arrow releases its memory without the GIL, which Pillow's last reference to a mapped buffer
+    # needs (Python 3.13 crashed).
     del source
     return Image.frombytes(image.mode, size, resized.numpy().tobytes(), "raw", layout)
 
