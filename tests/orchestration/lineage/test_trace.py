@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from orchestration.cli.main import main
-from orchestration.cli.trace import grew_from, trace_lines
+from orchestration.cli.trace import is_append_only_edit, trace_lines
 from orchestration.lineage.trace import Holder, Outputs, Trace, trace
 from pipelines.core.sample_key import sample_key
 from pipelines.dataset import dataset
@@ -137,7 +137,7 @@ def test_a_domain_names_all_its_rows_and_what_names_none_is_told(world: World) -
     assert found.unknown == unknown
     nothing = world.trace("example.org")
     assert not (nothing.rows or nothing.holders)
-    assert next(trace_lines(nothing)) == "0 rows, so there is nothing to tell"
+    assert next(trace_lines(nothing)) == "0 rows, so there is nothing to report"
 
 
 @pytest.fixture
@@ -167,9 +167,9 @@ def test_an_output_that_cannot_be_asked_is_named_with_all_that_rests_on_it(world
     ]
     assert "was altered" in found.unreadable[0]
     said = "\n".join(trace_lines(found))
-    assert "could not be asked: latents 00000" in said
+    assert "could not be read: latents 00000" in said
     assert "which is gone or could not be asked" in said
-    assert "Which of these the profile uses is not known" in said
+    assert "Unknown which of these the profile uses" in said
 
 
 def test_what_was_read_before_a_fault_is_kept(world: World, copied: Path) -> None:
@@ -223,8 +223,8 @@ def test_texts_of_the_web_stay_on_one_line(tmp_path: Path) -> None:
     [(b"a\nb\n", True), (b"a\nb\nc\n", True), (b"a\n", False), (b"x\na\nb\n", False), (b"a\nbc\n", False)],
 )
 def test_a_list_has_grown_if_it_begins_with_what_it_was(data: bytes, grown: bool) -> None:
-    assert grew_from(data, hashlib.sha256(b"a\nb\n").hexdigest()) is grown
-    assert grew_from(data, hashlib.sha256(b"a\nb").hexdigest()) is grown
+    assert is_append_only_edit(data, hashlib.sha256(b"a\nb\n").hexdigest()) is grown
+    assert is_append_only_edit(data, hashlib.sha256(b"a\nb").hexdigest()) is grown
 
 
 def run_cli(*arguments: str) -> object:
@@ -252,9 +252,9 @@ def test_withdrawn_rows_are_listed_once_under_their_urls(
     said = capsys.readouterr().out
     entry = scan_entry_list(listed)
     assert f'withdrawn = {{ path = "{listed}", sha256 = "{entry.sha256}" }}' in said
-    assert "1 row more, 2 in all" in said
+    assert "1 row added, 2 in total" in said
     assert "drawn 2 times, first in step 3" in said
-    assert "made from these: samples (1), scores (1)" in said
+    assert "derived from these: samples (1), scores (1)" in said
     assert "dataset, checkpoint (" in said
     assert "shards (" not in said
     assert run_cli("withdraw", world.server.url(DRAWN), "--list", str(listed), "--json", *root) == 0
