@@ -63,23 +63,35 @@ def test_the_diffusers_form_and_standardised_latents_keep_reconstructions() -> N
     torch.testing.assert_close(scaled.std(dim=(0, 2, 3)), torch.ones(16), atol=1e-3, rtol=0.0)
 
 
-def test_muon_gives_the_convolutions_in_place_orthogonal_updates() -> None:
+@pytest.mark.parametrize("name", ["encoder.mid_block.resnets.0.conv2.weight", "post_quant_conv.weight"])
+def test_inner_convolutions_get_the_orthogonal_updates_of_muon(name: str) -> None:
     torch.manual_seed(0)
     model = build_model().to(memory_format=torch.channels_last)
     config = AutoencoderTraining(warmup_steps=1)
     optimizers = Optimizers(model, config)
-    before = {name: value.clone() for name, value in model.named_parameters()}
-    loss = (model(torch.rand(1, 3, 32, 32).to(memory_format=torch.channels_last)).sample - 1).square().mean()
-    loss.backward()
+    pixels = torch.rand(1, 3, 32, 32).to(memory_format=torch.channels_last)
+    (model(pixels).sample - 1).square().mean().backward()
+    weight, outer = model.get_parameter(name), model.get_parameter("encoder.conv_in.weight")
+    assert weight.grad is not None
+    expected = newton_schulz(weight.grad.flatten(1).double())
+    before, outer_before = weight.detach().clone(), outer.detach().clone()
     optimizers.step(0)
+    update = (before - weight.detach()).flatten(1).double() / config.learning_rate
+    # torch iterates in bfloat16, so small singular values differ.
+    assert torch.cosine_similarity(update.flatten(), expected.flatten(), dim=0) > 0.9
+    assert update.norm() / expected.norm() == pytest.approx(1.0, abs=0.15)
+    first_adam_step = (outer_before - outer.detach()).abs().max()
+    torch.testing.assert_close(first_adam_step, torch.tensor(config.adam_learning_rate), rtol=1e-2, atol=0)
     assert all(parameter.grad is None for parameter in model.parameters())
-    inner = before["encoder.mid_block.resnets.0.conv2.weight"]
-    update = (inner - model.get_parameter("encoder.mid_block.resnets.0.conv2.weight")).flatten(1) / config.learning_rate
-    # The five Newton-Schulz iterations bring every singular value near 1, roughly into (0.5, 1.5).
-    values = torch.linalg.svdvals(update.double())
-    assert values.max() < 1.5 and values.median() > 0.5
-    first = before["encoder.conv_in.weight"] - model.get_parameter("encoder.conv_in.weight")
-    torch.testing.assert_close(first.abs().max(), torch.tensor(config.adam_learning_rate), rtol=1e-3, atol=0)
+
+
+def newton_schulz(matrix: torch.Tensor) -> torch.Tensor:
+    """Return the matrix after five iterations towards orthogonality; Keller Jordan, "Muon", 2024."""
+    x = matrix / matrix.norm()
+    for _ in range(5):
+        gram = x @ x.T
+        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+    return x
 
 
 @pytest.mark.slow
