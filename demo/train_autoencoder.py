@@ -124,7 +124,8 @@ class Optimizers:
 
     def __init__(self, model: AutoencoderKL, config: AutoencoderTraining) -> None:
         self._config = config
-        inner, outer = [], []
+        inner: list[torch.nn.Parameter] = []
+        outer: list[torch.nn.Parameter] = []
         for name, parameter in model.named_parameters():
             is_inner = parameter.ndim == 4 and "conv_in" not in name and "conv_out" not in name
             (inner if is_inner else outer).append(parameter)

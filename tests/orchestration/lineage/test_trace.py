@@ -276,17 +276,17 @@ def test_a_profile_has_one_list_of_withdrawn_rows(
     digest = scan_entry_list(listed).sha256
     named = ("--set", f'dataset.withdrawn={{"path": "{listed}", "sha256": "{digest}"}}')
     other = ("--list", str(tmp_path / "other.txt"))
-    assert "leave --list out" in str(run_cli("withdraw", world.key(DRAWN), *other, *named, *root))
+    assert "omit --list" in str(run_cli("withdraw", world.key(DRAWN), *other, *named, *root))
     assert run_cli("withdraw", world.key(DRAWN), *named, *root) == 0
     assert world.key(DRAWN) in listed.read_text()
     assert run_cli("withdraw", world.key(TWICE), *named, *root) == 0, "the profile may name it as it was"
     assert run_cli("status", *named, *root) == 0
     present = scan_entry_list(listed).sha256
-    assert f"and it has SHA-256 {present}; name that" in capsys.readouterr().err
+    assert f"but it has SHA-256 {present}; update the profile" in capsys.readouterr().err
     listed.write_text(f"{world.key(DRAWN)}\n")
-    assert "not the list that the profile names" in str(run_cli("withdraw", world.key(TWICE), *named, *root))
+    assert "appended, found another one" in str(run_cli("withdraw", world.key(TWICE), *named, *root))
     listed.unlink()
-    assert "no list that the profile names" in str(run_cli("withdraw", world.key(TWICE), *named, *root))
+    assert "appended, found none" in str(run_cli("withdraw", world.key(TWICE), *named, *root))
     assert not listed.exists()
     assert "not a file" in str(run_cli("withdraw", world.key(TWICE), "--list", "/dev/null", *root))
 
