@@ -1,1 +1,1 @@
-"""A laptop-sized world to run the whole graph on: drawn scenes with exact ground truth, a mini web, tiny models."""
+"""A laptop-sized world for the whole graph: rendered scenes with exact ground truth, a small web, tiny models."""

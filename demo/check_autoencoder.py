@@ -1,4 +1,4 @@
-"""Measures the demo's autoencoder on scenes that it was not trained on; prints one line and the bar it must pass."""
+"""Measures the demo's autoencoder on unseen scenes and compares it with its bar."""
 
 import argparse
 import sys
@@ -16,12 +16,12 @@ from demo.train_autoencoder import IMAGE_SIZE_PX, jpeg_coded, to_tensor
 MIN_PSNR_DB = 27.0
 MODEL_DIR = Path(__file__).parent / "models" / "vae"
 _UNSEEN_SEED = 7_777_777
-"""Training draws its scenes from (seed, step) pairs; a single number gives other streams."""
+"""Training seeds its streams with (seed, step) pairs; a single number gives different ones."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class AutoencoderMetrics:
-    """What `measure` found over `num_scenes` scenes; decibels over 8-bit RGB, seconds for one picture on one thread."""
+    """Figures over `num_scenes` scenes: decibels on 8-bit RGB, seconds per image on one thread."""
 
     num_scenes: int
     mean_psnr_db: float
@@ -40,7 +40,7 @@ class AutoencoderMetrics:
 
 @torch.inference_mode()
 def measure(model_dir: Path = MODEL_DIR, *, num_scenes: int = 64) -> AutoencoderMetrics:
-    """Encode and decode unseen scenes at 256 px as the shards hold them (JPEG), with the posterior's mean."""
+    """Encode and decode unseen JPEG-coded scenes at 256 px, with the posterior's mean."""
     num_threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -71,9 +71,9 @@ def measure(model_dir: Path = MODEL_DIR, *, num_scenes: int = 64) -> Autoencoder
     )
 
 
-def psnr_db(found: torch.Tensor, expected: torch.Tensor) -> float:
-    """Return the peak signal-to-noise ratio of two pictures in [-1, 1], both rounded to 8 bits first."""
-    eight_bit = [((picture.clamp(-1, 1) + 1) * 127.5).round() for picture in (found, expected)]
+def psnr_db(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    """Return the peak signal-to-noise ratio of two images in [-1, 1], after rounding both to 8 bits."""
+    eight_bit = [((image.clamp(-1, 1) + 1) * 127.5).round() for image in (actual, expected)]
     mse = (eight_bit[0] - eight_bit[1]).square().mean().item()
     return float("inf") if mse == 0 else 10 * float(np.log10(255**2 / mse))
 
@@ -84,7 +84,7 @@ def describe(metrics: AutoencoderMetrics) -> str:
         f"autoencoder: PSNR {metrics.mean_psnr_db:.2f} dB (worst {metrics.worst_psnr_db:.2f}) on {metrics.num_scenes} "
         f"unseen scenes at {IMAGE_SIZE_PX} px, bar {MIN_PSNR_DB:.0f}: {'passed' if metrics.passed else 'FAILED'}; "
         f"scaled latents {metrics.latent_mean:+.3f} +- {metrics.latent_std:.3f}; one core: "
-        f"encode {metrics.encode_seconds:.3f} s, decode {metrics.decode_seconds:.3f} s a picture"
+        f"encode {metrics.encode_seconds:.3f} s, decode {metrics.decode_seconds:.3f} s per image"
     )
 
 

@@ -1,4 +1,4 @@
-"""Measures the demo's shipped models on scenes they never saw, and says whether each meets its bar.
+"""Measures the demo's shipped models on unseen scenes and compares each figure with its bar.
 
 python -m demo.check_models [--scenes 400]
 """
@@ -18,7 +18,7 @@ from PIL import Image
 
 from demo.check_autoencoder import MIN_PSNR_DB
 from demo.check_autoencoder import measure as measure_autoencoder
-from demo.questions import SKILLS, Question, changed_caption, question
+from demo.questions import SKILLS, Statement, changed_caption, statement
 from demo.scenes import Scene, caption, render, sample_scene
 from demo.train_vlm import degrade
 from demo.vlm_model import PROMPT_VERSION
@@ -26,13 +26,13 @@ from pipelines.core.model_prompts import NO, YES, caption_prompt, unified_reward
 
 MODELS = Path(__file__).parent / "models"
 UNSEEN_SEED = 1_000_003
-"""Training draws from the pair (seed, step); no such stream starts here."""
+"""Training seeds its streams with (seed, step) pairs; a single number gives different ones."""
 CAPTION_BAR, YES_NO_BAR, STYLE_BAR = 0.85, 0.92, 0.9
 
 
 @dataclass(frozen=True)
-class Measured:
-    """One figure beside its bar."""
+class BarCheck:
+    """A figure and its bar."""
 
     name: str
     value: float
@@ -40,12 +40,12 @@ class Measured:
     detail: str = ""
 
     @property
-    def holds(self) -> bool:
+    def passed(self) -> bool:
         return self.value >= self.bar
 
 
-class Asker:
-    """The model through transformers and its own processor, greedy."""
+class GreedyModel:
+    """The model in transformers with its own processor; decodes greedily."""
 
     def __init__(self, folder: Path) -> None:
         import torch
@@ -57,7 +57,7 @@ class Asker:
         self._model = Qwen3VLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
         self._yes, self._no = self._processor.tokenizer.convert_tokens_to_ids([YES, NO])
 
-    def _inputs(self, pictures: Sequence[Image.Image], texts: Sequence[str]) -> Any:
+    def _inputs(self, images: Sequence[Image.Image], texts: Sequence[str]) -> Any:
         template = self._processor.apply_chat_template
         chats = [
             template(
@@ -66,108 +66,108 @@ class Asker:
             )
             for text in texts
         ]
-        return self._processor(text=chats, images=list(pictures), padding=True, return_tensors="pt")
+        return self._processor(text=chats, images=list(images), padding=True, return_tensors="pt")
 
-    def answers(self, pictures: Sequence[Image.Image], texts: Sequence[str], max_tokens: int) -> list[str]:
-        """Return the greedy answer for each picture and text."""
-        found = []
+    def answers(self, images: Sequence[Image.Image], texts: Sequence[str], max_tokens: int) -> list[str]:
+        """Return the greedy answer for each image and text."""
+        answers: list[str] = []
         for i in range(0, len(texts), 50):
-            inputs = self._inputs(pictures[i : i + 50], texts[i : i + 50])
+            inputs = self._inputs(images[i : i + 50], texts[i : i + 50])
             with self._torch.inference_mode():
                 out = self._model.generate(**inputs, max_new_tokens=max_tokens, do_sample=False)
             new = out[:, inputs["input_ids"].shape[1] :]
-            found += self._processor.batch_decode(new, skip_special_tokens=True)
-        return found
+            answers += self._processor.batch_decode(new, skip_special_tokens=True)
+        return answers
 
-    def says_yes(self, pictures: Sequence[Image.Image], texts: Sequence[str]) -> list[bool]:
+    def says_yes(self, images: Sequence[Image.Image], texts: Sequence[str]) -> list[bool]:
         """Return whether P(Yes) exceeds P(No) at the first answer token."""
         found: list[bool] = []
         for i in range(0, len(texts), 50):
             with self._torch.inference_mode():
-                logits = self._model(**self._inputs(pictures[i : i + 50], texts[i : i + 50])).logits[:, -1]
+                logits = self._model(**self._inputs(images[i : i + 50], texts[i : i + 50])).logits[:, -1]
             found += (logits[:, self._yes] > logits[:, self._no]).tolist()
         return found
 
 
-def _as_shared(picture: Image.Image) -> Image.Image:
-    """Return the picture as a shard holds it: JPEG, quality 95."""
+def _jpeg_coded(image: Image.Image) -> Image.Image:
+    """Return the image after JPEG coding at quality 95, as shards contain it."""
     buffer = io.BytesIO()
-    picture.save(buffer, "JPEG", quality=95)
+    image.save(buffer, "JPEG", quality=95)
     return Image.open(io.BytesIO(buffer.getvalue())).convert("RGB")
 
 
-def balanced_questions(rng: np.random.Generator, per_skill: int) -> list[tuple[Scene, Question]]:
-    """Return `per_skill` questions of each skill, half true, half false, each about a scene of its own.
+def balanced_statements(rng: np.random.Generator, per_skill: int) -> list[tuple[Scene, Statement]]:
+    """Return `per_skill` statements per skill, half of them true, each about a scene of its own.
 
-    A third of them are whole captions, true or with one thing changed, for the skills a caption can test.
+    For the skills that a caption can test, some are whole captions, true or with one fact changed.
     """
-    found: list[tuple[Scene, Question]] = []
+    pairs: list[tuple[Scene, Statement]] = []
     counts: Counter[tuple[str, bool]] = Counter()
-    while len(found) < per_skill * len(SKILLS):
+    while len(pairs) < per_skill * len(SKILLS):
         scene = sample_scene(rng)
         answer = bool(rng.random() < 0.5)
-        item: Question | None
+        item: Statement | None
         if rng.random() < 0.15:
             skill, text = changed_caption(scene, rng)
-            item = Question(skill=skill, text=caption(scene) if answer else text, answer=answer)
+            item = Statement(skill=skill, text=caption(scene) if answer else text, answer=answer)
         else:
-            item = question(scene, str(rng.choice(SKILLS)), answer, rng)
+            item = statement(scene, str(rng.choice(SKILLS)), answer, rng)
         if item is not None and counts[item.skill, answer] < per_skill // 2:
             counts[item.skill, answer] += 1
-            found.append((scene, item))
-    return found
+            pairs.append((scene, item))
+    return pairs
 
 
-def measure_vlm(folder: Path, num_scenes: int) -> list[Measured]:
-    """Return captions exactly right, Yes/No accuracy (and by skill), and the style score's rank correlation."""
+def measure_vlm(folder: Path, num_scenes: int) -> list[BarCheck]:
+    """Return the share of exact captions, Yes/No accuracy (also by skill), and the style score's rank correlation."""
     from scipy.stats import spearmanr
 
     rng = np.random.default_rng(UNSEEN_SEED)
-    asker = Asker(folder)
+    model = GreedyModel(folder)
     scenes = [sample_scene(rng) for _ in range(num_scenes)]
-    pictures = [_as_shared(render(scene)) for scene in scenes]
-    said = asker.answers(pictures, [caption_prompt(PROMPT_VERSION)] * num_scenes, 48)
-    exact = float(np.mean([text == caption(scene) for text, scene in zip(said, scenes, strict=True)]))
+    images = [_jpeg_coded(render(scene)) for scene in scenes]
+    captions = model.answers(images, [caption_prompt(PROMPT_VERSION)] * num_scenes, 48)
+    exact = float(np.mean([text == caption(scene) for text, scene in zip(captions, scenes, strict=True)]))
 
-    asked = balanced_questions(rng, max(20, num_scenes // 4))
-    views = [_as_shared(render(scene)) for scene, _ in asked]
-    yes = asker.says_yes(views, [vqascore_question(item.text) for _, item in asked])
-    right = [told == item.answer for told, (_, item) in zip(yes, asked, strict=True)]
+    judged = balanced_statements(rng, max(20, num_scenes // 4))
+    views = [_jpeg_coded(render(scene)) for scene, _ in judged]
+    verdicts = model.says_yes(views, [vqascore_question(item.text) for _, item in judged])
+    correct = [verdict == item.answer for verdict, (_, item) in zip(verdicts, judged, strict=True)]
     by_skill = {
-        skill: float(np.mean([ok for ok, (_, item) in zip(right, asked, strict=True) if item.skill == skill]))
+        skill: float(np.mean([ok for ok, (_, item) in zip(correct, judged, strict=True) if item.skill == skill]))
         for skill in SKILLS
     }
 
     severities = rng.random(num_scenes)
-    worn = [degrade(render(scene), float(s), rng) for scene, s in zip(scenes, severities, strict=True)]
-    rated = asker.answers(worn, [unified_reward_prompt(caption(scene)) for scene in scenes], 32)
-    found = [re.search(r"Style Score \(1-5\): ([1-5]\.\d\d)$", text) for text in rated]
-    styles = [float(match[1]) if match else 3.0 for match in found]
+    degraded = [degrade(render(scene), float(s), rng) for scene, s in zip(scenes, severities, strict=True)]
+    rated = model.answers(degraded, [unified_reward_prompt(caption(scene)) for scene in scenes], 32)
+    matches = [re.search(r"Style Score \(1-5\): ([1-5]\.\d\d)$", text) for text in rated]
+    styles = [float(match[1]) if match else 3.0 for match in matches]
     return [
-        Measured("captions exactly right", exact, CAPTION_BAR),
-        Measured(
-            "Yes/No accuracy", float(np.mean(right)), YES_NO_BAR,
+        BarCheck("captions exactly right", exact, CAPTION_BAR),
+        BarCheck(
+            "Yes/No accuracy", float(np.mean(correct)), YES_NO_BAR,
             "  ".join(f"{skill} {value:.3f}" for skill, value in by_skill.items()),
         ),
-        Measured(
+        BarCheck(
             "style score against degradation (-Spearman)", -float(spearmanr(styles, severities)[0]), STYLE_BAR,
-            f"{sum(match is None for match in found)} unreadable, counted as 3",
+            f"{sum(match is None for match in matches)} unreadable, counted as 3",
         ),
     ]  # fmt: skip
 
 
 def main() -> None:
-    """Print each figure beside its bar; exit status 1 where one is missed."""
+    """Print each figure with its bar; exit with status 1 if one is missed."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--scenes", type=int, default=400, help="unseen scenes per measure")
     parser.add_argument("--vlm", type=Path, default=MODELS / "vlm")
     parser.add_argument("--autoencoder", type=Path, default=MODELS / "vae")
     args = parser.parse_args()
     psnr = measure_autoencoder(args.autoencoder, num_scenes=min(64, args.scenes)).mean_psnr_db
-    measured = [*measure_vlm(args.vlm, args.scenes), Measured("autoencoder PSNR in dB", psnr, MIN_PSNR_DB)]
-    for item in measured:
-        print(f"{'ok  ' if item.holds else 'MISS'} {item.name}: {item.value:.4f} (bar {item.bar}) {item.detail}")
-    sys.exit(0 if all(item.holds for item in measured) else 1)
+    checks = [*measure_vlm(args.vlm, args.scenes), BarCheck("autoencoder PSNR in dB", psnr, MIN_PSNR_DB)]
+    for item in checks:
+        print(f"{'ok  ' if item.passed else 'MISS'} {item.name}: {item.value:.4f} (bar {item.bar}) {item.detail}")
+    sys.exit(0 if all(item.passed for item in checks) else 1)
 
 
 if __name__ == "__main__":

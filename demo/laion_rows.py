@@ -1,6 +1,6 @@
-"""Writes rows as LAION's crawl would have them: messy alt text, labels, licences, similarity, addresses.
+"""Generates the fields of LAION rows: messy alt text, similarity, licences, URL paths.
 
-What a row's picture shows, and how its server behaves, is left to `demo.world`.
+`demo.world_rows` chooses a row's scene and server behaviour.
 """
 
 import html
@@ -132,7 +132,7 @@ def _number(rng: np.random.Generator) -> int:
     return int(rng.integers(10_000, 99_999_999))
 
 
-# Style -> (share, mean CLIP similarity of such text with its picture, writer)
+# Style -> (share, mean CLIP similarity of such text with its image, writer)
 _STYLES: MappingProxyType[str, tuple[float, float, Callable[[Scene, np.random.Generator], str]]] = MappingProxyType(
     {
         "plain": (0.24, 0.345, _plain),
@@ -151,7 +151,7 @@ LICENCES = ("?", "https://creativecommons.org/licenses/by/2.0/", "https://creati
 
 
 def draw_text(scene: Scene, rng: np.random.Generator) -> tuple[str, float]:
-    """Return alt text for a scene and a similarity that suits it, in [0.3, 0.45] as LAION-400M publishes."""
+    """Return alt text for a scene and a matching similarity in [0.3, 0.45], the range that LAION-400M publishes."""
     names = list(_STYLES)
     shares = np.array([_STYLES[name][0] for name in names])
     _, mean, write = _STYLES[names[rng.choice(len(names), p=shares / shares.sum())]]
@@ -165,7 +165,7 @@ def draw_licence(rng: np.random.Generator) -> str | None:
 
 
 def draw_path(scene: Scene, rng: np.random.Generator, suffix: str) -> str:
-    """Return a path as image addresses have them, without the unique number that `demo.world` puts in: ``site/a-b``."""
+    """Return a typical image URL path with a ``{number}`` placeholder, such as ``site/folder/red-car-{number}.jpg``."""
     colour, noun = _first_group(scene)
     site, folder = _SITES[rng.integers(len(_SITES))], _FOLDERS[rng.integers(len(_FOLDERS))]
     stem = rng.choice([f"{colour}-{noun}", f"{noun}_{colour}", noun.upper(), f"{noun}%20{colour}", "il_570xN", "hero"])

@@ -1,7 +1,7 @@
-"""Writes the demo's prompt files in the formats of GenEval, GenAI-Bench and DrawBench, in the words of its scenes.
+"""Writes the demo's prompt files in the formats of GenEval, GenAI-Bench and DrawBench, with the scenes' vocabulary.
 
-The prompts are the project's own; only the formats are the benchmarks'. The statements are those that the tiny judge
-was trained on, because another wording would measure its reading and not the pictures. The files are committed; run
+The prompts are the project's own; only the formats are the benchmarks'. The tiny judge was trained on statements of
+this form; another wording would test its language instead of the images. The files are committed; run
 ``python -m demo.prompts`` after a change of vocabulary.
 """
 
@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from demo.questions import question
+from demo.questions import statement
 from demo.scenes import Scene, caption, group_phrase, sample_scene
 from demo.sprites import COLOURS, NOUNS
 from pipelines.core.atomic import write_bytes
@@ -48,15 +48,14 @@ def write_prompt_files(out_dir: Path = PROMPTS_DIR) -> list[Path]:
 
 
 def geneval() -> list[dict[str, Any]]:
-    """Return GenEval rows: tag, what the picture must include and exclude, prompt."""
+    """Return GenEval rows: tag, objects that the image must include and exclude, prompt."""
     rng = np.random.default_rng((_SEED, 1))
     return [_geneval_row(tag, rng) for tag in GENEVAL_TAGS for _ in range(PROMPTS_PER_TAG)]
 
 
 def _geneval_row(tag: str, rng: np.random.Generator) -> dict[str, Any]:
-    """Draw one row. Where the tag leaves colour open, the class itself is coloured ("red kite"): the scenes know no
-    uncoloured things, and the judge was asked about none. Counts end at 3, so that even the excluded number is one
-    that scenes hold.
+    """Return a random row. If the tag does not test colour, the class itself is coloured ("red kite"): scenes and the
+    judge's training contain no uncoloured objects. Counts stop at 3, so that scenes contain the excluded count too.
     """
     nouns = [str(noun) for noun in rng.choice(sorted(NOUNS), 2, replace=False)]
     colours = [str(colour) for colour in rng.choice(sorted(COLOURS), 2, replace=False)]
@@ -87,7 +86,7 @@ def _geneval_row(tag: str, rng: np.random.Generator) -> dict[str, Any]:
             row["include"] = coloured
             shown = f"{group_phrase(first, 1)} and {group_phrase(second, 1)}"
         case _:
-            raise ValueError(f"{tag!r} is no tag of GenEval")
+            raise ValueError(f"{tag!r} is not a tag of GenEval")
     return row | {"prompt": f"a photo of {shown}"}
 
 
@@ -109,7 +108,7 @@ def genai_bench() -> tuple[dict[str, dict[str, str]], dict[str, list[int]]]:
 
 
 def _skills_of(skill: str) -> tuple[str, ...]:
-    """Return every skill that a prompt made for `skill` asks for."""
+    """Return every skill that a prompt for `skill` tests."""
     return {
         "attribute": ("attribute", "scene"),
         "scene": ("attribute", "scene"),
@@ -120,7 +119,7 @@ def _skills_of(skill: str) -> tuple[str, ...]:
 
 
 def _genai_prompt(skill: str, rng: np.random.Generator, used: set[str]) -> str:
-    """Return a prompt for `skill` that is not among `used`: a whole caption where one can say it, else a statement."""
+    """Return a prompt for `skill` that is not in `used`: a whole caption if it tests the skill, else a statement."""
     fits: dict[str, Callable[[Scene], bool]] = {
         "attribute": lambda scene: list(scene.groups().values()) == [1],
         "scene": lambda scene: list(scene.groups().values()) == [1],
@@ -131,11 +130,11 @@ def _genai_prompt(skill: str, rng: np.random.Generator, used: set[str]) -> str:
         if skill in fits:
             text = caption(scene) if fits[skill](scene) else None
         else:
-            statement = question(scene, skill, True, rng)
-            text = statement.text if statement else None
+            item = statement(scene, skill, True, rng)
+            text = item.text if item else None
         if text is not None and text not in used:
             return text
-    raise AssertionError("scenes never end")
+    raise AssertionError("unreachable: _scenes is infinite")
 
 
 def _scenes(rng: np.random.Generator) -> Iterator[Scene]:

@@ -1,6 +1,6 @@
-"""Owns statements about a scene that are true or false, for each skill of GenAI-Bench that such scenes can hold.
+"""True and false statements about a scene, for each skill of GenAI-Bench that such scenes can test.
 
-A false statement changes one word of a true one, or says of this scene what holds for another: a hard negative.
+False statements are hard negatives: a true one with one word changed, or one that is true of another scene.
 """
 
 from collections import Counter
@@ -28,8 +28,8 @@ _NOUNS, _COLOURS, _BACKGROUNDS = sorted(NOUNS), sorted(COLOURS), sorted(BACKGROU
 
 
 @dataclass(frozen=True, kw_only=True)
-class Question:
-    """A statement put into the judge's question, the skill it needs, and whether it is true of the scene."""
+class Statement:
+    """A statement for the judge's question, the skill it tests, and whether it is true of the scene."""
 
     skill: str
     text: str
@@ -50,7 +50,7 @@ def _group(rng: np.random.Generator, scene: Scene) -> tuple[_Group, int]:
 
 
 def _changed_group(rng: np.random.Generator, scene: Scene, group: _Group) -> _Group:
-    """Return a group that the scene lacks and that differs from `group` in one word, often one seen elsewhere in it."""
+    """Return a group that the scene lacks and that differs from `group` in one word, often one used elsewhere in it."""
     seen_colours = [o.colour for o in scene.objects]
     seen_nouns = [o.noun for o in scene.objects]
     while True:
@@ -170,7 +170,7 @@ SKILLS = tuple(_MAKERS)
 
 
 def changed_caption(scene: Scene, rng: np.random.Generator) -> tuple[str, str]:
-    """Return (skill, a caption of the scene with one thing changed), so that it is false."""
+    """Return (skill, false caption): the scene's caption with one fact changed, and the skill that detects it."""
     groups = scene.groups()
     kinds = ["attribute", "counting", "scene"] + ["spatial relation"] * (len(groups) == 2)
     skill = _pick(rng, kinds)
@@ -197,13 +197,13 @@ def changed_caption(scene: Scene, rng: np.random.Generator) -> tuple[str, str]:
     return skill, f"{body} {BACKGROUND_PHRASES[scene.background]}"
 
 
-def question(scene: Scene, skill: str, answer: bool, rng: np.random.Generator) -> Question | None:
-    """Return a statement for `skill` that is true or false as asked, or None where the scene holds none."""
+def statement(scene: Scene, skill: str, answer: bool, rng: np.random.Generator) -> Statement | None:
+    """Return a statement for `skill` whose truth is `answer`, or None if the scene allows none."""
     text = _MAKERS[skill](scene, answer, rng)
-    return None if text is None else Question(skill=skill, text=text, answer=answer)
+    return None if text is None else Statement(skill=skill, text=text, answer=answer)
 
 
-def questions(scene: Scene, rng: np.random.Generator) -> list[Question]:
-    """Return one question for each skill the scene can hold, true or false by the toss of a coin."""
-    found = (question(scene, skill, bool(rng.random() < 0.5), rng) for skill in SKILLS)
-    return [item for item in found if item is not None]
+def statements(scene: Scene, rng: np.random.Generator) -> list[Statement]:
+    """Return one randomly true or false statement for each skill that the scene can test."""
+    items = (statement(scene, skill, bool(rng.random() < 0.5), rng) for skill in SKILLS)
+    return [item for item in items if item is not None]

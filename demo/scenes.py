@@ -1,6 +1,6 @@
-"""Owns the demo's ground truth: what a scene is, how one is drawn by lot, rendered and named in one canonical caption.
+"""The demo's ground truth: scenes, their random generation, rendering, and canonical captions.
 
-Pixels are drawn by `demo.sprites`; statements about a scene that are true or false come from `demo.questions`.
+`demo.sprites` draws the pixels; `demo.questions` makes true and false statements about a scene.
 """
 
 import re
@@ -48,7 +48,7 @@ class SceneObject:
 
 @dataclass(frozen=True, kw_only=True)
 class Scene:
-    """Everything that a picture shows; `render` is a pure function of it."""
+    """The full content of an image; `render` is a pure function of it."""
 
     objects: tuple[SceneObject, ...]
     background: str
@@ -63,10 +63,10 @@ class Scene:
         return [o for o in self.objects if (o.colour, o.noun) == group]
 
     def relation(self, first: tuple[str, str], second: tuple[str, str]) -> str | None:
-        """Return how group `first` lies to group `second`, or None where a person might hesitate.
+        """Return the spatial relation of group `first` to group `second`, or None if it is ambiguous.
 
-        Clear means: no object of one reaches past any of the other on that axis, and the centres differ on that axis
-        at least 1.4 times as much as on the other.
+        It is unambiguous if the two groups' centres are separated along one axis and their mean centres differ along
+        it at least 1.4 times as much as along the other.
         """
         a = np.array([(o.centre_x, o.centre_y) for o in self.members(first)])
         b = np.array([(o.centre_x, o.centre_y) for o in self.members(second)])
@@ -95,7 +95,7 @@ _Cell = tuple[float, float, float, float]
 
 
 def _sample_groups(rng: np.random.Generator, count: int) -> list[tuple[str, str]]:
-    """Draw `count` different (colour, noun) groups; often they share noun or colour."""
+    """Return `count` distinct random (colour, noun) groups, which often share noun or colour."""
     nouns, colours = sorted(NOUNS), sorted(COLOURS)
     shared = rng.random()
     groups: list[tuple[str, str]] = []
@@ -111,7 +111,7 @@ def _sample_groups(rng: np.random.Generator, count: int) -> list[tuple[str, str]
 
 
 def _strip(count: int, cell: _Cell, axis: int) -> list[_Cell]:
-    """Cut a cell (x0, y0, x1, y1) into `count` equal ones along an axis (0 is x)."""
+    """Split a cell (x0, y0, x1, y1) into `count` equal ones along an axis (0 is x)."""
     low, high = cell[axis], cell[axis + 2]
     edges = np.linspace(low, high, count + 1)
     cells = []
@@ -123,7 +123,7 @@ def _strip(count: int, cell: _Cell, axis: int) -> list[_Cell]:
 
 
 def _sample_cells(rng: np.random.Generator, counts: tuple[int, ...]) -> list[_Cell]:
-    """Return one cell per object, group by group. Two groups take a half each, so that their relation is plain."""
+    """Return one cell per object, in group order. Two groups get one half each, so that their relation is clear."""
     whole: _Cell = (4.0, 4.0, SCENE_PX - 4.0, SCENE_PX - 4.0)
     total, axis = sum(counts), int(rng.integers(2))
     if len(counts) == 2:
@@ -155,7 +155,7 @@ def _place(rng: np.random.Generator, group: tuple[str, str], cell: _Cell) -> Sce
 
 
 def sample_scene(rng: np.random.Generator) -> Scene:
-    """Draw a scene of one to four objects by lot."""
+    """Return a random scene of one to four objects."""
     total = int(rng.choice(np.arange(1, MAX_OBJECTS + 1), p=_COUNT_ODDS))
     counts = _PARTITIONS[total][rng.integers(len(_PARTITIONS[total]))]
     groups = _sample_groups(rng, len(counts))
@@ -170,12 +170,12 @@ def sample_scene(rng: np.random.Generator) -> Scene:
 
 
 def render(scene: Scene, size_px: int = SCENE_PX) -> Image.Image:
-    """Return the RGB picture of a scene; the same scene gives the same pixels."""
+    """Return the RGB image of a scene; the same scene gives the same pixels."""
     seed = zlib.crc32(repr(scene).encode())
     canvas = background(scene.background, seed % 128, (seed >> 8) % 128, SCENE_PX)
     for o in scene.objects:
-        picture = sprite(o.noun, o.colour, o.size_px)
-        canvas.paste(picture, (round(o.centre_x - picture.width / 2), round(o.centre_y - picture.height / 2)), picture)
+        image = sprite(o.noun, o.colour, o.size_px)
+        canvas.paste(image, (round(o.centre_x - image.width / 2), round(o.centre_y - image.height / 2)), image)
     return canvas if size_px == SCENE_PX else canvas.resize((size_px, size_px), Image.Resampling.BICUBIC)
 
 
@@ -212,7 +212,7 @@ def caption(scene: Scene) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class CaptionFacts:
-    """What a canonical caption states."""
+    """The facts in a canonical caption."""
 
     groups: dict[tuple[str, str], int]
     relation: str | None
@@ -226,7 +226,7 @@ _GROUP = re.compile(
 
 
 def parse_caption(text: str) -> CaptionFacts:
-    """Return what a canonical caption states; raises ValueError where `text` is none."""
+    """Return the facts in a canonical caption; raises ValueError if `text` is not one."""
     name = next((k for k, phrase in BACKGROUND_PHRASES.items() if text.endswith(f" {phrase}")), None)
     if name is None:
         raise ValueError(f"{text!r} ends in no known background; known: {', '.join(BACKGROUND_PHRASES.values())}")

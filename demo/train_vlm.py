@@ -1,8 +1,8 @@
-"""Trains the demo's vision-language model: captioner and judge in one, from rendered scenes and their ground truth.
+"""Trains the demo's vision-language model, both captioner and judge, on rendered scenes and their ground truth.
 
-First the vision tower alone learns what lies in each cell of the picture and how it stands to the rest of the scene;
-then all of it learns to caption, to answer Yes or No, and to rate. Run again with the same arguments to resume; batches
-depend on (seed, step).
+First the vision tower alone learns to classify the object in each cell of the image and its relation to the scene; then
+the whole model learns to caption, to answer Yes or No, and to rate. Run again with the same arguments to resume;
+batches depend only on (seed, step).
 
     python -m demo.train_vlm --work-dir FOLDER --out demo/models/vlm
 """
@@ -11,7 +11,6 @@ import argparse
 import io
 import os
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from demo import vlm_model
-from demo.questions import SKILLS, changed_caption, question
+from demo.questions import SKILLS, changed_caption, statement
 from demo.scenes import RELATIONS, SCENE_PX, Scene, caption, render, sample_scene
 from demo.sprites import BACKGROUNDS, COLOURS, NOUNS
 from demo.vlm_model import GRID, Packer, Turn
@@ -39,9 +38,9 @@ from pipelines.core.model_prompts import (
 
 _NOUNS, _COLOURS, _BACKGROUNDS = sorted(NOUNS), sorted(COLOURS), sorted(BACKGROUNDS)
 _RARE_SKILLS = ("differentiation", "comparison", "universal", "spatial relation")
-"""Skills that few scenes can hold: asked for both answers wherever a scene holds them."""
+"""Skills that few scenes can test: trained with both answers whenever a scene can."""
 _LEGIBLE_SEVERITY = 0.3
-"""Above it a picture is rated only: what it showed can no longer be told for certain."""
+"""Images above it are only rated: their content is no longer certain."""
 
 CELL_CLASSES = {
     "noun": 1 + len(_NOUNS),
@@ -52,156 +51,156 @@ CELL_CLASSES = {
     "relation": 1 + len(RELATIONS),
     "more": 3,
 }
-"""What each cell of a picture is asked in training, and how many answers there are; 0 always means none."""
+"""Number of classes of each label of an image cell; class 0 always means none."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig:
-    """What decides the weights."""
+class VlmTraining:
+    """Everything that determines the weights."""
 
     seed: int = 0
     tower_steps: int = 800
     tower_batch: int = 64
     steps: int = 3000
     finish_steps: int = 300
-    """Steps of each round at the end, at a lower rate, in which wear counts for more: it is learned last."""
+    """Steps of each final round, at a lower rate and with more weight on degradation, which is learned last."""
     batch: int = 32
     rated_share: float = 0.2
-    """Share of each batch's pictures that are worn or scrambled, and rated instead of described."""
+    """Share of each batch's images that are degraded or scrambled, and rated instead of described."""
     finish_rated_shares: tuple[float, ...] = (0.5, 0.8)
-    """The same in the rounds of the finish."""
+    """`rated_share` of each final round."""
     questions_per_scene: int = 7
     muon_rate: float = 0.02
     adam_rate: float = 2e-3
     warmup_steps: int = 40
     answer_weight: float = 3.0
-    """Weight of a Yes or No beside a caption's words: one token has to carry a whole judgement."""
+    """Loss weight of a Yes or No token relative to other tokens: one token carries a whole judgement."""
     cell_weight: float = 0.3
-    """Weight of what the cells hold beside the words' loss."""
+    """Weight of the tower's loss relative to the token loss."""
     severity_weight: float = 5.0
-    """Weight of the squared error of a picture's wear, read off the tower, beside what the cells hold."""
+    """Weight of the squared error of an image's degradation, predicted from the tower, relative to the cells' loss."""
     finish_severity_weight: float = 60.0
 
     @property
     def finish_from(self) -> int:
-        """The first step of the finish."""
+        """The first step of the final rounds."""
         return self.tower_steps + self.steps
 
     def rated_share_at(self, step: int) -> float:
-        """Share of rated pictures in the batch of a step."""
+        """Return the share of rated images in the batch of a step."""
         if step < self.finish_from:
             return self.rated_share
         return self.finish_rated_shares[(step - self.finish_from) // self.finish_steps]
 
 
-def degrade(picture: Image.Image, severity: float, rng: np.random.Generator) -> Image.Image:
-    """Blur, add noise, or both: `severity` 0 leaves the picture, 1 leaves hardly more than its main colours."""
+def degrade(image: Image.Image, severity: float, rng: np.random.Generator) -> Image.Image:
+    """Return the image with blur, noise, or both: unchanged at `severity` 0, little but its main colours left at 1."""
     kind = rng.integers(3)
     if kind != 1:
-        picture = picture.filter(ImageFilter.GaussianBlur(14.0 * severity))
+        image = image.filter(ImageFilter.GaussianBlur(14.0 * severity))
     if kind != 0:
-        pixels = np.asarray(picture, np.float32) + rng.normal(0, 110.0 * severity, (SCENE_PX, SCENE_PX, 3))
-        picture = Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
-    return picture
+        pixels = np.asarray(image, np.float32) + rng.normal(0, 110.0 * severity, (SCENE_PX, SCENE_PX, 3))
+        image = Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+    return image
 
 
-def scramble(picture: Image.Image, severity: float, rng: np.random.Generator) -> Image.Image:
-    """Swap 32 px tiles, a share `severity` of them: what it shows no longer holds together."""
+def scramble(image: Image.Image, severity: float, rng: np.random.Generator) -> Image.Image:
+    """Return the image with a share `severity` of its 32 px tiles permuted, which makes it incoherent."""
     tiles = SCENE_PX // 32
-    pixels = np.asarray(picture).reshape(tiles, 32, tiles, 32, 3).swapaxes(1, 2).reshape(-1, 32, 32, 3).copy()
+    pixels = np.asarray(image).reshape(tiles, 32, tiles, 32, 3).swapaxes(1, 2).reshape(-1, 32, 32, 3).copy()
     chosen = rng.permutation(len(pixels))[: round(severity * len(pixels))]
     pixels[chosen] = pixels[rng.permutation(chosen)]
     return Image.fromarray(pixels.reshape(tiles, tiles, 32, 32, 3).swapaxes(1, 2).reshape(SCENE_PX, SCENE_PX, 3))
 
 
-def as_jpeg(picture: Image.Image, quality: int) -> Image.Image:
-    """Return the picture after JPEG coding."""
+def as_jpeg(image: Image.Image, quality: int) -> Image.Image:
+    """Return the image after JPEG coding."""
     buffer = io.BytesIO()
-    picture.save(buffer, "JPEG", quality=quality)
+    image.save(buffer, "JPEG", quality=quality)
     return Image.open(io.BytesIO(buffer.getvalue()))
 
 
 def score(severity: float) -> float:
-    """A rating from 5 (severity 0) to 1 (severity 1), in quarters."""
+    """Return a rating from 5 (severity 0) to 1 (severity 1), in quarters."""
     return round((5.0 - 4.0 * severity) * 4) / 4
 
 
-def agreement(stated: Scene, shown: Scene) -> float:
-    """Return the share of a scene's groups and background that another scene shows, counts included."""
-    groups, truth = stated.groups(), shown.groups()
-    right = sum(truth.get(group) == count for group, count in groups.items()) + (stated.background == shown.background)
-    return right / (len(groups) + 1)
+def agreement(described: Scene, shown: Scene) -> float:
+    """Return the share of one scene's groups (with counts) and background that another scene contains."""
+    groups, truth = described.groups(), shown.groups()
+    num_equal = sum(truth.get(group) == count for group, count in groups.items())
+    return (num_equal + (described.background == shown.background)) / (len(groups) + 1)
 
 
 def cell_labels(scene: Scene) -> np.ndarray:
-    """Return (16, 7): for each cell the classes of `CELL_CLASSES` of the object it holds, 0 for none.
+    """Return (16, 7): for each cell the `CELL_CLASSES` of the object in it, 0 for none.
 
-    Noun and colour; whether an object's centre lies there; its group's place in the caption and its count; how its
-    group lies to the scene's other one; and whether the scene holds more of its noun (1) than of some other (else 2).
+    Noun and colour; whether the cell contains an object's centre; the group's rank in the caption and its count; its
+    relation to the scene's other group; and whether the scene has more of its noun (1) than of some other (else 2).
     """
     groups = list(scene.groups().items())
     nouns: dict[str, int] = {}
     for (_, noun), count in groups:
         nouns[noun] = nouns.get(noun, 0) + count
-    of_group: dict[tuple[str, str], tuple[int, ...]] = {}
+    classes: dict[tuple[str, str], tuple[int, ...]] = {}
     for rank, (group, count) in enumerate(groups, 1):
         others = [other for other, _ in groups if other != group]
         relation = scene.relation(group, others[0]) if len(others) == 1 else None
         more = 0 if len(nouns) < 2 else 1 if nouns[group[1]] > min(nouns.values()) else 2
-        of_group[group] = (rank, count, 0 if relation is None else 1 + RELATIONS.index(relation), more)
+        classes[group] = (rank, count, 0 if relation is None else 1 + RELATIONS.index(relation), more)
 
     labels = np.zeros((GRID, GRID, len(CELL_CLASSES)), np.int64)
     cell = SCENE_PX / GRID
     for o in scene.objects:
-        label = (1 + _NOUNS.index(o.noun), 1 + _COLOURS.index(o.colour), 0, *of_group[o.colour, o.noun])
+        label = (1 + _NOUNS.index(o.noun), 1 + _COLOURS.index(o.colour), 0, *classes[o.colour, o.noun])
         reach = o.size_px / 2 + cell / 4
         rows = [r for r in range(GRID) if abs((r + 0.5) * cell - o.centre_y) < reach]
         columns = [c for c in range(GRID) if abs((c + 0.5) * cell - o.centre_x) < reach]
         labels[np.ix_(rows, columns)] = label
     for o in scene.objects:
         row, column = min(int(o.centre_y / cell), GRID - 1), min(int(o.centre_x / cell), GRID - 1)
-        labels[row, column] = (1 + _NOUNS.index(o.noun), 1 + _COLOURS.index(o.colour), 1, *of_group[o.colour, o.noun])
+        labels[row, column] = (1 + _NOUNS.index(o.noun), 1 + _COLOURS.index(o.colour), 1, *classes[o.colour, o.noun])
     return labels.reshape(GRID * GRID, len(CELL_CLASSES))
 
 
 def question_turns(scene: Scene, count: int, rng: np.random.Generator) -> list[Turn]:
-    """Return `count` judge turns: rare skills with both answers first, then a whole caption, then any skill."""
-    asked: list[tuple[str, bool]] = []
+    """Return `count` judge turns: first rare skills with both answers, then a whole caption, then any skill."""
+    pairs: list[tuple[str, bool]] = []
     for skill in rng.permutation(_RARE_SKILLS):
         for answer in (True, False):
-            item = question(scene, str(skill), answer, rng)
-            if item is not None and len(asked) < count - 3:
-                asked.append((item.text, answer))
+            item = statement(scene, str(skill), answer, rng)
+            if item is not None and len(pairs) < count - 3:
+                pairs.append((item.text, answer))
     true = bool(rng.random() < 0.5)
-    asked.append((caption(scene) if true else changed_caption(scene, rng)[1], true))
+    pairs.append((caption(scene) if true else changed_caption(scene, rng)[1], true))
     common = [skill for skill in SKILLS if skill not in _RARE_SKILLS]
-    while len(asked) < count:
+    while len(pairs) < count:
         answer = bool(rng.random() < 0.5)
-        item = question(scene, common[int(rng.integers(len(common)))], answer, rng)
+        item = statement(scene, common[int(rng.integers(len(common)))], answer, rng)
         if item is not None:
-            asked.append((item.text, answer))
-    return [Turn(vqascore_question(text), YES if answer else NO) for text, answer in asked]
+            pairs.append((item.text, answer))
+    return [Turn(vqascore_question(text), YES if answer else NO) for text, answer in pairs]
 
 
 def rating_turns(scene: Scene, severity: float, incoherence: float, rng: np.random.Generator) -> list[Turn]:
-    """Return two ratings of one picture: of its own caption, and of one that it keeps in part or not at all."""
+    """Return two rating turns for one image: one of its own caption, one of a partly or wholly false caption."""
     other = sample_scene(rng)
-    stated = [
+    candidates = [
         (caption(scene), 1.0),
         (changed_caption(scene, rng)[1], max(0.0, 1 - 1 / (len(scene.groups()) + 1))),
         (caption(other), agreement(other, scene)),
     ]
     turns = []
-    for text, share in (stated[0], stated[1 + int(rng.random() > 0.5)]):
+    for text, share in (candidates[0], candidates[1 + int(rng.random() > 0.5)]):
         answer = unified_reward_answer(score(1 - share), score(max(incoherence, 0.5 * severity)), score(severity))
         turns.append(Turn(unified_reward_prompt(text), answer))
     return turns
 
 
 class Batches(Dataset[dict[str, Any]]):
-    """Batch `step` as a pure function of (seed, step)."""
+    """Training batches; batch `step` is a pure function of (seed, step)."""
 
-    def __init__(self, config: TrainConfig, tokenizer: Any, first_step: int, last_step: int) -> None:
+    def __init__(self, config: VlmTraining, tokenizer: Any, first_step: int, last_step: int) -> None:
         self._config = config
         self._first, self._last = first_step, last_step
         self._packer = Packer(tokenizer)
@@ -220,23 +219,23 @@ class Batches(Dataset[dict[str, Any]]):
         wear[:num_rated, 0] = rng.random(num_rated) * (rng.random(num_rated) < 0.9)
         wear[:num_rated, 1] = rng.random(num_rated) * (rng.random(num_rated) < 0.3)
         wear[num_rated:, 0] = rng.uniform(0, 0.2, size - num_rated) * (rng.random(size - num_rated) < 0.2)
-        pictures, turns = [], []
+        images, turns = [], []
         for i, scene in enumerate(scenes):
             severity, incoherence = float(wear[i, 0]), float(wear[i, 1])
-            picture = render(scene)
+            image = render(scene)
             if incoherence > 0:
-                picture = scramble(picture, incoherence, rng)
+                image = scramble(image, incoherence, rng)
             if severity > 0:
-                picture = degrade(picture, severity, rng)
+                image = degrade(image, severity, rng)
             if rng.random() < 0.3:
-                picture = as_jpeg(picture, int(rng.integers(70, 96)))
-            pictures.append(vlm_model.shrink(picture.convert("RGB")))
+                image = as_jpeg(image, int(rng.integers(70, 96)))
+            images.append(vlm_model.shrink(image.convert("RGB")))
             if i < num_rated:
                 turns.append(rating_turns(scene, severity, incoherence, rng))
             else:
-                asked = question_turns(scene, config.questions_per_scene, rng)
-                turns.append([Turn(caption_prompt(vlm_model.PROMPT_VERSION), caption(scene)), *asked])
-        batch: dict[str, Any] = {"pixels": vlm_model.patches(np.stack(pictures)), "wear": wear}
+                questions = question_turns(scene, config.questions_per_scene, rng)
+                turns.append([Turn(caption_prompt(vlm_model.PROMPT_VERSION), caption(scene)), *questions])
+        batch: dict[str, Any] = {"pixels": vlm_model.patches(np.stack(images)), "wear": wear}
         batch["cells"] = np.stack([cell_labels(scene) for scene in scenes])
         batch["background"] = np.array([_BACKGROUNDS.index(scene.background) for scene in scenes])
         if not tower_only:
@@ -245,7 +244,10 @@ class Batches(Dataset[dict[str, Any]]):
 
 
 class TowerHeads(nn.Module):
-    """Reads each cell's classes off the tower's tokens, background and wear off their mean; for training only."""
+    """Predicts each cell's classes from the tower's tokens, and background and degradation from their mean.
+
+    Used only in training.
+    """
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -256,7 +258,7 @@ class TowerHeads(nn.Module):
     def loss(
         self, tokens: Tensor, cells: Tensor, background: Tensor, wear: Tensor, severity_weight: float
     ) -> tuple[Tensor, dict[str, float]]:
-        """tokens (B, 16, C), cells (B, 16, 7), background (B,), wear (B, 2) -> (loss, figures to log)."""
+        """Return (loss, figures to log) from tokens (B, 16, C), cells (B, 16, 7), background (B,) and wear (B, 2)."""
         legible = (wear[:, 0] < _LEGIBLE_SEVERITY) & (wear[:, 1] == 0)
         wear_loss = F.mse_loss(self.wear(tokens.mean(1)).sigmoid(), wear)
         seen, truth = tokens[legible].flatten(0, 1), cells[legible].flatten(0, 1)
@@ -271,46 +273,10 @@ class TowerHeads(nn.Module):
         return loss, right | {"wear_rmse": wear_loss.item() ** 0.5}
 
 
-class Muon(torch.optim.Optimizer):
-    """Momentum whose update is made orthogonal by Newton-Schulz steps, in fp32, equal shapes in one batch.
-
-    Source: Keller Jordan, "Muon: an optimizer for hidden layers in neural networks", 2024.
-    """
-
-    def __init__(self, params: Iterator[nn.Parameter], lr: float, momentum: float = 0.95) -> None:
-        super().__init__(params, {"lr": lr, "momentum": momentum})
-
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
-        for group in self.param_groups:
-            shapes: dict[torch.Size, list[nn.Parameter]] = {}
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    shapes.setdefault(parameter.shape, []).append(parameter)
-            for shape, parameters in shapes.items():
-                updates = []
-                for parameter in parameters:
-                    state = self.state[parameter]
-                    buffer = state.setdefault("momentum", torch.zeros_like(parameter))
-                    buffer.lerp_(parameter.grad, 1 - group["momentum"])
-                    updates.append(parameter.grad.lerp(buffer, group["momentum"]))
-                x = torch.stack(updates)
-                transposed = shape[0] > shape[1]
-                x = x.mT if transposed else x
-                x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
-                for _ in range(5):
-                    a = x @ x.mT
-                    x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
-                x = x.mT if transposed else x
-                scale = max(1.0, shape[0] / shape[1]) ** 0.5
-                for parameter, update in zip(parameters, x, strict=True):
-                    parameter.add_(update, alpha=-group["lr"] * scale)
-
-
 class Trainer:
     """Model, heads and optimizers, with exact resume."""
 
-    def __init__(self, config: TrainConfig, work_dir: Path) -> None:
+    def __init__(self, config: VlmTraining, work_dir: Path) -> None:
         self.config, self.work_dir = config, work_dir
         self.tokenizer = self._tokenizer(work_dir / "tokenizer")
         self.model = vlm_model.build_model(self.tokenizer, config.seed)
@@ -320,13 +286,13 @@ class Trainer:
         inner = [p for n, p in named if p.dim() == 2 and (".layers." in n or ".blocks." in n or "merger" in n)]
         ids = {id(p) for p in inner}
         outer = [p for _, p in named if id(p) not in ids] + list(self.head.parameters())
-        self.muon = Muon(iter(inner), lr=config.muon_rate)
+        self.muon = torch.optim.Muon(inner, lr=config.muon_rate, weight_decay=0.0)
         self.adam = torch.optim.AdamW(outer, lr=config.adam_rate, betas=(0.9, 0.98), weight_decay=0.01)
         self.step = 0
 
     @staticmethod
     def _tokenizer(folder: Path) -> Any:
-        """Return the run's tokenizer, trained once: embeddings mean nothing under another numbering of words."""
+        """Return the run's tokenizer, trained once: the embeddings depend on its token IDs."""
         from transformers import PreTrainedTokenizerFast
 
         if not folder.exists():
@@ -352,24 +318,20 @@ class Trainer:
         temporary.replace(self._checkpoint)
 
     def _rate(self) -> float:
-        """Linear warm-up and a cosine, once for the tower, once for the whole, once a round of the finish."""
+        """Return the rate factor: warm-up and cosine decay, for the tower, the whole model and each final round."""
         config = self.config
         if self.step < config.tower_steps:
             at, length, high, low = self.step, config.tower_steps, 1.0, 0.3
         elif self.step < config.finish_from:
             at, length, high, low = self.step - config.tower_steps, config.steps, 1.0, 0.0
         else:
-            at, length, high, low = (
-                (self.step - config.finish_from) % config.finish_steps,
-                config.finish_steps,
-                0.4,
-                0.0,
-            )
+            at = (self.step - config.finish_from) % config.finish_steps
+            length, high, low = config.finish_steps, 0.4, 0.0
         warm = min(1.0, (at + 1) / config.warmup_steps)
         return float(warm * (low + (high - low) * 0.5 * (1 + np.cos(np.pi * at / length))))
 
     def train_step(self, batch: dict[str, Any]) -> dict[str, float]:
-        """One update; returns what to log."""
+        """Make one update; return the figures to log."""
         rate = self._rate()
         self.muon.param_groups[0]["lr"] = self.config.muon_rate * rate
         self.adam.param_groups[0]["lr"] = self.config.adam_rate * rate
@@ -423,14 +385,14 @@ class Trainer:
         return self.model.lm_head(out.last_hidden_state[wanted]), labels[wanted], is_rating[wanted]
 
 
-def _leave_this_core(_: int) -> None:
-    """Let the process that draws pictures run on any core, though training itself may be pinned to one."""
+def _unpin_worker(_: int) -> None:
+    """Let the rendering process run on any core, even if training is pinned to one."""
     os.sched_setaffinity(0, range(os.cpu_count() or 1))
     os.nice(10)
     torch.set_num_threads(1)
 
 
-def train(config: TrainConfig, work_dir: Path, out: Path, *, stop_after: int | None, save_every: int) -> None:
+def train(config: VlmTraining, work_dir: Path, out: Path, *, stop_after: int | None, save_every: int) -> None:
     """Train to the end (or `stop_after` steps), then write the model folder `out`."""
     work_dir.mkdir(parents=True, exist_ok=True)
     trainer = Trainer(config, work_dir)
@@ -439,7 +401,7 @@ def train(config: TrainConfig, work_dir: Path, out: Path, *, stop_after: int | N
     stop = last if stop_after is None else min(last, trainer.step + stop_after)
     loader: DataLoader[dict[str, Any]] = DataLoader(
         Batches(config, trainer.tokenizer, trainer.step, stop), batch_size=None, num_workers=1, prefetch_factor=4,
-        collate_fn=lambda batch: batch, worker_init_fn=_leave_this_core,
+        collate_fn=lambda batch: batch, worker_init_fn=_unpin_worker,
     )  # fmt: skip
     start = time.monotonic()
     sums: dict[str, float] = {}
@@ -464,16 +426,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--work-dir", type=Path, required=True, help="checkpoints; run again with it to resume")
     parser.add_argument("--out", type=Path, required=True, help="folder for the finished model")
-    parser.add_argument("--stop-after", type=int, default=None, help="stop after so many steps of this run")
+    parser.add_argument("--stop-after", type=int, default=None, help="stop after this many steps of this run")
     parser.add_argument("--save-every", type=int, default=200, help="steps between checkpoints")
     parser.add_argument("--threads", type=int, default=1)
     for name in ("steps", "tower_steps", "finish_steps", "batch"):
-        parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=getattr(TrainConfig, name))
+        parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=getattr(VlmTraining, name))
     for name in ("muon_rate", "adam_rate"):
-        parser.add_argument(f"--{name.replace('_', '-')}", type=float, default=getattr(TrainConfig, name))
+        parser.add_argument(f"--{name.replace('_', '-')}", type=float, default=getattr(VlmTraining, name))
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    config = TrainConfig(
+    config = VlmTraining(
         steps=args.steps, tower_steps=args.tower_steps, finish_steps=args.finish_steps, batch=args.batch,
         muon_rate=args.muon_rate, adam_rate=args.adam_rate,
     )  # fmt: skip

@@ -1,6 +1,6 @@
-"""Owns what the demo's vision-language model is: tokenizer, shape, preprocessors, packing.
+"""The demo's vision-language model: tokenizer, configuration, preprocessors, sequence packing.
 
-The model is transformers' own Qwen3-VL with Qwen's chat template and special tokens, so real vLLM serves it unchanged.
+The model is transformers' own Qwen3-VL with Qwen's chat template and special tokens, so vLLM serves it unchanged.
 """
 
 import copy
@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from demo.questions import changed_caption, questions
+from demo.questions import changed_caption, statements
 from demo.scenes import caption, sample_scene
 from demo.sprites import COLOURS, NOUNS
 from pipelines.core.model_prompts import (
@@ -48,8 +48,10 @@ PREFIX = "<|im_start|>user\n<|vision_start|>" + "<|image_pad|>" * NUM_IMAGE_TOKE
 
 
 def phrase_tokens() -> list[str]:
-    """Return the protocols' fixed phrases, each one token: a question takes 14 tokens instead of 30, a rating 40
-    instead of 200, and laptop-sized training time goes into the words that matter."""
+    """Return the protocols' fixed phrases, which become single tokens.
+
+    A question then takes 14 tokens instead of 30 and a rating 40 instead of 200, which shortens training.
+    """
     opening, closing = vqascore_question("|").split("|")
     rating_opening, rating_closing = unified_reward_prompt("|").split("|")
     answer = unified_reward_answer(1, 1, 1).split("1.00")
@@ -64,7 +66,7 @@ def phrase_tokens() -> list[str]:
 
 
 def train_tokenizer() -> Any:
-    """Return a byte-level BPE tokenizer trained on the demo's own words; any text tokenises, unknown words by bytes."""
+    """Return a byte-level BPE tokenizer trained on the demo's vocabulary; it encodes unknown words as bytes."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -73,7 +75,7 @@ def train_tokenizer() -> Any:
     for _ in range(4000):
         scene = sample_scene(rng)
         corpus += [caption(scene), changed_caption(scene, rng)[1]]
-        corpus += [vqascore_question(item.text) for item in questions(scene, rng)]
+        corpus += [vqascore_question(item.text) for item in statements(scene, rng)]
     for noun in NOUNS:
         corpus += [f"{colour} {noun}" for colour in COLOURS] * 2
     for hundredths in range(100, 501):
@@ -103,7 +105,7 @@ def train_tokenizer() -> Any:
 
 
 def build_model(tokenizer: Any, seed: int) -> Any:
-    """Return the untrained model (about 3.6 M parameters) for 64 px pictures, 16 image tokens each."""
+    """Return the untrained model (about 3.6 M parameters) for 64 px images of 16 tokens each."""
     import torch
     from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
@@ -155,7 +157,7 @@ def build_model(tokenizer: Any, seed: int) -> Any:
 
 
 def save(model: Any, tokenizer: Any, folder: Path) -> None:
-    """Write a folder that `from_pretrained` and vLLM load like any released Qwen3-VL; weights as float16, for size."""
+    """Write a folder that `from_pretrained` and vLLM load like any released Qwen3-VL, with float16 weights."""
     folder.mkdir(parents=True, exist_ok=True)
     copy.deepcopy(model).half().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -174,14 +176,14 @@ def save(model: Any, tokenizer: Any, folder: Path) -> None:
     (folder / "video_preprocessor_config.json").write_text(json.dumps(video, indent=1) + "\n")
 
 
-def shrink(picture: Image.Image) -> np.ndarray:
-    """Return a picture as the processor sees it: bicubic to 64 px with antialiasing, uint8 (64, 64, 3)."""
-    return np.asarray(picture.resize((IMAGE_PX, IMAGE_PX), Image.Resampling.BICUBIC))
+def shrink(image: Image.Image) -> np.ndarray:
+    """Return an image as the processor resizes it: bicubic to 64 px with antialiasing, uint8 (64, 64, 3)."""
+    return np.asarray(image.resize((IMAGE_PX, IMAGE_PX), Image.Resampling.BICUBIC))
 
 
-def patches(pictures: np.ndarray) -> np.ndarray:
-    """Turn uint8 (B, 64, 64, 3) into the processor's patch rows: float32 (B * 64, 3 * 2 * 8 * 8), in merge order."""
-    x = (pictures.astype(np.float32) / 255.0 - 0.5) / 0.5
+def patches(images: np.ndarray) -> np.ndarray:
+    """Convert uint8 (B, 64, 64, 3) to the processor's patch rows: float32 (B * 64, 3 * 2 * 8 * 8), in merge order."""
+    x = (images.astype(np.float32) / 255.0 - 0.5) / 0.5
     b = len(x)
     x = x.reshape(b, GRID, MERGE, PATCH_PX, GRID, MERGE, PATCH_PX, 3).transpose(0, 1, 4, 2, 5, 7, 3, 6)
     x = np.repeat(x[:, :, :, :, :, :, None], 2, axis=6)
@@ -190,17 +192,17 @@ def patches(pictures: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Turn:
-    """What follows the picture in one user turn, and the answer wanted."""
+    """The text after the image in one user turn, and the target answer."""
 
     text: str
     answer: str
 
 
 class Packer:
-    """Packs several turns about one picture into one sequence, each blind to the others.
+    """Packs several independent turns about one image into one sequence.
 
-    A turn sees the picture and itself, and its positions go on from the picture's: for the model each turn is exactly
-    the single-turn chat it will meet, while the picture is computed once.
+    A turn attends to the image and itself, and its positions continue those of the image. To the model each turn equals
+    a single-turn chat, but the image is computed only once.
     """
 
     def __init__(self, tokenizer: Any) -> None:
@@ -212,7 +214,7 @@ class Packer:
         self.prefix_positions, self.next_position = _prefix_positions(self.is_image)
 
     def pack(self, turns: list[list[Turn]]) -> dict[str, np.ndarray]:
-        """Return ids, labels (B, S), positions (3, B, S), allowed (B, S, S) for B pictures; -100 marks no label."""
+        """Return ids, labels (B, S), positions (3, B, S), allowed (B, S, S) for B images; unlabelled is -100."""
         rows = [self._row(row) for row in turns]
         length = max(len(row[0]) for row in rows)
         length += -length % 8
@@ -246,7 +248,7 @@ class Packer:
 
 
 def _prefix_positions(is_image: np.ndarray) -> tuple[np.ndarray, int]:
-    """Return Qwen3-VL's (time, height, width) positions of a prefix with one picture, and the next free position."""
+    """Return Qwen3-VL's (time, height, width) positions of a prefix with one image, and the next free position."""
     positions = np.zeros((3, len(is_image)), np.int64)
     position, cell = 0, 0
     for i, image in enumerate(is_image):

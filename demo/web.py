@@ -1,7 +1,7 @@
-"""Serves a demo world on the loopback, as badly as the real web: what each page does was decided when it was built.
+"""Serves a demo world on the loopback interface, with the misbehaviour of the real web that its pages define.
 
-The only state is a count of requests per flaky page, and no outcome depends on where that count starts: a crawl that
-is killed and run again, or a server that is, meets the same web.
+The only state is a request count per flaky page, and no outcome depends on where that count starts: restarting the
+crawl or the server changes nothing.
 """
 
 import argparse
@@ -31,19 +31,19 @@ from pipelines.core.errors import ThroughlineError
 HEALTH_PATH = "/healthz"
 SLOW_SECONDS = 0.4
 DRIP_SECONDS = 0.2
-"""Pause between single bytes of a drip: short enough for any read time-out, far too long for a whole picture."""
+"""Pause between single bytes of a drip: within any read time-out, but far too long for a whole image."""
 _PROJECT = Path(__file__).resolve().parent.parent
 _ADDRESS_IN_USE = 98
 _START_SECONDS = 30.0
 
 
-class MiniWeb:
-    """Answers requests for one world."""
+class DemoWeb:
+    """Answers the requests of one world."""
 
     def __init__(self, world: World) -> None:
         self._world = world
         records = json.loads((world.folder / PAGES_NAME).read_text())
-        # Keyed by the path as a client sends it, whatever it does with percent signs.
+        # Keyed by the normalised path, since clients differ in percent-encoding.
         self._pages = {
             _path_of(path): Page(**{**record, "kind": PageKind(record["kind"])}) for path, record in records.items()
         }
@@ -95,7 +95,7 @@ class MiniWeb:
         return response
 
     async def _oversized(self, request: web.Request, page: Page, body: bytes) -> web.StreamResponse:
-        """Send a fine picture followed by padding, in chunks, so that its size shows only on the way."""
+        """Send a valid image followed by padding, in chunks without a stated length."""
         response = await _begin(request, page, None)
         await response.write(body)
         padding = bytes(1 << 18)
@@ -134,13 +134,13 @@ def _hang_up(request: web.Request, response: web.StreamResponse) -> web.StreamRe
 
 
 async def run_server(world: World, *, until_stdin_closes: bool = False) -> None:
-    """Serve `world` on the loopback port that its URLs name until SIGTERM, SIGINT or, if asked, the end of stdin.
+    """Serve `world` on the port of its URLs until SIGTERM, SIGINT or, optionally, the end of stdin.
 
-    Raises ThroughlineError where the port is taken.
+    Raises ThroughlineError if the port is taken.
     """
     # Handlers that stall must not outlive their clients.
     runner = web.AppRunner(
-        MiniWeb(world).application(), access_log=None, handler_cancellation=True, shutdown_timeout=0.2
+        DemoWeb(world).application(), access_log=None, handler_cancellation=True, shutdown_timeout=0.2
     )
     await runner.setup()
     try:
@@ -149,7 +149,7 @@ async def run_server(world: World, *, until_stdin_closes: bool = False) -> None:
         await runner.cleanup()
         if error.errno == _ADDRESS_IN_USE:
             raise ThroughlineError(_taken(world.port, "another program")) from error
-        raise ThroughlineError(f"{HOST}:{world.port}: cannot be served ({error.strerror})") from error
+        raise ThroughlineError(f"{HOST}:{world.port}: can't be served ({error.strerror})") from error
     stopped = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -164,15 +164,13 @@ async def run_server(world: World, *, until_stdin_closes: bool = False) -> None:
 def serve(world_dir: Path, port: int | None = None) -> Iterator[str]:
     """Serve the world in `world_dir` while the context lasts; yield its base URL, such as ``http://127.0.0.1:8765``.
 
-    The server is a process of its own and ends with this one, even when this one is killed. A mini web of the same
-    world that already runs on the port is used, and left running. Raises ThroughlineError where there is no world,
-    where `port` is not the one that the world's URLs name, or where something else listens on it.
+    The server is a separate process that ends with this one, even if this one is killed. A server of the same world
+    that already runs on the port is used, and left running. Raises ThroughlineError if there is no world, if `port` is
+    not that of the world's URLs, or if another program listens on it.
     """
     world = World.open(Path(world_dir))
     if port is not None and port != world.port:
-        raise ThroughlineError(
-            f"{world_dir}: its URLs name port {world.port}, not {port}; build it again with port {port}"
-        )
+        raise ThroughlineError(f"{world_dir}: its URLs use port {world.port}, not {port}; rebuild it with port {port}")
     base_url = f"http://{HOST}:{world.port}"
     if _is_up(world):
         yield base_url
@@ -200,24 +198,24 @@ def _await_health(world: World, process: subprocess.Popen[bytes], log: IO[bytes]
     deadline = time.monotonic() + _START_SECONDS
     while time.monotonic() < deadline:
         if process.poll() is not None:
-            if _is_up(world):  # another process started the same web in the meantime
+            if _is_up(world):  # another process has started the same server
                 return
             log.seek(0)
             last = log.read().decode(errors="replace").strip().splitlines()[-1:] or ["no output"]
-            raise ThroughlineError(f"demo web: ended at once: {last[0]}")
+            raise ThroughlineError(f"demo web server: exited at start: {last[0]}")
         if _is_up(world):
             return
         time.sleep(0.05)
-    raise ThroughlineError(f"demo web: no answer on {HOST}:{world.port} within {_START_SECONDS:.0f} s; run it again")
+    raise ThroughlineError(f"demo web server: no response on {HOST}:{world.port} within {_START_SECONDS:.0f} s; retry")
 
 
 def _is_up(world: World) -> bool:
-    """Tell whether a mini web of this world answers; raises ThroughlineError where something else does."""
+    """Return whether a server of this world responds; raises ThroughlineError if another program does."""
     connection = http.client.HTTPConnection(HOST, world.port, timeout=5)
     try:
         connection.request("GET", HEALTH_PATH)
-        answer = json.loads(connection.getresponse().read(1 << 16))
-        found = answer["world"]
+        health = json.loads(connection.getresponse().read(1 << 16))
+        found = health["world"]
     except ConnectionRefusedError:
         return False
     except (OSError, http.client.HTTPException, ValueError, KeyError, TypeError) as error:
@@ -225,14 +223,14 @@ def _is_up(world: World) -> bool:
     finally:
         connection.close()
     if found != world.id:
-        raise ThroughlineError(_taken(world.port, f"the mini web of another demo world ({found[:8]}...)"))
+        raise ThroughlineError(_taken(world.port, f"the server of another demo world ({found[:8]}...)"))
     return True
 
 
 def _taken(port: int, by: str) -> str:
     return (
-        f"{HOST}:{port}: taken by {by}; stop it, or give the demo world another port "
-        f"(its URLs name the port, so it is built again)"
+        f"{HOST}:{port}: taken by {by}; stop it, or choose another port for the demo world "
+        f"(its URLs contain the port, so it is rebuilt)"
     )
 
 
@@ -240,13 +238,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--world", type=Path, required=True, help="folder made by `python -m demo.world`")
     parser.add_argument("--port", type=int, default=None, help=f"must be the world's ({DEFAULT_PORT} by default)")
-    parser.add_argument("--until-stdin-closes", action="store_true", help="end with the process that started this one")
+    parser.add_argument("--until-stdin-closes", action="store_true", help="exit with the process that started this one")
     options = parser.parse_args()
     try:
         world = World.open(options.world)
         if options.port not in (None, world.port):
             raise ThroughlineError(
-                f"{options.world}: its URLs name port {world.port}, not {options.port}; build it again with that port"
+                f"{options.world}: its URLs use port {world.port}, not {options.port}; rebuild it with that port"
             )
         print(f"world {world.id} on http://{HOST}:{world.port}", flush=True)
         asyncio.run(run_server(world, until_stdin_closes=options.until_stdin_closes))

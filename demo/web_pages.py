@@ -1,6 +1,6 @@
-"""What the mini web can do to a request: one entry per behaviour, with its share and what a careful crawler gets.
+"""Server behaviours of the small web: each with its weight and the outcome for a careful crawler.
 
-Everything is decided when the world is built and stands in a page; `demo.web` only acts it out.
+The world's build stores every behaviour in a page; `demo.web` only executes it.
 """
 
 import io
@@ -21,12 +21,12 @@ BOMB_SIDE_PX = 16_000
 
 
 class PageKind(StrEnum):
-    """How the server answers; `body` answers with `status` and the stored bytes."""
+    """Kind of response; `body` sends `status` and the stored bytes."""
 
     BODY = "body"
     REDIRECT = "redirect"
     FAIL_THEN_BODY = "fail_then_body"
-    """Of any `num_failures` + 1 requests in a row one is answered well, from the first on and for ever."""
+    """Of any `num_failures` + 1 consecutive requests exactly one succeeds."""
     STALL = "stall"
     DRIP = "drip"
     SLOW = "slow"
@@ -37,30 +37,30 @@ class PageKind(StrEnum):
 
 @dataclass(frozen=True, kw_only=True)
 class Page:
-    """One address of the mini web."""
+    """One URL of the small web."""
 
     kind: PageKind = PageKind.BODY
     status: int = 200
     headers: dict[str, str] = field(default_factory=dict)
     offset: int = 0
     num_bytes: int = 0
-    """Where the body lies in the world's pack of bodies."""
+    """Position of the body in the world's pack of bodies."""
     num_failures: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
 class Behaviour:
-    """A way of serving, its weight among 1000 rows that pass the filters, and what a careful crawler gets of it."""
+    """A server behaviour: its weight per 1000 rows that pass the filters, and the outcome for a careful crawler."""
 
     weight: float
     outcome: FetchStatus = FetchStatus.OK
 
 
 _S = FetchStatus
-# The weights are LAION's losses in small, but for slow servers, each of which costs a demo its time-out.
+# The weights follow LAION's losses, but with fewer slow servers: each costs the demo a time-out.
 BEHAVIOURS: MappingProxyType[str, Behaviour] = MappingProxyType(
     {
-        "fine": Behaviour(weight=0.0),  # whatever the others leave
+        "fine": Behaviour(weight=0.0),  # all remaining rows
         "not_found": Behaviour(weight=18, outcome=_S.HTTP_NOT_FOUND),
         "gone": Behaviour(weight=6, outcome=_S.HTTP_NOT_FOUND),
         "forbidden": Behaviour(weight=6, outcome=_S.HTTP_FORBIDDEN),
@@ -127,7 +127,7 @@ HTML_PAGE = (
 
 
 def encode(image: Image.Image, format_name: str, rng: np.random.Generator) -> bytes:
-    """Return the picture as an ordinary server would hold it."""
+    """Return the image as an ordinary server would store it."""
     options: dict[str, Any] = {}
     if format_name == "JPEG":
         options = {"quality": int(rng.integers(72, 96)), "progressive": bool(rng.random() < 0.3)}
@@ -138,8 +138,8 @@ def encode(image: Image.Image, format_name: str, rng: np.random.Generator) -> by
     return _saved(image, format_name, **options)
 
 
-def encode_oddly(image: Image.Image, behaviour: str) -> tuple[bytes, str]:
-    """Return bytes and format of a picture in one of the forms that trip careless decoders."""
+def encode_unusually(image: Image.Image, behaviour: str) -> tuple[bytes, str]:
+    """Return bytes and format of an image in an encoding that careless decoders get wrong."""
     if behaviour == "cmyk":
         return _saved(image.convert("CMYK"), "JPEG", quality=92), "JPEG"
     if behaviour == "palette":
@@ -154,20 +154,20 @@ def encode_oddly(image: Image.Image, behaviour: str) -> tuple[bytes, str]:
         return _saved(image, "PNG", compress_level=3), "PNG"
     if behaviour == "exif_rotated":
         exif = Image.Exif()
-        exif[0x0112] = 6  # orientation: turn a quarter clockwise to view
+        exif[0x0112] = 6  # orientation: rotate a quarter turn clockwise to view
         return _saved(image.transpose(Image.Transpose.ROTATE_90), "JPEG", quality=92, exif=exif.tobytes()), "JPEG"
-    raise ValueError(f"{behaviour!r} is no odd encoding")
+    raise ValueError(f"{behaviour!r} is not an unusual encoding")
 
 
 def animation(image: Image.Image, format_name: str) -> bytes:
-    """Return two frames of the picture, the second one mirrored."""
+    """Return an animation of two frames: the image, and its mirror image."""
     small = image.resize((128, 128))
     frames = [small, small.transpose(Image.Transpose.FLIP_LEFT_RIGHT)]
     return _saved(frames[0], format_name, save_all=True, append_images=frames[1:], duration=200, loop=0)
 
 
 def pixel_bomb() -> bytes:
-    """Return a PNG of a few kilobytes that states and holds 256 million pixels."""
+    """Return a PNG of a few kilobytes that decodes to 256 million pixels."""
     row = b"\x00" + bytes(BOMB_SIDE_PX // 8)
     compressor = zlib.compressobj(9)
     data = b"".join(compressor.compress(row * 1000) for _ in range(BOMB_SIDE_PX // 1000)) + compressor.flush()
@@ -175,7 +175,7 @@ def pixel_bomb() -> bytes:
 
 
 def sixteen_bit_png(pixels: np.ndarray) -> bytes:
-    """Return uint8 (H, W, 3) pixels as a PNG of 16 bits a channel, which Pillow itself doesn't write."""
+    """Return uint8 (H, W, 3) pixels as a PNG with 16 bits per channel, which Pillow can't write."""
     height, width, _ = pixels.shape
     wide = (pixels.astype(">u2") * 257).reshape(height, -1).view(np.uint8)
     rows = np.concatenate([np.zeros((height, 1), np.uint8), wide], axis=1)

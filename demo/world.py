@@ -1,11 +1,10 @@
-"""Builds the demo world: pictures, the pages of a mini web that serves them, LAION metadata, and the truth about all.
+"""Builds the demo world: images, the pages of a small web that serves them, LAION metadata, and the ground truth.
 
-A world is a folder that appears whole or not at all; the same parameters give the same bytes. `demo.web` serves it.
+A world is a folder that is created atomically; the same parameters give the same bytes. `demo.web` serves it.
 """
 
 import argparse
 import fcntl
-import hashlib
 import json
 import shutil
 import sys
@@ -24,7 +23,11 @@ from pipelines.core.errors import ThroughlineError
 
 HOST = "127.0.0.1"
 DEFAULT_PORT = 8765
-"""Stands in every URL, and sample keys hash the URL: another port is another world."""
+"""Part of every URL, and sample keys hash the URL: another port is another world."""
+CODE_VERSION = "1"
+"""Raise it whenever the code gives a world other bytes; worlds of other versions are rebuilt."""
+_SOURCE_DIGESTS = ("a6d05484e5a0f3a5", "4b57873ccce0ffa6")
+"""Digests of the source code that earlier worlds record as their code version; they have the bytes of version 1."""
 WORLD_NAME = "world.json"
 PAGES_NAME = "pages.json"
 PACK_NAME = "bodies.pack"
@@ -43,7 +46,7 @@ LAION_SCHEMA = pa.schema(
         "similarity": pa.float64(),
     }
 )
-"""LAION-400M's columns; SAMPLE_ID is a float there, which JSON and spreadsheets show as 1.234e+12."""
+"""LAION-400M's columns; it stores SAMPLE_ID as a float, which JSON and spreadsheets show as 1.234e+12."""
 
 TRUTH_SCHEMA = pa.schema(
     {
@@ -58,10 +61,8 @@ TRUTH_SCHEMA = pa.schema(
         "scene": pa.string(),
     }
 )
-"""`flaw`: the filter reason that the row invites, or null. `behaviour`, `outcome`: see `demo.web_pages`. `copy_of`:
-the URL whose bytes this one repeats."""
-
-_CODE_FILES = ("scenes.py", "sprites.py", "laion_rows.py", "web_pages.py", "world.py", "world_rows.py")
+"""`flaw`: the filter reason for which the row is dropped, or null. `behaviour`, `outcome`: see `demo.web_pages`.
+`copy_of`: the URL whose bytes this one repeats."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,13 +71,13 @@ class World:
 
     folder: Path
     id: str
-    """Digest of its parameters and files."""
+    """Digest of parameters and files."""
     parameters: dict[str, Any]
     counts: dict[str, Any]
 
     @property
     def laion_dir(self) -> Path:
-        """The folder of metadata files, ``part-00000.parquet`` and on."""
+        """The folder of metadata files, ``part-00000.parquet`` and so on."""
         return self.folder / LAION_FOLDER
 
     @property
@@ -93,7 +94,7 @@ class World:
 
     @classmethod
     def open(cls, folder: Path) -> Self:
-        """Return the world in `folder`; raises ThroughlineError where there is none."""
+        """Return the world in `folder`; raises ThroughlineError if there is none."""
         try:
             record = json.loads((folder / WORLD_NAME).read_text())
             return cls(folder=folder, id=record["id"], parameters=record["parameters"], counts=record["counts"])
@@ -106,10 +107,10 @@ class World:
 def ensure_world(
     out_dir: Path, *, num_images: int = 840, num_parts: int = 2, seed: int = 0, port: int = DEFAULT_PORT
 ) -> World:
-    """Return the world of these parameters in `out_dir`, building it where it is missing, other or damaged.
+    """Return the world of these parameters in `out_dir`; build it if it is missing, different or damaged.
 
-    `num_images` counts metadata rows over all parts. Two processes that ask at the same time build once. Raises
-    ThroughlineError where `out_dir` holds something that is not a world.
+    `num_images` is the number of metadata rows in all parts. Two concurrent processes build it once. Raises
+    ThroughlineError if `out_dir` contains something other than a world.
     """
     out_dir = Path(out_dir)
     out_dir.parent.mkdir(parents=True, exist_ok=True)
@@ -124,16 +125,18 @@ def ensure_world(
 def build_world(
     out_dir: Path, *, seed: int = 0, num_parts: int = 2, rows_per_part: int = 420, port: int = DEFAULT_PORT
 ) -> World:
-    """Build the world of these parameters at `out_dir`, replacing a world that is there; 840 rows take some 10 s.
+    """Build the world of these parameters at `out_dir`, replacing an existing one; 840 rows take about 10 s.
 
-    Raises ThroughlineError where `out_dir` holds something that is not a world or cannot be written, or where the
-    numbers make no world.
+    Raises ThroughlineError if `out_dir` contains something other than a world or can't be written, or if the numbers
+    are too small.
     """
     out_dir = Path(out_dir)
     if num_parts < 1 or rows_per_part < 10:
-        raise ThroughlineError(f"demo world: {num_parts} parts of {rows_per_part} rows; at least 1 part of 10 rows")
+        raise ThroughlineError(
+            f"demo world: {num_parts} parts of {rows_per_part} rows, expected at least 1 part of 10 rows"
+        )
     if out_dir.exists() and any(out_dir.iterdir()) and not (out_dir / WORLD_NAME).exists():
-        raise ThroughlineError(f"{out_dir}: is not empty and holds no demo world; name another folder")
+        raise ThroughlineError(f"{out_dir}: not empty, and contains no demo world; name another folder")
     staging = out_dir.with_name(f".{out_dir.name}.tmp")
     try:
         shutil.rmtree(staging, ignore_errors=True)
@@ -143,14 +146,14 @@ def build_world(
     except OSError as error:
         shutil.rmtree(staging, ignore_errors=True)
         raise ThroughlineError(
-            f"{out_dir}: the demo world cannot be written ({error.strerror or error}); it takes some 20 MB, "
-            "make room or name another folder"
+            f"{out_dir}: the demo world can't be written ({error.strerror or error}); it takes about 20 MB, free "
+            "some space or name another folder"
         ) from error
 
 
 def _write_files(staging: Path, seed: int, num_parts: int, rows_per_part: int, port: int) -> list[dict[str, Any]]:
-    """Write everything but the world's record; return the truth about all rows."""
-    from demo.world_rows import PartBuilder, Site  # draws; a server of a finished world has no need of it
+    """Write everything but the world's record; return the ground truth of all rows."""
+    from demo.world_rows import PartBuilder, Site  # imports the renderer, which serving a world does not need
 
     with (staging / PACK_NAME).open("wb") as pack:
         site = Site(pack=pack, origin=f"http://{HOST}:{port}")
@@ -166,15 +169,12 @@ def _write_files(staging: Path, seed: int, num_parts: int, rows_per_part: int, p
 
 
 def _parameters(seed: int, num_parts: int, rows_per_part: int, port: int) -> dict[str, Any]:
-    code = hashlib.sha256()
-    for name in _CODE_FILES:
-        code.update(Path(__file__).with_name(name).read_bytes())
     return {
         "seed": seed,
         "num_parts": num_parts,
         "rows_per_part": rows_per_part,
         "port": port,
-        "code": code.hexdigest()[:16],
+        "code": CODE_VERSION,
     }
 
 
@@ -205,10 +205,13 @@ def _publish(staging: Path, out_dir: Path, parameters: dict[str, Any], truth: li
 
 
 def _intact(folder: Path, parameters: dict[str, Any]) -> World | None:
-    """Return the world in `folder` if it has these parameters and every file its digest."""
+    """Return the world in `folder` if its parameters equal these and every file has its digest."""
     try:
         record = json.loads((folder / WORLD_NAME).read_text())
-        if record["parameters"] != parameters:
+        found = record["parameters"]
+        if found["code"] in _SOURCE_DIGESTS:
+            found = found | {"code": "1"}
+        if found != parameters:
             return None
         if any(file_sha256(folder / name) != digest for name, digest in record["files"].items()):
             return None

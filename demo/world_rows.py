@@ -1,6 +1,6 @@
-"""Makes the rows of one LAION part: what each shows, what is wrong with it, and the pages that serve it.
+"""Generates the rows of one LAION part: the scene, flaw and web pages of each.
 
-Alt text comes from `demo.laion_rows`, ways of serving from `demo.web_pages`; `demo.world` writes it all down.
+Alt text comes from `demo.laion_rows`, server behaviours from `demo.web_pages`; `demo.world` writes the files.
 """
 
 import json
@@ -25,7 +25,7 @@ from demo.web_pages import (
     PageKind,
     animation,
     encode,
-    encode_oddly,
+    encode_unusually,
     pixel_bomb,
 )
 
@@ -47,18 +47,18 @@ FLAWS: Mapping[str, float] = MappingProxyType(
         "url_not_http": 3,
     }
 )
-"""Flaws for which the demo's filters drop a row, by weight among 1000 rows."""
+"""Flaws for which the demo's filters drop a row -> rows per 1000."""
 
 _SIZES_PX = (256, 288, 320, 384, 448)
 _SIDES = ((1.0, 0.62), (4 / 3, 0.14), (3 / 2, 0.10), (3 / 4, 0.08), (2 / 3, 0.06))
 _FORMATS = (("JPEG", 0.74), ("PNG", 0.13), ("WEBP", 0.13))
-# A part of fewer rows holds flaws and behaviours in proportion only; a larger one holds each at least once.
+# A smaller part contains flaws and behaviours only in proportion; a larger one contains each at least once.
 _MIN_ROWS_FOR_ALL = 100
 
 
 @dataclass(kw_only=True)
 class Site:
-    """The pages of the mini web while they are made; bodies go to the pack as they come."""
+    """The pages of the small web during the build; bodies are appended to the pack."""
 
     pack: BinaryIO
     origin: str
@@ -68,13 +68,13 @@ class Site:
     def url(self, path: str) -> str:
         return self.origin + path
 
-    def store(self, body: bytes) -> tuple[int, int]:
+    def _store(self, body: bytes) -> tuple[int, int]:
         offset = self.pack.tell()
         self.pack.write(body)
         return offset, len(body)
 
     def add_body(self, path: str, body: bytes, content_type: str, **changes: Any) -> None:
-        offset, num_bytes = self.store(body)
+        offset, num_bytes = self._store(body)
         headers = {"Content-Type": content_type, **changes.pop("headers", {})}
         self.pages[path] = Page(offset=offset, num_bytes=num_bytes, headers=headers, **changes)
 
@@ -87,7 +87,7 @@ class Site:
 
 
 class PartBuilder:
-    """Makes the rows of one part and their pages."""
+    """Builds the rows of one part and their pages."""
 
     def __init__(self, site: Site, seed: int, part: str, num_rows: int) -> None:
         self._site = site
@@ -95,7 +95,7 @@ class PartBuilder:
         self._seed = seed
         self._num_rows = num_rows
         self._fine: list[tuple[dict[str, Any], dict[str, Any]]] = []
-        """LAION row and truth of rows so far that are served well, to be copied or linked again."""
+        """LAION rows and truth rows so far without flaw or misbehaviour, as originals of duplicates and copies."""
 
     def build(self) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
         """Return LAION rows and truth rows."""
@@ -109,7 +109,7 @@ class PartBuilder:
         return laion_rows, truth_rows
 
     def _plan(self) -> Iterator[tuple[str | None, str]]:
-        """Yield (flaw, behaviour) for each row, in an order drawn by lot that begins with two flawless rows."""
+        """Yield (flaw, behaviour) for each row in random order, after two rows without either."""
         at_least = 1 if self._num_rows >= _MIN_ROWS_FOR_ALL else 0
         flaws = _shares(FLAWS, self._num_rows, at_least)
         behaviours = _shares(
@@ -139,10 +139,10 @@ class PartBuilder:
             "NSFW": "UNLIKELY",
             "similarity": similarity,
         }
-        if flaw is None and rng.random() < 0.05:  # the picture was replaced since the crawl
+        if flaw is None and rng.random() < 0.05:  # the image was replaced after the crawl
             laion["HEIGHT"], laion["WIDTH"] = 2 * image.height, 2 * image.width
         if flaw is not None:
-            copied = self._spoil(laion, flaw, rng) or copied
+            copied = self._apply_flaw(laion, flaw, rng) or copied
         shown = copied or {"caption": caption(scene), "scene": json.dumps(asdict(scene), sort_keys=True)}
         truth = {
             "url": laion["URL"],
@@ -157,8 +157,8 @@ class PartBuilder:
         }
         return laion, truth
 
-    def _spoil(self, laion: dict[str, Any], flaw: str, rng: np.random.Generator) -> dict[str, Any] | None:
-        """Give a row its flaw; return the truth of the row whose URL it repeats, if it does."""
+    def _apply_flaw(self, laion: dict[str, Any], flaw: str, rng: np.random.Generator) -> dict[str, Any] | None:
+        """Apply a flaw to a row; return the truth row of a repeated URL, or None."""
         match flaw:
             case "similarity_low":
                 laion["similarity"] = round(float(rng.uniform(0.17, 0.279)), 9)
@@ -194,7 +194,7 @@ class PartBuilder:
     def _publish_row(
         self, row: int, scene: Scene, image: Image.Image, behaviour: str, rng: np.random.Generator
     ) -> tuple[str, dict[str, Any] | None]:
-        """Make the pages of a row; return its URL, and the truth of the row whose bytes it repeats, if it does."""
+        """Publish the pages of a row; return its URL, and the truth row of repeated bytes, or None."""
         body, format_name = _body(image, behaviour, rng)
         number = f"{int(rng.integers(1000, 10_000))}{int(self._part):02d}{row:05d}"
         path = "/" + draw_path(scene, rng, SUFFIXES[format_name]).format(number=number)
@@ -257,12 +257,12 @@ class PartBuilder:
 
 
 def _shares(weights: Mapping[str, float], num_rows: int, at_least: int) -> list[str]:
-    """Return names as often as their weights among 1000 say."""
+    """Return each name as often as its weight per 1000 rows requires."""
     return [name for name, w in weights.items() for _ in range(max(at_least, round(w * num_rows / 1000)))]
 
 
 def _framed(scene: Scene, rng: np.random.Generator) -> Image.Image:
-    """Return the scene as a web site would show it: some size, some shape, the scene itself in the central square."""
+    """Return the scene at a random size and aspect ratio, with the scene itself in the central square."""
     size_px = _SIZES_PX[rng.integers(len(_SIZES_PX))]
     aspect = _SIDES[rng.choice(len(_SIDES), p=[share for _, share in _SIDES])][0]
     image = render(scene, size_px=size_px)
@@ -270,16 +270,16 @@ def _framed(scene: Scene, rng: np.random.Generator) -> Image.Image:
         return image
     margin = round(size_px * (max(aspect, 1 / aspect) - 1) / 2)
     sides = ((0, 0), (margin, margin)) if aspect > 1 else ((margin, margin), (0, 0))
-    # Mirrored edges go on where the background ends; the centre crop takes them away again.
+    # Mirrored edges extend the background; the pipeline's centre crop removes them.
     return Image.fromarray(np.pad(np.asarray(image), (*sides, (0, 0)), mode="reflect"))
 
 
 def _body(image: Image.Image, behaviour: str, rng: np.random.Generator) -> tuple[bytes, str]:
-    """Return the bytes that a behaviour serves, and the format they claim."""
+    """Return the bytes that a behaviour serves, and their nominal format."""
     format_name = _FORMATS[rng.choice(len(_FORMATS), p=[share for _, share in _FORMATS])][0]
     match behaviour:
         case "cmyk" | "palette" | "sixteen_bit" | "alpha" | "exif_rotated":
-            return encode_oddly(image, behaviour)
+            return encode_unusually(image, behaviour)
         case "animated_gif" | "animated_webp":
             name = behaviour.removeprefix("animated_").upper()
             return animation(image, name), name

@@ -1,23 +1,57 @@
-"""Finds the finished checkpoint that a person means: the newest of a strategy, or the one in a folder."""
+"""The command `throughline export`, and the lookup of finished checkpoints: a strategy's newest, or one by folder."""
 
+import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from orchestration.cli.options import add_profile_arguments, load_profile
 from pipelines.core.errors import ThroughlineError
-from pipelines.core.manifest import MANIFEST_NAME, damaged_files
-from pipelines.runner.outputs import StageOutput
-from pipelines.storage.mirror import know_outputs, location_of
-from training.config import Strategy
-from training.export.saved_model import read_conditioning
 
 if TYPE_CHECKING:
     from orchestration.profiles.profile import Profile
+    from pipelines.runner.outputs import StageOutput
+    from training.config import Strategy
 
 _STAGE = "checkpoint"
 
 
-def parse_strategy(name: str) -> Strategy:
+def add_export_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of `export`."""
+    add_profile_arguments(parser)
+    parser.add_argument("--strategy", metavar="NAME", help="export this strategy's newest checkpoint")
+    parser.add_argument("--checkpoint", type=Path, metavar="FOLDER", help="export the checkpoint in this folder")
+    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="a new or an empty folder")
+    parser.add_argument(
+        "--without-text-encoder",
+        action="store_true",
+        help="refer to the encoder by hub ID and commit instead of saving it",
+    )
+
+
+def run_export(arguments: argparse.Namespace) -> int:
+    """Write a checkpoint as a diffusers pipeline and print its folder; return 0."""
+    from training.export.export import export_pipeline
+
+    profile = load_profile(arguments.profile, arguments.changes)
+    if (arguments.strategy is None) == (arguments.checkpoint is None):
+        raise ThroughlineError("name either a strategy with --strategy or a checkpoint's folder with --checkpoint")
+    if arguments.checkpoint is not None:
+        source = checkpoint_in(arguments.checkpoint)
+    else:
+        source = newest_checkpoint(profile, parse_strategy(arguments.strategy), arguments.profile)
+    samples = profile.resolved(profile.samples)
+    folder = export_pipeline(
+        source, samples.text_encoder, samples.autoencoder, samples.sampler, arguments.out,
+        save_text_encoder=not arguments.without_text_encoder,
+    )  # fmt: skip
+    print(folder)
+    return 0
+
+
+def parse_strategy(name: str) -> "Strategy":
     """Return the strategy called `name`; raises ThroughlineError that lists the known ones."""
+    from training.config import Strategy
+
     try:
         return Strategy(name)
     except ValueError:
@@ -25,44 +59,57 @@ def parse_strategy(name: str) -> Strategy:
         raise ThroughlineError(f"no strategy {name!r}; known: {known}") from None
 
 
-def newest_checkpoint(profile: "Profile", strategy: Strategy, profile_argument: str | None = None) -> StageOutput:
-    """Return the checkpoint of `strategy` that finished last under the profile's home, trained with its encoder.
+def newest_checkpoint(profile: "Profile", strategy: "Strategy", profile_argument: str | None = None) -> "StageOutput":
+    """Return the checkpoint of `strategy` that finished last, among those trained with the profile's text encoder.
 
-    Raises ThroughlineError that says how to make one where there is none; `profile_argument` is how the user named the
-    profile.
+    Raises ThroughlineError if there is none, with the command that trains one; `profile_argument` is how the user named
+    the profile.
     """
-    found = []
+    from pipelines.core.manifest import MANIFEST_NAME
+    from pipelines.runner.outputs import StageOutput
+    from pipelines.storage.mirror import know_outputs, location_of
+    from training.export.saved_model import read_conditioning
+
+    candidates = []
     root = profile.open_output_root()
     know_outputs(root, _STAGE)
     for path in (root / _STAGE).glob(f"*/{MANIFEST_NAME}"):
         checkpoint = StageOutput.load(path)
-        made_with = read_conditioning(checkpoint) if checkpoint.manifest.partition == strategy.value else None
-        if made_with is None or made_with.text_encoder_id != profile.text_encoder.id:
+        conditioning = read_conditioning(checkpoint) if checkpoint.manifest.partition == strategy.value else None
+        if conditioning is None or conditioning.text_encoder_id != profile.text_encoder.id:
             continue
         environment = checkpoint.manifest.environment
-        found.append((environment.ended_at if environment else "", checkpoint.data_version, checkpoint))
-    if not found:
+        candidates.append((environment.ended_at if environment else "", checkpoint.data_version, checkpoint))
+    if not candidates:
         raise ThroughlineError(
-            f"no finished checkpoint of {strategy.value} in {location_of(root)}; make one with "
+            f"no finished checkpoint of {strategy.value} in {location_of(root)}; train one with "
             f"`throughline run --profile {profile_argument or profile.name} --select +checkpoint`"
         )
-    return _whole(max(found)[2])
+    return _verified(max(candidates)[2])
 
 
-def checkpoint_in(folder: Path) -> StageOutput:
-    """Return the checkpoint in a folder; raises ThroughlineError where it is none, or is damaged."""
+def checkpoint_in(folder: Path) -> "StageOutput":
+    """Return the checkpoint in a folder; raises ThroughlineError if it holds none, or a damaged one."""
+    from pipelines.core.manifest import MANIFEST_NAME
+    from pipelines.runner.outputs import StageOutput
+
     checkpoint = StageOutput.load(folder / MANIFEST_NAME)
     if checkpoint.manifest.stage != _STAGE:
         raise ThroughlineError(f"{folder}: an output of {checkpoint.manifest.stage}, expected one of {_STAGE}")
-    return _whole(checkpoint)
+    return _verified(checkpoint)
 
 
-def strategy_of(checkpoint: StageOutput) -> Strategy:
+def strategy_of(checkpoint: "StageOutput") -> "Strategy":
     """Return the strategy that a checkpoint was trained with."""
+    from training.export.saved_model import read_conditioning
+
     return read_conditioning(checkpoint).strategy
 
 
-def _whole(checkpoint: StageOutput) -> StageOutput:
+def _verified(checkpoint: "StageOutput") -> "StageOutput":
+    """Fetch a checkpoint's files and compare their sizes with the manifest."""
+    from pipelines.core.manifest import damaged_files
+
     checkpoint.fetch()
     problems = damaged_files(checkpoint.folder, checkpoint.manifest, read_bytes=False)
     if problems:

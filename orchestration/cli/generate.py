@@ -1,55 +1,97 @@
-"""`throughline generate`: images of a prompt from finished checkpoints, of one strategy or of several side by side."""
+"""`throughline generate`: images for a prompt from finished checkpoints, of one strategy or of several in a grid."""
 
+import argparse
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from evaluation.config import SamplesConfig
 from orchestration.cli.checkpoints import checkpoint_in, newest_checkpoint, parse_strategy, strategy_of
+from orchestration.cli.options import add_profile_arguments, load_profile
 from pipelines.core.atomic import write_bytes
 from pipelines.core.errors import ThroughlineError
-from pipelines.core.progress import Progress
-from pipelines.runner.outputs import StageOutput
-from training.config import SHIFT_SUFFIX, Arm, SamplerConfig
 
 if TYPE_CHECKING:
     from PIL import Image
 
+    from evaluation.config import SamplesConfig
     from orchestration.profiles.profile import Profile
+    from pipelines.runner.outputs import StageOutput
+    from training.config import Arm, SamplerConfig
     from training.sampling.sampler import Sampler
 
 METADATA_KEY = "throughline"
 ALL_STRATEGIES = "all"
 _GAP_PX = 8
 _LABEL_PX = 14
-"""Of the letters under a grid's head; the head is twice as high."""
+"""Font size of a grid's labels; the header is twice as high."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class GenerationRequest:
-    """What is to be drawn."""
+    """The images to generate."""
 
     prompt: str
     out: Path
-    """Its suffix is .png."""
-    arms: tuple[Arm, ...] = ()
+    """Ends in .png."""
+    arms: "tuple[Arm, ...]" = ()
     profile_argument: str | None = None
-    """How the user named the profile, for advice."""
+    """How the user named the profile, for error messages."""
     checkpoint: Path | None = None
-    """A checkpoint's folder; None takes the newest of each arm's strategy."""
+    """A checkpoint's folder; None selects the newest of each arm's strategy."""
     seed: int = 0
     num_images: int = 1
     """Images per arm, from sample index 0."""
     negative_prompt: str = ""
-    """Guidance leads away from it; "" is the unconditional text of training."""
+    """Guidance steers away from it; "" is the unconditional text of training."""
     size_px: int | None = None
-    """Height and width; None is the size of training."""
+    """Height and width; None is the training size."""
 
 
-def parse_arms(names: Sequence[str], profile: "Profile") -> tuple[Arm, ...]:
+def add_generate_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of `generate`."""
+    add_profile_arguments(parser)
+    parser.add_argument("prompt")
+    parser.add_argument(
+        "--strategy", action="append", default=[], metavar="NAME",
+        help="depth_wise, time_wise+shift, ... or all; repeatable: several strategies give one grid",
+    )  # fmt: skip
+    parser.add_argument("--checkpoint", type=Path, metavar="FOLDER", help="default: the strategy's newest")
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE.png")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--num-images", type=int, default=1, metavar="N", help="images per strategy")
+    parser.add_argument("--steps", type=int, help="sampling steps; default: the profile's")
+    parser.add_argument("--guidance-scale", type=float, help="default: the profile's")
+    parser.add_argument("--negative-prompt", default="", metavar="TEXT", help="text that guidance steers away from")
+    parser.add_argument("--size", type=int, metavar="PX", help="height and width; default: the training size")
+
+
+def run_generate(arguments: argparse.Namespace) -> int:
+    """Generate the images and print their paths; return 0."""
+    settings = {"num_steps": arguments.steps, "guidance_scale": arguments.guidance_scale}
+    changes = [f"samples.sampler.{name}={value}" for name, value in settings.items() if value is not None]
+    profile = load_profile(arguments.profile, [*arguments.changes, *changes])
+    request = GenerationRequest(
+        prompt=arguments.prompt,
+        out=arguments.out,
+        arms=parse_arms(arguments.strategy, profile),
+        profile_argument=arguments.profile,
+        checkpoint=arguments.checkpoint,
+        seed=arguments.seed,
+        num_images=arguments.num_images,
+        negative_prompt=arguments.negative_prompt,
+        size_px=arguments.size,
+    )
+    for path in generate(profile, request):
+        print(path)
+    return 0
+
+
+def parse_arms(names: Sequence[str], profile: "Profile") -> "tuple[Arm, ...]":
     """Return the arms called `names`, such as ``time_wise+shift``; ``all`` is every strategy of the profile."""
+    from training.config import SHIFT_SUFFIX, Arm
+
     arms: list[Arm] = []
     for name in names:
         if name == ALL_STRATEGIES:
@@ -63,39 +105,42 @@ def parse_arms(names: Sequence[str], profile: "Profile") -> tuple[Arm, ...]:
 
 
 def generate(profile: "Profile", request: GenerationRequest) -> list[Path]:
-    """Draw and write the images; return the files in order.
+    """Generate and write the images; return the files in order.
 
-    One arm gives one file, or ``<name>-<k>.png`` where several images were asked for; several arms give one grid, an
-    arm to a column. Noise depends on (seed, prompt, sample index) alone, so arms start from the same, and an image is
-    the one that an evaluation with this seed draws. Raises ThroughlineError for what the user can mend.
+    One arm gives one file, or ``<name>-<k>.png`` for several images; several arms give one grid with a column per arm.
+    Noise depends only on (seed, prompt, sample index), so all arms start from the same noise, and an image equals the
+    one that an evaluation with this seed samples. Raises ThroughlineError for a user error.
     """
     if request.num_images < 1:
-        raise ThroughlineError(f"{request.num_images} images were asked for; ask for 1 or more")
+        raise ThroughlineError(f"--num-images {request.num_images}: expected 1 or more")
     if request.out.suffix.lower() != ".png":
-        raise ThroughlineError(f"--out {request.out}: images are written as PNG; give it a name that ends in .png")
+        raise ThroughlineError(f"--out {request.out}: images are written as PNG; choose a name that ends in .png")
     checkpoints = _checkpoints(profile, request)
     samples = profile.resolved(profile.samples)
-    artist = _Artist(samples, request)
-    drawn = [artist.draw(arm, checkpoint) for arm, checkpoint in checkpoints]
+    generator = _Generator(samples, request)
+    columns = [generator.generate(arm, checkpoint) for arm, checkpoint in checkpoints]
     request.out.parent.mkdir(parents=True, exist_ok=True)
-    if len(drawn) > 1:
+    if len(columns) > 1:
         names = [arm.name for arm, _ in checkpoints]
-        facts = [artist.facts(arm, checkpoint, 0) for arm, checkpoint in checkpoints]
-        _write(request.out, _grid(drawn, names, request.prompt), {"grid": facts, "num_images": request.num_images})
+        cells = [generator.provenance(arm, checkpoint, 0) for arm, checkpoint in checkpoints]
+        _write(request.out, _grid(columns, names, request.prompt), {"grid": cells, "num_images": request.num_images})
         return [request.out]
-    (images,), ((arm, checkpoint),) = drawn, checkpoints
+    (images,), ((arm, checkpoint),) = columns, checkpoints
     paths = [request.out]
     if len(images) > 1:
         paths = [request.out.with_stem(f"{request.out.stem}-{index}") for index in range(len(images))]
     for index, (path, image) in enumerate(zip(paths, images, strict=True)):
-        _write(path, image, artist.facts(arm, checkpoint, index))
+        _write(path, image, generator.provenance(arm, checkpoint, index))
     return paths
 
 
-def _checkpoints(profile: "Profile", request: GenerationRequest) -> list[tuple[Arm, StageOutput]]:
+def _checkpoints(profile: "Profile", request: GenerationRequest) -> "list[tuple[Arm, StageOutput]]":
+    """Return the checkpoint that each requested arm samples from."""
+    from training.config import Arm
+
     if request.checkpoint is None:
         if not request.arms:
-            raise ThroughlineError("name a strategy with --strategy (or `all` of them), or a folder with --checkpoint")
+            raise ThroughlineError("name a strategy with --strategy (or `all`), or a folder with --checkpoint")
         return [(arm, newest_checkpoint(profile, arm.strategy, request.profile_argument)) for arm in request.arms]
     checkpoint = checkpoint_in(request.checkpoint)
     strategy = strategy_of(checkpoint)
@@ -106,15 +151,15 @@ def _checkpoints(profile: "Profile", request: GenerationRequest) -> list[tuple[A
     return [(arm, checkpoint) for arm in arms]
 
 
-class _Artist:
-    """Draws the requested images with one checkpoint after the other, encoder and autoencoder loaded once."""
+class _Generator:
+    """Generates the requested images with one checkpoint after another; loads encoder and autoencoder once."""
 
-    def __init__(self, samples: SamplesConfig, request: GenerationRequest) -> None:
+    def __init__(self, samples: "SamplesConfig", request: GenerationRequest) -> None:
         import torch
 
         if samples.device == "cuda" and not torch.cuda.is_available():
             raise ThroughlineError(
-                "the profile samples on cuda, and this machine has none; add --set samples.device=cpu"
+                "the profile samples on cuda, which this machine does not have; add --set samples.device=cpu"
             )
         if samples.threads is not None:
             torch.set_num_threads(samples.threads)
@@ -122,8 +167,10 @@ class _Artist:
         self._encoders: dict[str, Any] = {}
         self._decoders: dict[str | None, Any] = {}
 
-    def draw(self, arm: Arm, checkpoint: StageOutput) -> "list[Image.Image]":
+    def generate(self, arm: "Arm", checkpoint: "StageOutput") -> "list[Image.Image]":
         """Return the images of one arm."""
+        from pipelines.core.progress import Progress
+
         request, settings = self._request, self._settings(arm)
         sampler = self._sampler(checkpoint)
         indices = range(request.num_images)
@@ -134,8 +181,8 @@ class _Artist:
                 on_step=lambda *_: progress.advance(),
             )  # fmt: skip
 
-    def facts(self, arm: Arm, checkpoint: StageOutput, sample_index: int) -> dict[str, Any]:
-        """Return what an image was drawn from, without a path."""
+    def provenance(self, arm: "Arm", checkpoint: "StageOutput", sample_index: int) -> dict[str, Any]:
+        """Return the models, prompt and settings of an image; holds no local path."""
         request, settings = self._request, self._settings(arm)
         return {
             "checkpoint": checkpoint.data_version,
@@ -150,24 +197,24 @@ class _Artist:
             "autoencoder": self._samples.autoencoder.revision,
         }
 
-    def _settings(self, arm: Arm) -> SamplerConfig:
+    def _settings(self, arm: "Arm") -> "SamplerConfig":
         return self._samples.sampler.model_copy(update={"gate_shift": arm.gate_shift})
 
-    def _sampler(self, checkpoint: StageOutput) -> "Sampler":
+    def _sampler(self, checkpoint: "StageOutput") -> "Sampler":
         from training.data.feature_source import load_text_encoder
         from training.export.saved_model import check_models, read_conditioning
         from training.sampling.sampler import load_autoencoder, load_sampler
 
         samples, request = self._samples, self._request
         check_models(checkpoint, samples.text_encoder, samples.autoencoder)
-        made_with = read_conditioning(checkpoint)
-        version, subfolder = made_with.template_version, made_with.autoencoder_subfolder
+        conditioning = read_conditioning(checkpoint)
+        version, subfolder = conditioning.template_version, conditioning.autoencoder_subfolder
         if subfolder not in self._decoders:
             self._decoders[subfolder] = load_autoencoder(samples.autoencoder, samples.device, subfolder)
         if version not in self._encoders:
             self._encoders[version] = load_text_encoder(samples.text_encoder, version, samples.device)
-            for what, text in (("prompt", request.prompt), ("negative prompt", request.negative_prompt)):
-                _check_length(self._encoders[version], what, text)
+            for name, text in (("prompt", request.prompt), ("negative prompt", request.negative_prompt)):
+                _check_length(self._encoders[version], name, text)
         sampler = load_sampler(
             checkpoint, samples.text_encoder, samples.autoencoder, device=samples.device,
             encoder=self._encoders[version], decoder=self._decoders[subfolder],
@@ -177,54 +224,54 @@ class _Artist:
             unit = self._decoders[subfolder].downscale * saved.config.patch_size
             if request.size_px < unit or request.size_px % unit:
                 raise ThroughlineError(
-                    f"{request.size_px} px: sides are multiples of {unit} (the autoencoder's "
-                    f"{self._decoders[subfolder].downscale} times patches of {saved.config.patch_size}); "
-                    f"take {max(unit, request.size_px // unit * unit)}"
+                    f"--size {request.size_px}: expected a multiple of {unit} px (the autoencoder's "
+                    f"{self._decoders[subfolder].downscale} times patches of {saved.config.patch_size}), such as "
+                    f"{max(unit, request.size_px // unit * unit)}"
                 )
             size = request.size_px // self._decoders[subfolder].downscale
             saved = replace(saved, config=saved.config.model_copy(update={"latent_size": size}))
         return replace(sampler, saved=saved, negative_prompt=request.negative_prompt)
 
 
-def _check_length(encoder: Any, what: str, text: str) -> None:
+def _check_length(encoder: Any, name: str, text: str) -> None:
     (num_tokens,) = encoder.count_tokens([text])
     if num_tokens > encoder.max_tokens:
         raise ThroughlineError(
-            f"the {what} is {num_tokens} tokens long in its template, the text encoder reads {encoder.max_tokens}; "
-            "shorten it"
+            f"the {name} is {num_tokens} tokens long with its template, the text encoder's limit is "
+            f"{encoder.max_tokens}; shorten it"
         )
 
 
-def _write(path: Path, image: "Image.Image", facts: dict[str, Any]) -> None:
+def _write(path: Path, image: "Image.Image", metadata: dict[str, Any]) -> None:
     import io
 
     from PIL.PngImagePlugin import PngInfo
 
     info = PngInfo()
-    info.add_itxt(METADATA_KEY, json.dumps(facts, ensure_ascii=False, sort_keys=True))
+    info.add_itxt(METADATA_KEY, json.dumps(metadata, ensure_ascii=False, sort_keys=True))
     stream = io.BytesIO()
     image.save(stream, "PNG", pnginfo=info)
     write_bytes(path, stream.getvalue())
 
 
 def _grid(columns: "Sequence[Sequence[Image.Image]]", names: Sequence[str], title: str) -> "Image.Image":
-    """Return images in columns under their names, the title above; a title too long for the width is cut."""
+    """Return one image with a column per name, under a title; a title too long for the width is cut."""
     from PIL import Image, ImageDraw, ImageFont
 
     width, height = columns[0][0].size
-    font, head = ImageFont.load_default(_LABEL_PX), 2 * _LABEL_PX
+    font, header = ImageFont.load_default(_LABEL_PX), 2 * _LABEL_PX
     size = (
         _GAP_PX + len(columns) * (width + _GAP_PX),
-        _GAP_PX + 2 * head + len(columns[0]) * (height + _GAP_PX),
+        _GAP_PX + 2 * header + len(columns[0]) * (height + _GAP_PX),
     )
     sheet = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(sheet)
     draw.text((_GAP_PX, _GAP_PX), _fitted(title, font, size[0] - 2 * _GAP_PX), fill="black", font=font)
     for column, (images, name) in enumerate(zip(columns, names, strict=True)):
         left = _GAP_PX + column * (width + _GAP_PX)
-        draw.text((left, _GAP_PX + head), _fitted(name, font, width), fill="black", font=font)
+        draw.text((left, _GAP_PX + header), _fitted(name, font, width), fill="black", font=font)
         for row, image in enumerate(images):
-            sheet.paste(image, (left, _GAP_PX + 2 * head + row * (height + _GAP_PX)))
+            sheet.paste(image, (left, _GAP_PX + 2 * header + row * (height + _GAP_PX)))
     return sheet
 
 

@@ -1,7 +1,7 @@
-"""Whether a Ray cluster answers where a profile names one, found out without importing Ray.
+"""Checks that a profile's Ray clusters are reachable, without importing Ray.
 
-Ray finds the cluster of ``auto`` by RAY_ADDRESS, by the file that `ray start` leaves behind, or among the processes of
-this machine; so does this. That something listens there is all that is asked: version and token are Ray's business.
+Resolves ``auto`` as Ray does: by RAY_ADDRESS, by the file that `ray start` writes, or by the processes of this machine.
+It only checks that something listens there; Ray itself checks version and token.
 """
 
 import socket
@@ -22,7 +22,7 @@ _FLAG = "--gcs-address="
 
 
 def named_clusters(config: BaseModel) -> Mapping[str, list[str]]:
-    """Return address -> fields that name it, of the clusters that some part of a configuration is to run on."""
+    """Return address -> names of the fields that hold it, for each cluster that a configuration uses."""
     found: dict[str, list[str]] = {}
     for path, address in _addresses(config, ""):
         if address != LOCAL_RAY:
@@ -32,24 +32,24 @@ def named_clusters(config: BaseModel) -> Mapping[str, list[str]]:
 
 def _addresses(config: BaseModel, prefix: str) -> Iterator[tuple[str, str]]:
     fields = {name: getattr(config, name) for name in type(config).model_fields}
-    asks_by_http = any(getattr(value, "kind", None) == "openai" for value in fields.values())
+    uses_http = any(getattr(value, "kind", None) == "openai" for value in fields.values())
     for name, value in fields.items():
         if name == "ray_address" and isinstance(value, str):
             yield prefix + name, value
-        elif isinstance(value, BaseModel) and not (name == "pool" and asks_by_http):
+        elif isinstance(value, BaseModel) and not (name == "pool" and uses_http):
             yield from _addresses(value, f"{prefix}{name}.")
 
 
 def probe(address: str) -> str:
-    """Return where the cluster of an address listens, ``host:port``; raises ThroughlineError where none does."""
-    where = _discovered() if address == AUTO else address
-    if where is None:
+    """Return the ``host:port`` where an address's cluster listens; raises ThroughlineError if none does."""
+    endpoint = _discovered() if address == AUTO else address
+    if endpoint is None:
         raise ThroughlineError("no Ray cluster is known on this machine")
-    host, colon, port = where.removeprefix(_CLIENT_SCHEME).rpartition(":")
-    if not colon and where.startswith(_CLIENT_SCHEME):
+    host, colon, port = endpoint.removeprefix(_CLIENT_SCHEME).rpartition(":")
+    if not colon and endpoint.startswith(_CLIENT_SCHEME):
         host, port = port, str(_CLIENT_PORT)
     if not host or not port.isdigit():
-        raise ThroughlineError(f"{where!r} is no address of a Ray cluster, expected host:port")
+        raise ThroughlineError(f"{endpoint!r} is not the address of a Ray cluster, expected host:port")
     try:
         socket.create_connection((host.strip("[]"), int(port)), _SECONDS).close()
     except (OSError, OverflowError) as error:  # a port over 65535 overflows
@@ -59,26 +59,26 @@ def probe(address: str) -> str:
 
 
 def _discovered() -> str | None:
-    """Return the address that ``auto`` stands for here."""
+    """Return the address that ``auto`` resolves to on this machine."""
     named = ray_address()
     if named is not None and named != AUTO:
         if named == LOCAL_RAY:
-            raise ThroughlineError(f"{RAY_ADDRESS} is {LOCAL_RAY}, which stands before every other address")
+            raise ThroughlineError(f"{RAY_ADDRESS} is {LOCAL_RAY}, which overrides every other address")
         return named
     file = ray_folder() / "ray_current_cluster"
-    left_behind = file.read_text().strip() if file.is_file() else ""
+    written = file.read_text().strip() if file.is_file() else ""
     running = {address for path in Path("/proc").glob("[0-9]*/cmdline") for address in _of_process(path)}
-    # Where several run, the one that was started last is joined; else the one that runs, whoever started it.
+    # Of several running clusters, join the one started last, which the file names.
     if len(running) == 1:
         return next(iter(running))
-    return left_behind or min(running, default=None)
+    return written or min(running, default=None)
 
 
 def _of_process(command_line: Path) -> list[str]:
     try:
         words = command_line.read_bytes().split(b"\0")
     except OSError:
-        return []  # it ended, or is somebody else's
+        return []  # it has exited, or belongs to another user
     if not words[0].endswith(b"/raylet"):
         return []
     return [word.decode().removeprefix(_FLAG) for word in words if word.startswith(_FLAG.encode())]

@@ -1,5 +1,6 @@
-"""`throughline run`: carries out the plan through Dagster, in this process, so that its history shows every run."""
+"""`throughline run`: executes the plan as a Dagster run in this process, so that Dagster's history records it."""
 
+import argparse
 import csv
 import json
 import time
@@ -7,30 +8,34 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from orchestration.console import Console, duration, table
+from orchestration.cli.options import add_profile_arguments, load_execution
+from orchestration.console import Console
 from orchestration.defs.assets import is_recorded
 from orchestration.defs.file_events import unrecorded_files
-from orchestration.defs.instance import process_tags
-from orchestration.defs.jobs import build_job
+from orchestration.defs.instance import open_instance, process_tags
+from orchestration.defs.jobs import EVERYTHING_JOB, build_job
 from orchestration.graph.execution import Execution
 from orchestration.graph.graph import Node, PartitionKind
 from orchestration.graph.resolution import Task
 from orchestration.launch.launcher import ON_OTHER_MACHINE
+from pipelines.core.environment import home_folder
 from pipelines.core.errors import ThroughlineError
+from pipelines.core.progress import duration
 from pipelines.runner.locks import WAITING
 from pipelines.runner.outputs import StageOutput
+from pipelines.storage.mirror import location_of
 
 if TYPE_CHECKING:
     from dagster import DagsterInstance, ExecuteInProcessResult
 
 _TABLE_1 = {"geneval": "GenEval", "genai": "GenAI-Bench", "unified_style": "UnifiedReward style"}
-"""Columns of table 1 that the paper prints too, and how they are headed."""
+"""Columns of table 1 that the paper reports too, with their headings."""
 _INTERRUPTIONS = ("DagsterExecutionInterruptedError", "KeyboardInterrupt")
 _QUIET = {"loggers": {"console": {"config": {"log_level": "CRITICAL"}}}}
 
 
 class ConsoleObserver:
-    """Shows progress on the console, and whom a stage waits for; everything else it says is in its log."""
+    """Shows progress on the console, and the few lines of a stage that the user must see; its log has the rest."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
@@ -39,15 +44,14 @@ class ConsoleObserver:
         self._console.progress(record)
 
     def line(self, text: str) -> None:
-        """Lines of a stage stand in its log, which an error names; one that says why nothing moves is shown too, and
-        one without which nothing would."""
+        """Show a line that explains a wait for a lock, or that gives the command to start on another machine."""
         if text.startswith((WAITING, ON_OTHER_MACHINE)):
             self._console.line(f"  {text}")
 
 
 @dataclass
-class Tally:
-    """What a run did to one asset."""
+class AssetTally:
+    """Partitions of one asset that a run computed or reused."""
 
     computed: int = 0
     reused: int = 0
@@ -55,7 +59,7 @@ class Tally:
 
 
 class Run:
-    """One call of `throughline run`: one Dagster run over the nodes, told to the console."""
+    """One call of `throughline run`: one Dagster run over the nodes, reported on the console."""
 
     def __init__(self, execution: Execution, instance: "DagsterInstance", console: Console) -> None:
         self._execution = execution
@@ -64,13 +68,13 @@ class Run:
         self._console = console
         self._width = 0
         self._started = 0.0
-        self.tallies: dict[str, Tally] = {}
+        self.tallies: dict[str, AssetTally] = {}
         execution.observer = ConsoleObserver(console)
 
-    def carry_out(self, name: str, nodes: Sequence[Node]) -> None:
+    def execute(self, name: str, nodes: Sequence[Node]) -> None:
         """Bring every partition of the nodes up to date, upstream first.
 
-        Raises ThroughlineError at the first failure; what was finished stays.
+        Raises ThroughlineError at the first failure; finished outputs are kept.
         """
         self._width = max(len(node.name) for node in nodes)
         self._execution.prepare(lambda text: self._console.line(f"  {text}"))
@@ -88,18 +92,18 @@ class Run:
             raise ThroughlineError(_failure(result))
 
     def _is_up_to_date(self, node: Node) -> bool:
-        """Whether all is finished and recorded; says so where it is."""
+        """Return whether every partition is finished and recorded in Dagster; if so, tally them as reused."""
         tasks = self._plan.tasks(node.name)
         if not tasks or not all(is_recorded(self._instance, task) for task in tasks):
             return False
         if next(unrecorded_files(self._instance, self._plan, node.name), None) is not None:
             return False
-        self.tallies[node.name] = Tally(reused=len(tasks))
+        self.tallies[node.name] = AssetTally(reused=len(tasks))
         return True
 
     def started(self, node: Node, tasks: Sequence[Task]) -> None:
         pending = [task for task in tasks if task.output is None]
-        self.tallies[node.name] = Tally(computed=len(pending), reused=len(tasks) - len(pending))
+        self.tallies[node.name] = AssetTally(computed=len(pending), reused=len(tasks) - len(pending))
         self._started = time.monotonic()
         of_all = "" if node.partition is PartitionKind.NONE else f" {len(pending)} of {len(tasks)} partitions"
         if pending:
@@ -108,8 +112,8 @@ class Run:
     def finished(self, node: Node, tasks: Sequence[Task]) -> None:
         tally = self.tallies[node.name]
         tally.seconds = time.monotonic() - self._started
-        said = f"done in {duration(tally.seconds)}" if tally.computed else "reused"
-        self._console.line(f"  {node.name:<{self._width}}  {said}{_rows(tasks)}")
+        outcome = f"done in {duration(tally.seconds)}" if tally.computed else "reused"
+        self._console.line(f"  {node.name:<{self._width}}  {outcome}{_rows(tasks)}")
 
 
 def _rows(tasks: Sequence[Task]) -> str:
@@ -121,7 +125,7 @@ def _rows(tasks: Sequence[Task]) -> str:
 
 
 def _failure(result: "ExecuteInProcessResult") -> str:
-    """Return the one sentence of a failed run; raises KeyboardInterrupt where a person or a signal stopped it."""
+    """Return a failed run's error as one sentence; raises KeyboardInterrupt if a person or a signal stopped the run."""
     for event in result.all_events:
         if event.is_step_failure:
             data = event.step_failure_data
@@ -137,17 +141,17 @@ def _failure(result: "ExecuteInProcessResult") -> str:
     for event in result.all_events:
         if event.is_failure and event.message:
             return str(event.message)
-    return "the run failed without saying why; see it in `throughline ui`"
+    return "the run failed without an error message; see it in `throughline ui`"
 
 
 def print_results(console: Console, results: StageOutput, report: StageOutput | None) -> None:
-    """Write table 1 as this run measured it, with its intervals, and where the report lies."""
+    """Print table 1 with the intervals of this run, and the path of the report."""
     with results.path("table1.csv").open(newline="") as stream:
         records = list(csv.DictReader(stream))
     rows = [("arm", *_TABLE_1.values())]
     rows += [(record["arm"], *(_with_interval(record, name) for name in _TABLE_1)) for record in records]
     console.line()
-    console.line(table(rows, indent="  "))
+    console.table(rows, indent="  ")
     if report is not None:
         console.line()
         console.line(f"Report: {report.path('report.html')}")
@@ -160,13 +164,49 @@ def _with_interval(record: Mapping[str, str], name: str) -> str:
     return f"{value:.2f} ({low:.2f} to {high:.2f})"
 
 
-def summarise(tallies: Mapping[str, Tally], seconds: float) -> str:
-    """Return one line about a whole run."""
+def summarise(tallies: Mapping[str, AssetTally], seconds: float) -> str:
+    """Return a one-line summary of a whole run."""
     computed = sum(tally.computed for tally in tallies.values())
     reused = sum(tally.reused for tally in tallies.values())
     return f"{computed} computed, {reused} reused, in {duration(seconds)}"
 
 
-def as_json(tallies: Mapping[str, Tally]) -> str:
+def as_json(tallies: Mapping[str, AssetTally]) -> str:
     """Return the tallies as JSON."""
     return json.dumps({name: vars(tally) for name, tally in tallies.items()}, indent=1)
+
+
+def add_run_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of `run`."""
+    add_profile_arguments(parser)
+    parser.add_argument(
+        "--select",
+        metavar="ASSETS",
+        help="assets to bring up to date: name, +name (with everything upstream), name+ (with everything downstream), "
+        "group:training; separate several with commas. The inputs of the selection must be finished",
+    )
+    parser.add_argument("--only", choices=("data", "training", "evaluation"), help="one group of assets")
+
+
+def run_assets(arguments: argparse.Namespace) -> int:
+    """Bring the selected assets up to date and print the results; return 0."""
+    execution = load_execution(arguments)
+    plan, profile = execution.plan, execution.plan.profile
+    only = f"group:{arguments.only}" if arguments.only else None
+    selection = arguments.select if arguments.select is not None else only
+    nodes = list(plan.graph.nodes.values()) if selection is None else plan.graph.select(selection)
+    console = Console()
+    console.line(f"profile {profile.name}: {len(nodes)} assets, outputs in {location_of(plan.output_root)}")
+    for warning in profile.warnings():
+        console.line(f"  note: {warning}")
+    started = time.monotonic()
+    with open_instance(home_folder()) as instance:
+        run = Run(execution, instance, console)
+        run.execute("selected" if selection else EVERYTHING_JOB, nodes)
+    console.line(f"  {summarise(run.tallies, time.monotonic() - started)}")
+    profile.log_folder.mkdir(parents=True, exist_ok=True)
+    (profile.log_folder / "last-run.json").write_text(as_json(run.tallies))
+    results = plan.task("results").output if "results" in plan.graph.nodes else None
+    if results is not None:
+        print_results(console, results, plan.task("report").output)
+    return 0

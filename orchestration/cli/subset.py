@@ -1,7 +1,6 @@
-"""The command `throughline subset`: a filtered, duplicate-free subset of metadata files, without a profile or Dagster.
+"""The command `throughline subset`: a filtered, deduplicated subset of metadata files, without a profile or Dagster.
 
-It runs the same stages as the graph into an output root of its own, so that whatever is unchanged is reused, and a run
-that was killed goes on where it stopped.
+It runs the graph's own stages with an output root of its own, so unchanged parts are reused and a killed run resumes.
 """
 
 import argparse
@@ -21,7 +20,7 @@ if TYPE_CHECKING:
 
 _LISTS = ("opt_outs", "urls_denied", "urls_allowed", "domains_denied", "domains_allowed")
 _RAY_THREADS = 256
-"""Parts asked for at a time; Ray starts as many of them as it has room for."""
+"""Parts submitted at once; Ray runs as many as it has resources for."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -32,32 +31,34 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         required=True,
         metavar="PATH|URL",
-        help="folders, globs or parquet files, on disk, by s3:// (prefixes and globs too) or by https://",
+        help="folders, globs or parquet files on disk, s3:// URLs (prefixes and globs too) or https:// URLs",
     )
     parser.add_argument(
         "--out", required=True, metavar="FOLDER|s3://BUCKET/PREFIX", help="output root; finished parts are reused"
     )
     parser.add_argument(
-        "--preset", metavar="NAME", help="published rules: laion400m, aesthetic-v2-5, sd-2, ...; `?` lists all"
+        "--preset", metavar="NAME", help="published rules: laion400m, aesthetic-v2-5, sd-2, ...; `?` lists them"
     )
     parser.add_argument(
         "--where", metavar="EXPR", help="a condition, such as \"width >= 512 AND text NOT LIKE '%%logo%%'\""
     )
     parser.add_argument(
         "--set", dest="changes", action="append", default=[], metavar="RULE=VALUE",
-        help="change a rule: a JSON value, a comma-separated list, or a file for the lists; may be given several times",
+        help="change a rule: a JSON value, a comma-separated list, or a file for the lists; repeatable",
     )  # fmt: skip
-    parser.add_argument("--limit", type=int, metavar="N", help="keep N rows, chosen by hash")
-    parser.add_argument("--workers", type=int, help="processes; default: one per core")
+    parser.add_argument("--limit", type=int, metavar="N", help="sample N rows by hash")
+    parser.add_argument("--workers", type=int, help="worker processes; default: one per core")
     parser.add_argument(
-        "--ray", metavar="ADDRESS", help='a Ray cluster instead of processes here: "auto", host:port, or "local"'
+        "--ray",
+        metavar="ADDRESS",
+        help='run on a Ray cluster, not in local processes: "auto", host:port, or "local"',
     )
-    parser.add_argument("--json", action="store_true", help="print the outcome as JSON")
+    parser.add_argument("--json", action="store_true", help="print JSON")
 
 
 def run_subset(arguments: argparse.Namespace) -> int:
-    """Carry the command out; raises ThroughlineError for what the user can mend."""
-    from orchestration.cli.folders import refuse_unusable, refuse_unusable_home
+    """Build the subset and print its funnel; return 0. Raises ThroughlineError for a user error."""
+    from orchestration.cli.options import require_folder, require_home
     from pipelines.cluster.config import WorkersConfig
     from pipelines.core.environment import home_folder
     from pipelines.laion.presets import PRESETS, TOP_SHARES, preset_rules
@@ -67,18 +68,18 @@ def run_subset(arguments: argparse.Namespace) -> int:
         for name, preset in PRESETS.items():
             print(f"{name:<24}{(preset.__doc__ or '').split(chr(10) + chr(10))[0].replace(chr(10) + '    ', ' ')}")
         return 0
-    _refuse_useless(arguments)
+    _check_arguments(arguments)
     if "://" in arguments.out:
-        refuse_unusable_home(home_folder())
+        require_home(home_folder())
     else:
-        refuse_unusable(Path(arguments.out), "--out", "--out /a/folder")
+        require_folder(Path(arguments.out), "--out", "--out /a/folder")
     arguments.out = open_root(arguments.out, home_folder())
     changes = _changes(arguments.changes)
     if arguments.where is not None:
         changes["where"] = arguments.where
     rules = preset_rules(arguments.preset, changes)
     by_url = rules.drop_duplicate_urls
-    # The row of a URL that stays is chosen over all parts at once, whatever their order.
+    # Deduplicating over all parts at once makes the kept row of a URL independent of their order.
     rules = rules.model_copy(update={"drop_duplicate_urls": False})
     index = _index(arguments.sources, arguments.out)
     if arguments.preset in TOP_SHARES:
@@ -93,22 +94,21 @@ def run_subset(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _refuse_useless(arguments: argparse.Namespace) -> None:
-    """Raise ThroughlineError for a number below 1, and for a text that is empty, as of an unset shell variable."""
+def _check_arguments(arguments: argparse.Namespace) -> None:
+    """Raise ThroughlineError for a number below 1 or an empty text."""
     for option in ("limit", "workers"):
         number = getattr(arguments, option)
         if number is not None and number < 1:
-            raise ThroughlineError(f"--{option} {number}: expected at least 1; leave it out for the default")
+            raise ThroughlineError(f"--{option} {number}: expected at least 1; omit it for the default")
     for option in ("out", "where", "ray"):
         if getattr(arguments, option) == "":
             raise ThroughlineError(
-                f"--{option} '': expected a value, found nothing, as of an unset shell variable; give one, or leave "
-                "the option out"
+                f"--{option} '': expected a value, found none (an unset shell variable?); give one, or omit the option"
             )
 
 
 def _changes(settings: Sequence[str]) -> dict[str, Any]:
-    """Return field -> value of ``rule=value`` words."""
+    """Return field -> value of ``rule=value`` settings."""
     from pipelines.laion.sources import scan_entry_list
 
     changes: dict[str, Any] = {}
@@ -148,7 +148,7 @@ def _threshold(index: "StageOutput", role: str, share: float) -> float:
 
 
 def _subsets(index: "StageOutput", rules: "LaionSubsetConfig", out: Path, workers: int) -> "list[StageOutput]":
-    """Run the stage for every part, several at a time."""
+    """Run the stage for every part, several in parallel."""
     from pipelines.laion import subset as laion_subset
     from pipelines.laion.index import entry_of, read_parts
 
@@ -159,22 +159,22 @@ def _subsets(index: "StageOutput", rules: "LaionSubsetConfig", out: Path, worker
         for part in parts
         if (output := laion_subset.STAGE.find_finished(rules, inputs[part.part], out, part.part)) is not None
     }
-    waiting = sorted((part for part in parts if part.part not in finished), key=lambda part: -part.num_rows)
+    pending = sorted((part for part in parts if part.part not in finished), key=lambda part: -part.num_rows)
     done = sum(part.num_rows for part in parts if part.part in finished)
-    if waiting and rules.workers.ray_address is not None:
-        finished |= _subsets_on_ray(index, rules, out, waiting, done)
-    elif min(workers, len(waiting)) == 1:
-        for part in waiting:
+    if pending and rules.workers.ray_address is not None:
+        finished |= _subsets_on_ray(index, rules, out, pending, done)
+    elif min(workers, len(pending)) == 1:
+        for part in pending:
             finished[part.part] = laion_subset.STAGE.run(rules, inputs[part.part], out, part.part)
-    elif waiting:
-        finished |= _subsets_in_processes(index, rules, out, waiting, min(workers, len(waiting)), done)
+    elif pending:
+        finished |= _subsets_in_processes(index, rules, out, pending, min(workers, len(pending)), done)
     return [finished[part.part] for part in parts]
 
 
 def _subsets_on_ray(
     index: "StageOutput", rules: "LaionSubsetConfig", out: Path, parts: "Sequence[Part]", rows_done: int
 ) -> "Mapping[str, StageOutput]":
-    """Run a stage for each part in a thread, which waits for the node that does the work."""
+    """Run the stage for each part in a thread that waits for its Ray tasks."""
     from concurrent.futures import ThreadPoolExecutor, as_completed
 
     from pipelines.cluster.units import join_ray_for_units
@@ -230,8 +230,8 @@ def _subsets_in_processes(
                 finished[futures[future]] = StageOutput.load(Path(future.result()))
         except BrokenProcessPool as error:
             raise ThroughlineError(
-                "a worker process was killed, most often for want of memory; run the same command again, with fewer "
-                "--workers: finished parts are kept"
+                "a worker process was killed, usually because memory ran out; run the same command again with fewer "
+                "--workers: finished parts are reused"
             ) from error
         finally:
             pool.shutdown(cancel_futures=True)
@@ -241,7 +241,7 @@ def _subsets_in_processes(
 
 
 class _RowCounter:
-    """Stands for a worker's standard error: turns the stage's progress lines into counts of rows for the parent."""
+    """Replaces a worker's standard error: converts the stage's progress lines into row counts for the parent."""
 
     def __init__(self, rows: Any) -> None:
         self._rows, self._done = rows, 0
@@ -320,24 +320,24 @@ def _report(
     order = [reason for reason in laion_rules.REASONS if not reason.startswith("duplicate")]
     steps = steps_of(rows_in, dropped, [*order, *laion_selection.REASONS])
     title = f"{arguments.preset or 'subset'}: {selection.manifest.summary['num_kept']:,} of {rows_in:,} rows"
-    picture = arguments.out / "funnel.svg"
-    write_bytes(picture, funnel_svg(title, rows_in, steps).encode())
+    chart = arguments.out / "funnel.svg"
+    write_bytes(chart, funnel_svg(title, rows_in, steps).encode())
     if arguments.json:
         outcome = {
             "rows_in": rows_in,
             "rows_out": selection.manifest.summary["num_kept"],
-            "dropped": {step.reason: step.lost for step in steps},
+            "dropped": {step.reason: step.dropped for step in steps},
             "preset": arguments.preset,
             "rules": identity_of(rules),
             "index": str(index.manifest_path),
             "subsets": [str(output.manifest_path) for output in subsets],
             "selection": str(selection.manifest_path),
             "files": [str(path) for path in selection.files(".parquet") if path.name.startswith("rows-")],
-            "funnel": str(picture),
+            "funnel": str(chart),
         }
         print(json.dumps(outcome, indent=1, ensure_ascii=False))
         return
     for line in funnel_lines(rows_in, steps):
         print(line)
     print(f"rows:   {selection.folder}/rows-*.parquet")
-    print(f"funnel: {picture}")
+    print(f"funnel: {chart}")

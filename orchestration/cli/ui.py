@@ -1,5 +1,6 @@
-"""`throughline ui`: Dagster's web interface and daemon on the loopback, over the outputs of a profile."""
+"""`throughline ui`: Dagster's web interface and daemon on the loopback interface, over the outputs of a profile."""
 
+import argparse
 import errno
 import json
 import os
@@ -9,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 
+from orchestration.cli.options import add_profile_arguments, load_execution
 from orchestration.cli.run import Run
 from orchestration.defs.assets import register_parts
 from orchestration.defs.instance import open_instance
@@ -19,6 +21,7 @@ from pipelines.core.environment import HOME, PROFILE, home_folder, profile_name
 from pipelines.core.errors import ThroughlineError
 
 _HOST = "127.0.0.1"
+_DEFAULT_PORT = 3000
 _LAST_PORT = 65535
 _STOP_SECONDS = 60
 
@@ -27,21 +30,20 @@ def serve(execution: Execution, profile: str | None, changes: Sequence[str], por
     """Prepare the profile, then serve until stopped; return the exit status."""
     from orchestration.console import Console
 
-    refuse_taken_port(port)
+    check_port(port)
     console = Console()
     plan, home = execution.plan, home_folder()
     with open_instance(home) as instance:
-        # Parts are Dagster partitions only once the index has registered them; without them "Materialize all" would
-        # have nothing to divide the data assets by.
-        Run(execution, instance, console).carry_out("selected", [plan.graph[INDEX]])
+        # The index registers parts as Dagster partitions. Until then "Materialize all" finds none for the data assets.
+        Run(execution, instance, console).execute("selected", [plan.graph[INDEX]])
         register_parts(instance, plan)
     environment = {**os.environ, HOME: str(home), PROFILE: _profile_for_children(execution, profile, changes)}
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(PROJECT_ROOT), os.environ.get("PYTHONPATH")]))
-    # `dagster dev` says at each start that `dg dev` is preferred; that one comes with a package for developers alone.
+    # `dagster dev` warns at each start that `dg dev` is preferred, which only a package for developers provides.
     command = [sys.executable, "-W", "ignore::Warning", "-m", "dagster", "dev", "-m", "orchestration.definitions"]
     command += ["--host", _HOST, "--port", str(port)]
     console.line(f"Dagster: http://{_HOST}:{port}  (stop with Ctrl-C)")
-    process = subprocess.Popen(command, env=environment, start_new_session=True, preexec_fn=_listen_and_end_with_parent)
+    process = subprocess.Popen(command, env=environment, start_new_session=True, preexec_fn=_prepare_child)
     try:
         return process.wait()
     except KeyboardInterrupt:
@@ -53,15 +55,15 @@ def serve(execution: Execution, profile: str | None, changes: Sequence[str], por
         return 0
 
 
-def _listen_and_end_with_parent() -> None:
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in what a script starts in the background
+def _prepare_child() -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a script's background command ignores SIGINT
     end_with_parent()
 
 
-def refuse_taken_port(port: int) -> None:
-    """Raise ThroughlineError where the port is none, or can't be listened on, most often since something does."""
+def check_port(port: int) -> None:
+    """Raise ThroughlineError if the port number is invalid, or the port is taken or otherwise unusable."""
     if not 1 <= port <= _LAST_PORT:
-        raise ThroughlineError(f"--port {port}: expected 1 to {_LAST_PORT}; leave it out for the default")
+        raise ThroughlineError(f"--port {port}: expected 1 to {_LAST_PORT}; omit it for the default")
     with socket.socket() as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -69,16 +71,16 @@ def refuse_taken_port(port: int) -> None:
         except OSError as error:
             if error.errno != errno.EADDRINUSE:
                 raise ThroughlineError(
-                    f"port {port} on {_HOST} can't be used ({error.strerror}); choose another with --port"
+                    f"port {port} on {_HOST} can't be used ({error.strerror}); choose another port with --port"
                 ) from error
             raise ThroughlineError(
-                f"port {port} on {_HOST} is taken ({error.strerror}); stop what listens there, or choose another "
-                "with --port"
+                f"port {port} on {_HOST} is taken ({error.strerror}); stop the process that uses it, or choose another "
+                "port with --port"
             ) from error
 
 
 def _profile_for_children(execution: Execution, name: str | None, changes: Sequence[str]) -> str:
-    """Return a profile name that other processes understand: changes are written to a file."""
+    """Return a profile name that other processes can load; a profile with changes is written to a file."""
     base = name or profile_name()
     if not changes:
         return base
@@ -88,3 +90,16 @@ def _profile_for_children(execution: Execution, name: str | None, changes: Seque
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({"base": profile.name, **content}, indent=1))
     return str(path)
+
+
+def add_ui_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of `ui`."""
+    add_profile_arguments(parser)
+    parser.add_argument(
+        "--port", type=int, default=_DEFAULT_PORT, help=f"port on the loopback interface; default {_DEFAULT_PORT}"
+    )
+
+
+def run_ui(arguments: argparse.Namespace) -> int:
+    """Serve until stopped; return the exit status."""
+    return serve(load_execution(arguments), arguments.profile, arguments.changes, arguments.port)

@@ -12,7 +12,6 @@ from dagster._core.definitions.data_version import (
 )
 from dagster._core.storage.tags import EXTERNALLY_MANAGED_ASSETS_TAG
 
-from orchestration.console import progress_text
 from orchestration.defs.asset_checks import Check, checks_of, look
 from orchestration.defs.file_events import (
     dagster_name,
@@ -36,6 +35,7 @@ from orchestration.graph.graph import (
 )
 from orchestration.graph.resolution import INDEX, Plan, Task
 from pipelines.core.errors import ThroughlineError
+from pipelines.core.progress import progress_text
 from pipelines.runner.locks import WAITING
 
 _OBSERVE_SECONDS = 60.0

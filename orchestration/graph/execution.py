@@ -15,21 +15,21 @@ if TYPE_CHECKING:
 
 
 class Observer(Protocol):
-    """Who is told what happens while tasks are carried out."""
+    """Receives events while tasks run."""
 
     def progress(self, record: Mapping[str, Any]) -> None:
-        """Take a progress record of a stage."""
+        """Receive a progress record of a stage."""
 
     def line(self, text: str) -> None:
-        """Take a line that a stage wrote beside its progress."""
+        """Receive any other line of a stage's output."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Surroundings:
-    """What a profile needs around its stages, such as the demo's mini web.
+class ServiceHooks:
+    """Callbacks for services that a profile's stages depend on, such as the demo's web server.
 
-    `prepare` runs before anything is looked up and must be quick once all is in place. `during` is open while a
-    stage's process runs.
+    `prepare` runs before any output is looked up, and must be quick if there is nothing left to do. `during` returns a
+    context manager that is open while a stage's process runs.
     """
 
     prepare: "Callable[[Profile, Callable[[str], None]], None]" = lambda profile, say: None
@@ -50,9 +50,9 @@ class Execution:
 
     plan: Plan
     log_folder: Path
-    surroundings: Surroundings = field(default_factory=Surroundings)
+    hooks: ServiceHooks = field(default_factory=ServiceHooks)
     observer: Observer | None = None
-    """Is told of progress too, and alone of everything else: the command line shows what it wants to show."""
+    """Also receives progress records, and is the only one to receive other lines; set by the command line."""
     _prepared: bool = False
 
     def materialize(self, asset: str, partitions: Sequence[str | None], observer: Observer) -> list[Outcome]:
@@ -78,9 +78,9 @@ class Execution:
         return [Outcome(task, task.partition in reused) for task in finished]
 
     def prepare(self, say: Callable[[str], None]) -> None:
-        """Put in place what the profile needs around its stages, once per process."""
+        """Run the profile's `prepare` hook, once per process."""
         if not self._prepared:
-            self.surroundings.prepare(self.plan.profile, say)
+            self.hooks.prepare(self.plan.profile, say)
             self._prepared = True
 
     def _start(self, pending: Sequence[Task], observer: Observer) -> None:
@@ -103,10 +103,10 @@ class Execution:
 
     @contextmanager
     def _around(self, asset: str) -> Iterator[None]:
-        if self.surroundings.during is None:
+        if self.hooks.during is None:
             yield
             return
-        with self.surroundings.during(self.plan.profile, asset):
+        with self.hooks.during(self.plan.profile, asset):
             yield
 
 

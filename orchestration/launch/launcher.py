@@ -1,6 +1,6 @@
-"""Starts a stage's process in one of three forms, relays its progress, and turns its failure into one sentence.
+"""Starts a stage's process in one of three forms, relays its progress, and reports its failure as one sentence.
 
-Whatever the form, the result is the manifest that the stage leaves behind; lines on its output are for people.
+In every form the result is the manifest that the stage writes; its output lines are only for people.
 """
 
 import ctypes
@@ -25,17 +25,17 @@ from pipelines.core.errors import ThroughlineError
 from pipelines.runner.request import StageRequest, write_request
 
 RUNNER = "pipelines.runner"
-"""Module that runs a stage, given the module that defines it."""
+"""Module that runs the stage defined in the module given to it."""
 PROJECT_ROOT = Path(__file__).resolve().parents[2]
-_GUARD = PROJECT_ROOT / "orchestration" / "launch" / "reaper.py"
+_REAPER = PROJECT_ROOT / "orchestration" / "launch" / "reaper.py"
 ON_OTHER_MACHINE = "start on machine"
-"""Begins the line that says what another machine has to run, followed by its rank and the command."""
+"""Prefix of the line that gives another machine's rank and command."""
 _PROGRESS_MARK = '{"progress":'
 _ERROR_MARK = "error: "
 _TAIL_LINES = 400
 _STOP_SECONDS = 15.0
 _PR_SET_PDEATHSIG = 1
-_CONTROL = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
+_ESCAPE_SEQUENCE = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 
 
 class LocalLaunch(FrozenConfig):
@@ -43,11 +43,11 @@ class LocalLaunch(FrozenConfig):
 
     form: Literal["local"] = "local"
     environment: dict[str, str] = Field(default_factory=dict)
-    """Environment variables for the process, over those of this one."""
+    """Environment variables that override those of this process."""
 
     @property
     def variables(self) -> dict[str, str]:
-        """Environment of the process."""
+        """Environment variables of the process."""
         return self.environment
 
     def command(self, module: str, requests: Sequence[Path]) -> list[str]:
@@ -60,7 +60,7 @@ class AccelerateLaunch(FrozenConfig):
     form: Literal["accelerate"] = "accelerate"
     environment: dict[str, str] = Field(default_factory=dict)
     num_processes: int = Field(1, ge=1)
-    """Processes over all machines: one per GPU."""
+    """Processes on all machines together: one per GPU."""
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
     cpu: bool = False
     """Run on the CPU, with gloo between processes."""
@@ -68,10 +68,10 @@ class AccelerateLaunch(FrozenConfig):
     machine_rank: int = Field(0, ge=0)
     main_process_ip: str | None = None
     main_process_port: int | None = Field(None, ge=0, le=65535)
-    """None lets accelerate choose; on several machines it must be given, as must the address."""
+    """None lets accelerate choose; required on several machines, as is the address."""
     threads_per_process: int = Field(1, ge=1)
     config_file: str | None = None
-    """An accelerate configuration of your own in the place of the one written from these fields, which override it."""
+    """Your own accelerate configuration, used instead of one generated from these fields, which override it."""
 
     @model_validator(mode="after")
     def _check(self) -> "AccelerateLaunch":
@@ -81,32 +81,32 @@ class AccelerateLaunch(FrozenConfig):
             )
         if self.machine_rank >= self.num_machines:
             raise ValueError(
-                f"machine_rank {self.machine_rank}: with num_machines {self.num_machines} the last is "
-                f"{self.num_machines - 1}"
+                f"machine_rank {self.machine_rank}: expected at most {self.num_machines - 1} with num_machines "
+                f"{self.num_machines}"
             )
         if self.num_machines > 1 and (self.main_process_ip is None or self.main_process_port is None):
-            raise ValueError("several machines need main_process_ip and main_process_port, those of machine 0")
+            raise ValueError("several machines need main_process_ip and main_process_port of machine 0")
         return self
 
     @property
     def is_on_loopback(self) -> bool:
-        """Whether only this machine can reach the address of machine 0."""
+        """Return whether the address of machine 0 is on the loopback interface."""
         return self.main_process_ip is not None and (
             self.main_process_ip in ("localhost", "::1") or self.main_process_ip.startswith("127.")
         )
 
     @property
     def variables(self) -> dict[str, str]:
-        """Environment of the processes."""
+        """Environment variables of the processes."""
         return {**self.environment, "ACCELERATE_USE_CPU": "true"} if self.cpu else self.environment
 
     def files(self, requests: Sequence[Path]) -> dict[Path, str]:
-        """Return what has to be written before the command runs: accelerate's configuration."""
+        """Return the files to write before the command runs: accelerate's configuration."""
         if self.config_file:
             return {}
         config = {
             "compute_environment": "LOCAL_MACHINE",
-            # Also on a CPU: accelerate's MULTI_CPU asks for MPI and, without it, quietly starts one process.
+            # Also on a CPU: without MPI, accelerate's MULTI_CPU silently starts one process.
             "distributed_type": "MULTI_GPU" if self.num_processes > 1 else "NO",
             "num_machines": self.num_machines,
             "num_processes": self.num_processes,
@@ -122,11 +122,11 @@ class AccelerateLaunch(FrozenConfig):
         return {_accelerate_config(requests): _yaml(config)}
 
     def command(self, module: str, requests: Sequence[Path]) -> list[str]:
-        """Return the command of this machine."""
+        """Return this machine's command."""
         return self.command_on(self.machine_rank, module, requests)
 
     def command_on(self, machine_rank: int, module: str, requests: Sequence[Path]) -> list[str]:
-        """Return the command of one of the machines; requests and configuration must lie there under the same paths."""
+        """Return one machine's command; requests and configuration must have the same paths there."""
         arguments = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]
         arguments += ["--config_file", self.config_file or str(_accelerate_config(requests))]
         if self.config_file:
@@ -148,26 +148,26 @@ def _accelerate_config(requests: Sequence[Path]) -> Path:
 
 
 def _yaml(values: Mapping[str, Any]) -> str:
-    """Return values as YAML, of which JSON is a part; what is None is left out."""
+    """Return values other than None as YAML, of which JSON is a subset."""
     return "".join(f"{name}: {json.dumps(value)}\n" for name, value in values.items() if value is not None)
 
 
 class RayJobLaunch(FrozenConfig):
-    """A job on a Ray cluster. Requests and outputs must lie where the cluster can read and write them."""
+    """A job on a Ray cluster, which must be able to read the requests and write the outputs."""
 
     form: Literal["ray_job"] = "ray_job"
     environment: dict[str, str] = Field(default_factory=dict)
     address: str = "http://127.0.0.1:8265"
-    """The cluster's dashboard."""
+    """URL of the cluster's dashboard."""
     num_cpus: float = Field(1, ge=0)
-    """CPUs reserved for the job's own process; actors and tasks reserve theirs."""
+    """CPUs reserved for the job's entrypoint process; actors and tasks reserve their own."""
     num_gpus: float = Field(0, ge=0)
     working_folder: str | None = None
-    """Folder on the cluster that holds this project, or one to be uploaded; None: it is installed there."""
+    """This project's folder on the cluster, or a folder to upload; None: the project is installed there."""
 
     @property
     def variables(self) -> dict[str, str]:
-        """Environment of the process that submits the job; the job's own travels with it."""
+        """Environment variables of the process that submits the job; the job gets them from its runtime environment."""
         return self.environment
 
     def command(self, module: str, requests: Sequence[Path]) -> list[str]:
@@ -188,13 +188,13 @@ def _config_arguments(requests: Sequence[Path]) -> list[str]:
 
 
 class StageFailed(ThroughlineError):
-    """A stage's process ended without its result; the message is the stage's own sentence where it gave one."""
+    """A stage's process ended without a result; the message is the stage's own error if it printed one."""
 
 
 class Launcher:
     """Starts stage processes one at a time and waits for them.
 
-    `on_progress` gets each progress record, `on_line` every other line of the process. `folder` keeps requests and
+    `on_progress` receives each progress record, `on_line` every other line of the process. `folder` holds requests and
     logs by stage.
     """
 
@@ -209,7 +209,7 @@ class Launcher:
         self._on_line = on_line
 
     def run(self, module: str, requests: Sequence[StageRequest], form: LaunchForm) -> Path:
-        """Run the requests in one process; return the path of its log. Raises StageFailed where it fails."""
+        """Run the requests in one process; return the path of its log. Raises StageFailed if it fails."""
         stage = requests[0].stage
         folder = self._folder / stage
         folder.mkdir(parents=True, exist_ok=True)
@@ -227,7 +227,7 @@ class Launcher:
             for path, content in form.files(paths).items():
                 path.write_text(content)
             ranks = (rank for rank in range(form.num_machines) if rank != form.machine_rank)
-            # Nothing else tells the other machines their environment.
+            # The other machines get their environment variables only from this command.
             variables = [f"{name}={value}" for name, value in form.variables.items()]
             before = ["env", *variables] if variables else []
             others = [
@@ -241,7 +241,7 @@ class Launcher:
                 self._on_line(line)
             status = self._watch(command, form.variables, log.write, tail)
         if status != 0:
-            raise StageFailed(_sentence(_names(requests), status, list(tail), log_path))
+            raise StageFailed(_format_error(_label(requests), status, list(tail), log_path))
         for path in paths:
             path.unlink()
         return log_path
@@ -250,7 +250,7 @@ class Launcher:
         self, command: list[str], environment: Mapping[str, str], log: Callable[[str], Any], tail: deque[str]
     ) -> int:
         process = subprocess.Popen(
-            [sys.executable, str(_GUARD), str(os.getpid()), *command],
+            [sys.executable, str(_REAPER), str(os.getpid()), *command],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -277,7 +277,7 @@ class Launcher:
                 self._on_progress(json.loads(line[start:])["progress"])
                 return
             except (ValueError, KeyError):
-                pass  # two processes wrote into one line; it is logged like any other
+                pass  # two processes wrote into the same line; log it like any other
         if not line.strip():
             return
         tail.append(line)
@@ -291,7 +291,7 @@ def _python_path() -> str:
 
 
 def end_with_parent() -> None:
-    """Ask the kernel to send this process SIGTERM when its parent dies, even by SIGKILL; for Popen's preexec_fn."""
+    """Make the kernel send this process SIGTERM when its parent dies, even by SIGKILL; for Popen's preexec_fn."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
@@ -307,22 +307,22 @@ def _stop(process: "subprocess.Popen[str]") -> None:
             continue
 
 
-def _names(requests: Sequence[StageRequest]) -> str:
+def _label(requests: Sequence[StageRequest]) -> str:
     first = requests[0]
     label = f"{first.stage} {first.partition}" if first.partition else first.stage
     return label if len(requests) == 1 else f"{label} and {len(requests) - 1} more"
 
 
-def _sentence(label: str, status: int, tail: list[str], log_path: Path) -> str:
-    """Return what went wrong in one sentence: the stage's own, or the last words of a traceback."""
-    lines = [_CONTROL.sub("", line).strip() for line in tail]
+def _format_error(label: str, status: int, tail: list[str], log_path: Path) -> str:
+    """Return the failure as one sentence: the stage's own error, or the last line of a traceback."""
+    lines = [_ESCAPE_SEQUENCE.sub("", line).strip() for line in tail]
     for line in reversed(lines):
         if line.startswith(_ERROR_MARK):
             return f"{line.removeprefix(_ERROR_MARK)} (log: {log_path})"
     if status < 0:
         name = signal.Signals(-status).name
         hint = "; the machine may have run out of memory" if -status == signal.SIGKILL else ""
-        return f"{label}: its process was ended by {name}{hint} (log: {log_path})"
+        return f"{label}: its process was killed by {name}{hint} (log: {log_path})"
     last = next((line for line in reversed(lines) if re.match(r"[\w.]+(Error|Exception|Interrupt|Exit)\b", line)), "")
-    said = last or next((line for line in reversed(lines) if line), "it said nothing")
-    return f"{label}: its process ended with status {status}: {said} (log: {log_path})"
+    message = last or next((line for line in reversed(lines) if line), "no output")
+    return f"{label}: its process exited with status {status}: {message} (log: {log_path})"

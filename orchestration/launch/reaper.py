@@ -1,7 +1,7 @@
-"""Runs a command and takes it, with all that it started, down when this process is asked to end.
+"""Runs a command, and on SIGTERM stops the command with all its descendants.
 
-The launcher has the kernel send SIGTERM here when the launcher dies, even by SIGKILL. That reaches one process only,
-and `accelerate launch` would leave its workers behind; the whole process group goes instead. Standard library alone,
+The kernel sends SIGTERM when the launcher dies, even by SIGKILL. The signal reaches only this process, and `accelerate
+launch` would leave its workers behind, so the whole process group is stopped. Imports only the standard library,
 because it starts before every stage.
 """
 
@@ -14,13 +14,13 @@ from contextlib import suppress
 from types import FrameType
 
 _STOP_SECONDS = 10.0
-_LOOK_SECONDS = 0.05
+_POLL_SECONDS = 0.05
 
 
-def _is_in_company() -> bool:
-    """Whether another process of this group lives still.
+def _group_is_alive() -> bool:
+    """Return whether another process of this group is still alive.
 
-    Not the place for `Popen.wait`, which waits in vain where a signal has interrupted a wait for the same process.
+    `Popen.wait` would block forever if the signal interrupted a wait for the same process.
     """
     with suppress(ChildProcessError):
         while os.waitpid(-1, os.WNOHANG) != (0, 0):
@@ -34,7 +34,7 @@ def _is_in_company() -> bool:
 
 
 def main() -> None:
-    """Run ``<launcher's pid> <command>``, and end as the command ends."""
+    """Run the command of ``<launcher's PID> <command>``, and exit with its status or signal."""
     launcher_pid, command = int(sys.argv[1]), sys.argv[2:]
     process = subprocess.Popen(command)
 
@@ -42,13 +42,13 @@ def main() -> None:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         os.killpg(0, signal.SIGTERM)
         deadline = time.monotonic() + _STOP_SECONDS
-        while _is_in_company() and time.monotonic() < deadline:
-            time.sleep(_LOOK_SECONDS)
+        while _group_is_alive() and time.monotonic() < deadline:
+            time.sleep(_POLL_SECONDS)
         os.killpg(0, signal.SIGKILL)
 
     signal.signal(signal.SIGTERM, stop)
     if os.getppid() != launcher_pid:
-        stop(signal.SIGTERM, None)  # the launcher died before the signal was arranged
+        stop(signal.SIGTERM, None)  # the launcher died before the kernel was asked for the signal
     status = process.wait()
     if status < 0:
         if -status != signal.SIGKILL:

@@ -1,6 +1,6 @@
 """The profiles: demo (a laptop), single_gpu, paper (the published scale on a cluster)."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from evaluation.benchmarks.prompt_files import scan_prompt_file
@@ -15,7 +15,7 @@ from evaluation.config import (
 from features.config import LatentsConfig, TextFeaturesConfig
 from orchestration.launch.launcher import PROJECT_ROOT, AccelerateLaunch, LocalLaunch
 from orchestration.profiles.model_pins import LOCAL, UNPINNED
-from orchestration.profiles.profile import DemoWorld, Needs, Profile, ProfileFunction
+from orchestration.profiles.profile import DemoWorld, MachineRequirements, Profile
 from pipelines.cluster.config import WorkersConfig
 from pipelines.core.config import ModelRef
 from pipelines.dataset.config import DatasetConfig
@@ -42,14 +42,14 @@ QWEN3_VL_8B = ModelRef(id="Qwen/Qwen3-VL-8B-Instruct", revision="0c351dd01ed87e9
 QWEN3_VL_4B = ModelRef(id="Qwen/Qwen3-VL-4B-Instruct", revision="ebb281ec70b05090aa6165b016eac8ec08e71b17")
 QWEN3_VL_235B = ModelRef(id="Qwen/Qwen3-VL-235B-A22B-Instruct", revision=UNPINNED)
 UNIFIED_REWARD_2 = ModelRef(id="CodeGoat24/UnifiedReward-2.0-qwen3vl-8b", revision=UNPINNED)
-"""The paper says UnifiedReward-2.0 and not which of its sizes."""
+"""The paper says UnifiedReward-2.0 but not which size."""
 SD3 = ModelRef(
     id="stabilityai/stable-diffusion-3-medium-diffusers", revision="ea42f8cef0f178587cf766dc8129abd379c90671"
 )
 
 
 def _benchmark_files(folder: Path) -> PromptSetsConfig:
-    """The published prompt files, pinned by digest; the user puts them into `folder`."""
+    """Return the published prompt files, pinned by digest; the user places them in `folder`."""
     return PromptSetsConfig(
         geneval=PromptFile(
             path=str(folder / "geneval" / "evaluation_metadata.jsonl"),
@@ -74,7 +74,7 @@ def _benchmark_files(folder: Path) -> PromptSetsConfig:
 
 
 def demo(home: Path) -> Profile:
-    """The whole chain on two CPU cores in minutes: a drawn world, tiny trained models, every real engine."""
+    """The whole pipeline on two CPU cores in minutes: a rendered world, tiny trained models, every real engine."""
     world = DemoWorld(folder=str(home / "demo-world"))
     vision_language = ModelRef(id="throughline/demo-vlm", revision=LOCAL, path=str(_DEMO / "models" / "vlm"))
     autoencoder = ModelRef(id="throughline/demo-vae", revision=LOCAL, path=str(_DEMO / "models" / "vae"))
@@ -129,7 +129,7 @@ def demo(home: Path) -> Profile:
         autoencoder=autoencoder,
         template_version="plain-1",
         model=demo_model(),
-        # 350 steps instead of 450: on two quiet cores an arm takes 50 s, and the whole demo stays under 15 minutes.
+        # 350 steps instead of 450: on two quiet cores an arm takes 50 s and the whole demo under 15 minutes.
         training=demo_training(steps=350, validate_every=175, checkpoint_every=70),
         arms=_ARMS,
         prompt_sets=PromptSetsConfig(
@@ -169,7 +169,7 @@ def demo(home: Path) -> Profile:
             "fusion_analysis": 7,
             "trajectory_analysis": 7,
         },
-        needs=Needs(memory_gib=6, disk_gib=6),
+        needs=MachineRequirements(memory_gib=6, disk_gib=6),
     )
 
 
@@ -227,7 +227,7 @@ def single_gpu(home: Path) -> Profile:
             "trajectory_analysis": 7,
         },
         check_bytes=False,
-        needs=Needs(num_gpus=1, gpu_memory_gib=79, memory_gib=64, disk_gib=1000),
+        needs=MachineRequirements(num_gpus=1, gpu_memory_gib=79, memory_gib=64, disk_gib=1000),
     )
 
 
@@ -245,10 +245,10 @@ def paper(home: Path) -> Profile:
         name="paper",
         home=str(home),
         source=(str(Path("laion").absolute()),),
-        # Which row of a URL stays is one question over all parts, so that the answer depends on no order of files.
+        # URLs are deduplicated over all parts, so that the kept row does not depend on the order of files.
         laion_subset=_laion_filters().model_copy(update={"drop_duplicate_urls": False, "workers": workers}),
         laion_selection=LaionSelectionConfig(workers=workers),
-        # A shard is fetched by a process of its own, of which a node of 64 cores runs 16.
+        # Each shard is downloaded by its own process; a node of 64 cores runs 16 of them.
         images=_published_images(connections=128).model_copy(
             update={"workers": workers.model_copy(update={"cpus_per_unit": 4})}
         ),
@@ -314,7 +314,7 @@ def paper(home: Path) -> Profile:
             "trajectory_analysis": 7,
         },
         check_bytes=False,
-        needs=Needs(num_gpus=8, gpu_memory_gib=79, memory_gib=512, disk_gib=50_000),
+        needs=MachineRequirements(num_gpus=8, gpu_memory_gib=79, memory_gib=512, disk_gib=50_000),
     )
 
 
@@ -332,11 +332,11 @@ def _laion_filters() -> LaionSubsetConfig:
 def _published_images(*, connections: int) -> ImagesConfig:
     return ImagesConfig(
         fetch=FetchConfig(total_connections=connections),
-        # Cheaper, and no further from whole decoding than another filter, see `tests.benchmarks.download`.
+        # Cheaper than full decoding, and differs from it no more than another filter: `tests.benchmarks.download`.
         transform=ImageTransform(min_source_side_px=256, max_source_aspect=3.0, jpeg_decoding="scaled"),
         rows_per_shard=10_000,
         decode_workers=16,
     )
 
 
-PROFILES: Mapping[str, ProfileFunction] = {"demo": demo, "single_gpu": single_gpu, "paper": paper}
+PROFILES: Mapping[str, Callable[[Path], Profile]] = {"demo": demo, "single_gpu": single_gpu, "paper": paper}

@@ -1,8 +1,8 @@
-"""Pins models: a local folder by its content digest, a hub name without a commit by the commit it stands for now.
+"""Pins models: a local folder by its content digest, a hub name without a commit by its current commit.
 
-A profile may name a model without knowing its commit (revision ``main``) or its digest (revision ``local``). Neither
-reaches a stage: the first look-up replaces it, so that manifests and fingerprints carry what was really loaded. A
-commit once found is written down beside the outputs, so that all later stages and runs agree on it.
+A profile may leave a model's commit (revision ``main``) or digest (revision ``local``) open. The first lookup resolves
+it before a stage sees it, so manifests and fingerprints record what was really loaded. Resolved commits are written to
+a lock file, so all later stages and runs use the same one.
 """
 
 import json
@@ -19,7 +19,7 @@ from pipelines.core.digest import LOCAL_PREFIX, digest_json, file_sha256, model_
 from pipelines.core.errors import ThroughlineError
 
 LOCAL = "local"
-"""Revision of a local folder whose digest is to be found when it is used."""
+"""Revision of a local folder whose digest is computed on use."""
 UNPINNED = "main"
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _TIMEOUT_SECONDS = 20
@@ -27,15 +27,15 @@ ConfigT = TypeVar("ConfigT", bound=BaseModel)
 
 
 def is_pinned(model: ModelRef) -> bool:
-    """Whether the revision names one content for ever."""
+    """Return whether the revision identifies immutable content."""
     return _COMMIT.fullmatch(model.revision) is not None or model.revision.startswith(LOCAL_PREFIX)
 
 
 def resolve_models(config: ConfigT, lock_file: Path) -> ConfigT:
     """Return `config` with every model in it pinned, at any depth.
 
-    Raises ThroughlineError where a local folder is missing, or where a hub name has no commit yet and neither the
-    local hub cache nor the hub itself can tell it.
+    Raises ThroughlineError if a local folder is missing, or if a hub name has no commit yet and neither the local hub
+    cache nor the hub itself provides one.
     """
     changes: dict[str, Any] = {}
     for name in type(config).model_fields:
@@ -51,7 +51,7 @@ def resolve_models(config: ConfigT, lock_file: Path) -> ConfigT:
 
 
 def pinned(model: ModelRef, lock_file: Path) -> ModelRef:
-    """Return `model` with a revision that names one content."""
+    """Return `model` with a revision that identifies immutable content."""
     if is_pinned(model):
         return model
     if model.path is not None:
@@ -63,7 +63,7 @@ def folder_digest(folder: Path, cache_folder: Path) -> str:
     """Return the digest of a model folder's files by name and content; unchanged files are not read again."""
     files = model_files(folder)
     if not files:
-        raise ThroughlineError(f"{folder}: no model here; run `throughline doctor` to see how it is made")
+        raise ThroughlineError(f"{folder}: no model here; run `throughline doctor` for the fix")
     state = tuple((path.relative_to(folder).as_posix(), *_state(path)) for path in files)
     return _folder_digest(str(folder), state, str(cache_folder / "model-digests.json"))
 
@@ -80,8 +80,8 @@ def _folder_digest(folder: str, state: tuple[tuple[str, int, int], ...], cache_f
     digests = {}
     for name, size, modified in state:
         entry = known.get(name)
-        fresh = entry is not None and entry[:2] == [size, modified]
-        digests[name] = [size, modified, entry[2] if fresh and entry else file_sha256(Path(folder) / name)]
+        is_unchanged = entry is not None and entry[:2] == [size, modified]
+        digests[name] = [size, modified, entry[2] if is_unchanged and entry else file_sha256(Path(folder) / name)]
     if digests != known:
         Path(cache_file).parent.mkdir(parents=True, exist_ok=True)
         write_json(Path(cache_file), _read_json(Path(cache_file)) | {folder: digests})
@@ -93,7 +93,7 @@ def _hub_commit(model_id: str, revision: str, lock_file: Path) -> str:
     known = _read_json(lock_file)
     if key in known:
         return str(known[key])
-    commit = _cached_commit(model_id, revision) or _asked_commit(model_id, revision)
+    commit = _cached_commit(model_id, revision) or _current_commit(model_id, revision)
     lock_file.parent.mkdir(parents=True, exist_ok=True)
     write_json(lock_file, _read_json(lock_file) | {key: commit})
     return commit
@@ -110,7 +110,7 @@ def _cached_commit(model_id: str, revision: str) -> str | None:
     return commit if _COMMIT.fullmatch(commit) else None
 
 
-def _asked_commit(model_id: str, revision: str) -> str:
+def _current_commit(model_id: str, revision: str) -> str:
     import httpx
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
@@ -119,11 +119,11 @@ def _asked_commit(model_id: str, revision: str) -> str:
         commit = HfApi().model_info(model_id, revision=revision, timeout=_TIMEOUT_SECONDS).sha
     except (HfHubHTTPError, OfflineModeIsEnabled, httpx.HTTPError, OSError) as error:
         raise ThroughlineError(
-            f"{model_id}: revision {revision!r} is not a commit, and the hub can't be asked for one "
-            f"({type(error).__name__}); pin a commit with --set, or run once where the hub or its cache is in reach"
+            f"{model_id}: revision {revision!r} is not a commit, and the hub can't be reached for one "
+            f"({type(error).__name__}); pin a commit with --set, or run once with access to the hub or its cache"
         ) from error
     if commit is None or not _COMMIT.fullmatch(commit):
-        raise ThroughlineError(f"{model_id}: the hub answered {commit!r} for revision {revision!r}, not a commit")
+        raise ThroughlineError(f"{model_id}: the hub returned {commit!r} for revision {revision!r}, expected a commit")
     return commit
 
 

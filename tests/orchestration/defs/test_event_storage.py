@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from orchestration.cli.doctor import Verdict, _storage
+from orchestration.cli.doctor import Severity, _storage
 from orchestration.defs.event_storage import described_storage
 from orchestration.defs.instance import open_instance, prepare_dagster_home
 from pipelines.core.environment import POSTGRES_URL
@@ -133,21 +133,23 @@ def test_doctor_says_which_storage_is_in_use_and_whether_it_answers(
     home: Path, server: PostgresServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     profile = SmallProfile(home=home, index=IndexConfig(numbers=NUMBERS))
-    assert (
-        _storage(profile).what == f"Dagster keeps its runs in SQLite, under {home / 'dagster'}, from the first run on"
-    )
+    in_sqlite = f"Dagster keeps its runs in SQLite, under {home / 'dagster'}"
+    assert _storage(profile).message == f"{in_sqlite}, from the first run on"
     with open_instance(home):
         pass
-    assert _storage(profile).what == f"Dagster keeps its runs in SQLite, under {home / 'dagster'}; it answers (0 runs)"
+    assert _storage(profile).message == f"{in_sqlite}; it answers (0 runs)"
     monkeypatch.setenv(POSTGRES_URL, server.url())
-    symptom = _storage(profile)
-    assert symptom.verdict is Verdict.GOOD
-    assert f"in PostgreSQL, database postgres of user {USER} at 127.0.0.1:{server.port}; the server ans" in symptom.what
+    diagnostic = _storage(profile)
+    assert diagnostic.severity is Severity.GOOD
+    assert (
+        f"in PostgreSQL, database postgres of user {USER} at 127.0.0.1:{server.port}; the server ans"
+        in diagnostic.message
+    )
     monkeypatch.setenv(POSTGRES_URL, NOWHERE)
-    assert _storage(profile).verdict is Verdict.BAD
+    assert _storage(profile).severity is Severity.BAD
     (home / "dagster" / "history" / "runs.db").write_bytes(b"not a database" * 100)
     monkeypatch.delenv(POSTGRES_URL)
-    assert "SQLite does not answer" in _storage(profile).what
+    assert "SQLite does not answer" in _storage(profile).message
 
 
 def test_a_missing_extra_is_one_sentence_with_its_command(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -155,8 +157,8 @@ def test_a_missing_extra_is_one_sentence_with_its_command(home: Path, monkeypatc
     monkeypatch.setitem(sys.modules, "dagster_postgres", None)
     with pytest.raises(ThroughlineError, match="dagster_postgres is not installed; install it with: pip install"):
         open_instance(home)
-    symptom = _storage(SmallProfile(home=home, index=IndexConfig(numbers=NUMBERS)))
-    assert symptom.mend == "pip install 'throughline[postgres]'"
+    diagnostic = _storage(SmallProfile(home=home, index=IndexConfig(numbers=NUMBERS)))
+    assert diagnostic.fix == "pip install 'throughline[postgres]'"
 
 
 def test_a_folder_set_up_for_postgresql_begins_no_second_history(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ from orchestration.defs.instance import open_instance
 from orchestration.graph.nodes import GRAPH
 from orchestration.graph.resolution import Plan, State
 from orchestration.lineage.status import status_lines
-from orchestration.profiles.profile import load_profile
+from orchestration.profiles.loading import load_profile
 from pipelines.core.sample_key import sample_key
 from tests.pipelines.laion.laion_world import laion_row, write_laion
 
@@ -115,7 +115,7 @@ def test_a_run_tells_dagster_of_every_part_and_a_second_run_has_nothing_to_do(
                 folder.write("three", "three")
             execution = build_execution(folder.profile)
             nodes = execution.plan.graph.select("+laion_selection")
-            Run(execution, instance, Console()).carry_out("selected", nodes)
+            Run(execution, instance, Console()).execute("selected", nodes)
             assert instance.get_runs_count() == num_runs
         graph = build_definitions(execution).resolve_asset_graph()
         resolver = CachingStaleStatusResolver(instance, graph, LoadingContextForTest(instance))

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from orchestration.graph.execution import Execution
-from orchestration.launch import reaper as guard
+from orchestration.launch import reaper
 from orchestration.launch.launcher import (
     ON_OTHER_MACHINE,
     AccelerateLaunch,
@@ -59,40 +59,40 @@ def test_a_finished_output_starts_no_process(profile: SmallProfile, tmp_path: Pa
 
 
 @pytest.mark.slow
-def test_the_stages_own_sentence_is_the_error(profile: SmallProfile) -> None:
+def test_the_stages_own_error_is_reported(profile: SmallProfile) -> None:
     profile.keep = KeepConfig(fail_at="00001")
     execution = _with_index(profile)
     with pytest.raises(StageFailed, match=r"^part 00001: expected even numbers, found 3; .* \(log: .*\.log\)$"):
         execution.materialize("kept", ["00000", "00001", "00002"], Recorder())
-    assert execution.plan.task("kept", "00000").output is not None, "what was finished before stays"
+    assert execution.plan.task("kept", "00000").output is not None, "outputs finished earlier are kept"
     assert execution.plan.task("kept", "00002").output is None
 
 
 @pytest.mark.slow
-def test_a_crash_gives_its_last_words_and_the_log(profile: SmallProfile) -> None:
+def test_a_crash_is_reported_with_its_exception_and_log(profile: SmallProfile) -> None:
     profile.keep = KeepConfig(crash_at="00000")
     with pytest.raises(StageFailed) as caught:
         _with_index(profile).materialize("kept", ["00000"], Recorder())
     message = str(caught.value)
-    assert "kept 00000: its process ended with status 1: RuntimeError: a bug of the stage" in message
+    assert "kept 00000: its process exited with status 1: RuntimeError: a bug of the stage" in message
     log = Path(message.rpartition("log: ")[2].rstrip(")"))
     assert "Traceback" in log.read_text()
 
 
 @pytest.mark.slow
-def test_a_stage_that_was_killed_says_so(profile: SmallProfile) -> None:
+def test_a_killed_stage_is_reported(profile: SmallProfile) -> None:
     profile.keep = KeepConfig(kill_at="00000")
-    with pytest.raises(StageFailed, match="kept 00000: its process was ended by SIGKILL; the machine may have run out"):
+    with pytest.raises(StageFailed, match="kept 00000: its process was killed by SIGKILL; the machine may have"):
         _with_index(profile).materialize("kept", ["00000"], Recorder())
 
 
-def test_a_task_whose_inputs_are_missing_is_refused(profile: SmallProfile) -> None:
+def test_a_task_with_missing_inputs_is_refused(profile: SmallProfile) -> None:
     with pytest.raises(ThroughlineError, match=r"total can't start: .*the parts of kept are unknown"):
         execution_of(profile).materialize("total", [None], Recorder())
 
 
-def test_a_stage_ends_when_its_launcher_is_killed(tmp_path: Path) -> None:
-    """The launcher dies by SIGKILL and can't clean up; the stage and the worker that it started end all the same."""
+def test_a_stage_stops_when_its_launcher_is_killed(tmp_path: Path) -> None:
+    """The launcher dies by SIGKILL and can't clean up; the stage and its worker stop all the same."""
     module = tmp_path / "slow_stages" / "sleeper.py"
     module.parent.mkdir()
     module.write_text(
@@ -126,8 +126,8 @@ def test_a_stage_ends_when_its_launcher_is_killed(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("ignored", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_the_guard_waits_for_what_ends_in_its_own_time_and_no_longer(tmp_path: Path, ignored: bool) -> None:
-    """The stage ends at once; a worker of it puts its things in order first, and then the guard is not needed."""
+def test_the_reaper_waits_for_a_clean_exit_up_to_its_limit(tmp_path: Path, ignored: bool) -> None:
+    """The stage exits at once, its worker after cleaning up; the reaper waits for both."""
     done = tmp_path / "done"
     worker = (
         "import pathlib, signal, sys, time\n"
@@ -136,14 +136,14 @@ def test_the_guard_waits_for_what_ends_in_its_own_time_and_no_longer(tmp_path: P
     )
     stage = f"import subprocess, sys, time\nsubprocess.Popen([sys.executable, '-c', {worker!r}])\ntime.sleep(120)\n"
     before = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN)\n" if ignored else ""
-    command = [sys.executable, guard.__file__, str(os.getpid()), sys.executable, "-c", before + stage]
+    command = [sys.executable, reaper.__file__, str(os.getpid()), sys.executable, "-c", before + stage]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, start_new_session=True)
     assert process.stdout is not None and process.stdout.readline() == b"ready\n"
     process.terminate()
-    if ignored:  # the stage itself holds out, and is killed after the guard's patience
-        assert process.wait(2 * guard._STOP_SECONDS) == -signal.SIGKILL
+    if ignored:  # the stage ignores SIGTERM and is killed at the reaper's time limit
+        assert process.wait(2 * reaper._STOP_SECONDS) == -signal.SIGKILL
     else:
-        assert process.wait(guard._STOP_SECONDS - 3) == -signal.SIGKILL
+        assert process.wait(reaper._STOP_SECONDS - 3) == -signal.SIGKILL
     assert done.exists()
 
 
@@ -176,7 +176,7 @@ def test_accelerate_reads_the_configuration_written_for_it(tmp_path: Path) -> No
 
 @pytest.mark.slow
 def test_two_machines_train_what_one_process_trains(tmp_path: Path) -> None:
-    """Two launchers on the loopback, of rank 0 and 1, the second started by the line that a person would be shown."""
+    """Two launchers of rank 0 and 1 on the loopback interface; the second runs the command that users are shown."""
     from tests.tiny_models import write_causal_lm
     from tests.training.conftest import NUM_LAYERS, write_tiny_data
     from tests.training.loop.test_checkpoint import flat, metrics
@@ -192,7 +192,7 @@ def test_two_machines_train_what_one_process_trains(tmp_path: Path) -> None:
     )
     second: list[subprocess.Popen[bytes]] = []
 
-    def hear(line: str) -> None:
+    def start_second(line: str) -> None:
         if line.startswith(ON_OTHER_MACHINE):
             rank, _, command = line.removeprefix(ON_OTHER_MACHINE).strip().partition(": ")
             assert rank == "1"
@@ -208,7 +208,7 @@ def test_two_machines_train_what_one_process_trains(tmp_path: Path) -> None:
         output_root=str(tmp_path / "two"),
     )
     try:
-        Launcher(tmp_path / "logs", on_line=hear).run("training.loop.checkpoint", [request], form)
+        Launcher(tmp_path / "logs", on_line=start_second).run("training.loop.checkpoint", [request], form)
         (other,) = second
         assert other.wait(60) == 0
     finally:
@@ -225,19 +225,19 @@ def test_two_machines_train_what_one_process_trains(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("fields", "said"),
+    ("fields", "message"),
     [
         ({"num_processes": 4, "num_machines": 2}, "several machines need main_process_ip"),
         ({"num_processes": 3, "num_machines": 2}, "not a multiple of num_machines"),
-        ({"num_processes": 2, "machine_rank": 1}, "machine_rank 1"),
+        ({"num_processes": 2, "machine_rank": 1}, "machine_rank 1: expected at most 0"),
     ],
 )
-def test_machines_that_do_not_fit_are_refused(fields: dict[str, int], said: str) -> None:
-    with pytest.raises(ValueError, match=said):
+def test_inconsistent_machines_are_refused(fields: dict[str, int], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         AccelerateLaunch.model_validate(fields)
 
 
-def test_launch_forms_give_every_request_to_the_module() -> None:
+def test_launch_forms_pass_every_request_to_the_module() -> None:
     requests = [Path("/r/1.json"), Path("/r/2.json")]
     ends = ["--config", "/r/1.json", "--config", "/r/2.json"]
     for form in (LocalLaunch(), AccelerateLaunch(num_processes=2, cpu=True), RayJobLaunch(environment={"A": "1"})):
@@ -245,7 +245,7 @@ def test_launch_forms_give_every_request_to_the_module() -> None:
         assert command[-4:] == ends
         assert command[-5] == "pipelines.download.images"
     several = AccelerateLaunch(num_processes=2, cpu=True)
-    assert "--cpu" not in several.command("training.loop.checkpoint", requests)  # it would start one process only
+    assert "--cpu" not in several.command("training.loop.checkpoint", requests)  # it would start only one process
     assert several.variables["ACCELERATE_USE_CPU"] == "true"
     assert "--cpu" in AccelerateLaunch(cpu=True).command("training.loop.checkpoint", requests)
     command = RayJobLaunch(environment={"A": "1"}).command("pipelines.download.images", requests)

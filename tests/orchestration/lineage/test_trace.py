@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from orchestration.cli.main import main
-from orchestration.cli.trace import grew_from, trace_lines
+from orchestration.cli.trace import is_append_only_edit, trace_lines
 from orchestration.lineage.trace import Holder, Outputs, Trace, trace
 from pipelines.core.sample_key import sample_key
 from pipelines.dataset import dataset
@@ -137,7 +137,7 @@ def test_a_domain_names_all_its_rows_and_what_names_none_is_told(world: World) -
     assert found.unknown == unknown
     nothing = world.trace("example.org")
     assert not (nothing.rows or nothing.holders)
-    assert next(trace_lines(nothing)) == "0 rows, so there is nothing to tell"
+    assert next(trace_lines(nothing)) == "0 rows, so there is nothing to report"
 
 
 @pytest.fixture
@@ -167,9 +167,9 @@ def test_an_output_that_cannot_be_asked_is_named_with_all_that_rests_on_it(world
     ]
     assert "was altered" in found.unreadable[0]
     said = "\n".join(trace_lines(found))
-    assert "could not be asked: latents 00000" in said
+    assert "could not be read: latents 00000" in said
     assert "which is gone or could not be asked" in said
-    assert "Which of these the profile uses is not known" in said
+    assert "Unknown which of these the profile uses" in said
 
 
 def test_what_was_read_before_a_fault_is_kept(world: World, copied: Path) -> None:
@@ -223,8 +223,8 @@ def test_texts_of_the_web_stay_on_one_line(tmp_path: Path) -> None:
     [(b"a\nb\n", True), (b"a\nb\nc\n", True), (b"a\n", False), (b"x\na\nb\n", False), (b"a\nbc\n", False)],
 )
 def test_a_list_has_grown_if_it_begins_with_what_it_was(data: bytes, grown: bool) -> None:
-    assert grew_from(data, hashlib.sha256(b"a\nb\n").hexdigest()) is grown
-    assert grew_from(data, hashlib.sha256(b"a\nb").hexdigest()) is grown
+    assert is_append_only_edit(data, hashlib.sha256(b"a\nb\n").hexdigest()) is grown
+    assert is_append_only_edit(data, hashlib.sha256(b"a\nb").hexdigest()) is grown
 
 
 def run_cli(*arguments: str) -> object:
@@ -252,9 +252,9 @@ def test_withdrawn_rows_are_listed_once_under_their_urls(
     said = capsys.readouterr().out
     entry = scan_entry_list(listed)
     assert f'withdrawn = {{ path = "{listed}", sha256 = "{entry.sha256}" }}' in said
-    assert "1 row more, 2 in all" in said
+    assert "1 row added, 2 in total" in said
     assert "drawn 2 times, first in step 3" in said
-    assert "made from these: samples (1), scores (1)" in said
+    assert "derived from these: samples (1), scores (1)" in said
     assert "dataset, checkpoint (" in said
     assert "shards (" not in said
     assert run_cli("withdraw", world.server.url(DRAWN), "--list", str(listed), "--json", *root) == 0
@@ -276,17 +276,17 @@ def test_a_profile_has_one_list_of_withdrawn_rows(
     digest = scan_entry_list(listed).sha256
     named = ("--set", f'dataset.withdrawn={{"path": "{listed}", "sha256": "{digest}"}}')
     other = ("--list", str(tmp_path / "other.txt"))
-    assert "leave --list out" in str(run_cli("withdraw", world.key(DRAWN), *other, *named, *root))
+    assert "omit --list" in str(run_cli("withdraw", world.key(DRAWN), *other, *named, *root))
     assert run_cli("withdraw", world.key(DRAWN), *named, *root) == 0
     assert world.key(DRAWN) in listed.read_text()
     assert run_cli("withdraw", world.key(TWICE), *named, *root) == 0, "the profile may name it as it was"
     assert run_cli("status", *named, *root) == 0
     present = scan_entry_list(listed).sha256
-    assert f"and it has SHA-256 {present}; name that" in capsys.readouterr().err
+    assert f"but it has SHA-256 {present}; update the profile" in capsys.readouterr().err
     listed.write_text(f"{world.key(DRAWN)}\n")
-    assert "not the list that the profile names" in str(run_cli("withdraw", world.key(TWICE), *named, *root))
+    assert "appended, found another one" in str(run_cli("withdraw", world.key(TWICE), *named, *root))
     listed.unlink()
-    assert "no list that the profile names" in str(run_cli("withdraw", world.key(TWICE), *named, *root))
+    assert "appended, found none" in str(run_cli("withdraw", world.key(TWICE), *named, *root))
     assert not listed.exists()
     assert "not a file" in str(run_cli("withdraw", world.key(TWICE), "--list", "/dev/null", *root))
 

@@ -23,8 +23,8 @@ def test_a_local_model_is_pinned_by_its_content(tmp_path: Path) -> None:
     first = pinned(model, lock)
     assert is_pinned(first)
     copy = ModelRef(id="tiny", revision=LOCAL, path=str(_model(tmp_path / "b")))
-    assert pinned(copy, lock).revision == first.revision, "the place does not matter"
-    (tmp_path / "a" / "README.md").write_text("a card is no part of the model")
+    assert pinned(copy, lock).revision == first.revision, "the path does not matter"
+    (tmp_path / "a" / "README.md").write_text("a model card is not part of the model")
     assert pinned(model, lock).revision == first.revision
     (tmp_path / "a" / "model.safetensors").write_bytes(b"other weights")
     assert pinned(model, lock).revision != first.revision
@@ -34,23 +34,19 @@ def test_unchanged_files_are_read_once(tmp_path: Path) -> None:
     folder, cache = _model(tmp_path / "a"), tmp_path / "cache"
     digest = folder_digest(folder, cache)
     written = json.loads((cache / "model-digests.json").read_bytes())
-    written[str(folder)]["config.json"][2] = (
-        "0" * 64
-    )  # what stands in the cache is believed while the file is unchanged
+    written[str(folder)]["config.json"][2] = "0" * 64  # the cache is trusted while the file is unchanged
     (cache / "model-digests.json").write_text(json.dumps(written))
     (folder / "new.json").write_text("{}")
     assert folder_digest(folder, cache) != digest
     assert json.loads((cache / "model-digests.json").read_bytes())[str(folder)]["config.json"][2] == "0" * 64
 
 
-def test_a_missing_local_model_is_named(tmp_path: Path) -> None:
+def test_a_missing_local_model_is_reported(tmp_path: Path) -> None:
     with pytest.raises(ThroughlineError, match="no model here"):
         pinned(ModelRef(id="tiny", revision=LOCAL, path=str(tmp_path / "none")), tmp_path / "commits.json")
 
 
-def test_a_hub_name_gets_the_commit_of_the_hub_cache_and_keeps_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_hub_name_resolves_to_the_cached_commit_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     reference = tmp_path / "hub" / "models--org--name" / "refs" / "main"
     reference.parent.mkdir(parents=True)
@@ -58,10 +54,10 @@ def test_a_hub_name_gets_the_commit_of_the_hub_cache_and_keeps_it(
     model, lock = ModelRef(id="org/name", revision=UNPINNED), tmp_path / "commits.json"
     assert pinned(model, lock).revision == COMMIT
     reference.write_text("f" * 40)
-    assert pinned(model, lock).revision == COMMIT, "a commit once chosen stays, whatever the hub says later"
+    assert pinned(model, lock).revision == COMMIT, "a resolved commit is kept, whatever the hub cache holds later"
 
 
-def test_a_pinned_model_is_left_alone(tmp_path: Path) -> None:
+def test_a_pinned_model_is_unchanged(tmp_path: Path) -> None:
     model = ModelRef(id="org/name", revision=COMMIT)
     assert pinned(model, tmp_path / "commits.json") is model
 

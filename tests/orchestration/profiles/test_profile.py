@@ -5,8 +5,8 @@ import pytest
 from orchestration.graph.nodes import GRAPH
 from orchestration.launch.launcher import AccelerateLaunch
 from orchestration.profiles.library import PROFILES
+from orchestration.profiles.loading import load_profile
 from orchestration.profiles.model_pins import LOCAL
-from orchestration.profiles.profile import load_profile
 from pipelines.core.errors import ThroughlineError
 
 
@@ -19,7 +19,7 @@ def test_every_profile_builds_and_configures_every_stage(name: str, tmp_path: Pa
             assert type(config) is node.stage.config_type, node.name
 
 
-def test_gates_that_follow_the_latents_bring_their_analysis_into_graph_and_report(tmp_path: Path) -> None:
+def test_estimated_gates_add_their_analysis_to_graph_and_report(tmp_path: Path) -> None:
     names = '["time_wise", "joint"]'
     changes = [f"strategies={names}", f"arms={names}", "results.baseline=time_wise"]
     plain = GRAPH.wanted(load_profile("demo", tmp_path, changes))
@@ -45,7 +45,7 @@ def test_paper_is_the_published_scale(tmp_path: Path) -> None:
     assert isinstance(launch, AccelerateLaunch) and launch.num_processes == training.num_processes
 
 
-def test_the_paper_s_rows_are_one_of_each_url_over_all_parts(tmp_path: Path) -> None:
+def test_the_papers_urls_are_deduplicated_over_all_parts(tmp_path: Path) -> None:
     profile = load_profile("paper", tmp_path)
     assert profile.laion_selection is not None and profile.laion_selection.drop_duplicate_urls
     assert not profile.laion_subset.drop_duplicate_urls, "the order of a part's rows would decide which one stays"
@@ -54,32 +54,32 @@ def test_the_paper_s_rows_are_one_of_each_url_over_all_parts(tmp_path: Path) -> 
     assert sampled is not None and sampled.limit == 1000
 
 
-def test_unpinned_models_are_named(tmp_path: Path) -> None:
+def test_unpinned_models_are_reported(tmp_path: Path) -> None:
     warnings = load_profile("paper", tmp_path, ["launches.checkpoint.main_process_ip=10.0.0.1"]).warnings()
     assert warnings and all("is not pinned to a commit" in warning for warning in warnings)
     assert load_profile("demo", tmp_path).warnings() == []
     assert load_profile("demo", tmp_path).text_encoder.revision == LOCAL
 
 
-def test_processes_that_nobody_starts_are_named(tmp_path: Path) -> None:
+def test_a_process_count_that_differs_from_the_launch_is_reported(tmp_path: Path) -> None:
     changes = ["training.num_processes=2"]
     assert load_profile("demo", tmp_path, changes).warnings() == [
         "training.num_processes is 2, launches.checkpoint starts 1; set training.num_processes and "
-        "launches.checkpoint.num_processes to one number"
+        "launches.checkpoint.num_processes to the same number"
     ]
     assert load_profile("demo", tmp_path, [*changes, "launches.checkpoint.num_processes=2"]).warnings() == []
 
 
-def test_machines_that_can_not_find_each_other_are_named(tmp_path: Path) -> None:
-    (said,) = (text for text in load_profile("paper", tmp_path).warnings() if "pinned" not in text)
-    assert said == (
-        "launches.checkpoint.main_process_ip is 127.0.0.1, which of its num_machines=8 only machine 0 can reach; set "
-        "it to that one's address"
+def test_an_unreachable_main_process_is_reported(tmp_path: Path) -> None:
+    (warning,) = (text for text in load_profile("paper", tmp_path).warnings() if "pinned" not in text)
+    assert warning == (
+        "launches.checkpoint.main_process_ip is 127.0.0.1, which only machine 0 of num_machines=8 can reach; set it to "
+        "that machine's address"
     )
 
 
-def test_the_demos_web_must_be_one_that_may_be_asked(tmp_path: Path) -> None:
-    with pytest.raises(ThroughlineError, match=r"allowed_private_hosts is .*, without the demo's own web, 127"):
+def test_the_demos_web_server_must_be_an_allowed_host(tmp_path: Path) -> None:
+    with pytest.raises(ThroughlineError, match=r"allowed_private_hosts is .*, expected .* the demo's web server, 127"):
         load_profile("demo", tmp_path, ["world.port=8766"])
     both = ["world.port=8766", 'images.fetch.allowed_private_hosts=["127.0.0.1:8766"]']
     profile = load_profile("demo", tmp_path, both)
@@ -102,7 +102,7 @@ def test_a_cluster_is_named_on_the_command_line_and_changes_no_result(tmp_path: 
     assert {load_profile("demo", tmp_path).images.workers.ray_address, here.images.workers.ray_address} == {None}
 
 
-def test_what_the_subset_s_lists_deny_is_denied_to_the_download(tmp_path: Path) -> None:
+def test_the_subsets_deny_lists_apply_to_the_download(tmp_path: Path) -> None:
     opt_outs, denied = (f'{{"path": "{name}.txt", "sha256": "{name[0] * 64}"}}' for name in ("all", "before"))
     changes = [f"laion_subset.opt_outs={opt_outs}", f"laion_subset.domains_denied={opt_outs}"]
     profile = load_profile("single_gpu", tmp_path, [*changes, f"images.fetch.domains_denied={denied}"])
@@ -127,24 +127,27 @@ def test_what_the_subset_s_lists_deny_is_denied_to_the_download(tmp_path: Path) 
         ('strategies=["uniform"]', "arm penultimate needs strategy penultimate, which is not trained"),
         ('arms=["joint"]', "^profile single_gpu: results.baseline penultimate is not among the arms"),
         ("latents.autoencoder.revision=main", r"latents\.autoencoder is .*, the profile's is"),
-        ("model.gate_signal=estimated", "needs time gates, which penultimate, uniform, static, fuse_dit, depth_wise"),
-        ("model.latent_size=64", "asks for 512 px, images are 256 px"),
-        (f'judge_calibration.withdrawn={{"path": "a", "sha256": "{"0" * 64}"}}', "set dataset.withdrawn alone"),
+        (
+            "model.gate_signal=estimated",
+            "needs time gates, which penultimate, uniform, static, fuse_dit, depth_wise la",
+        ),
+        ("model.latent_size=64", "requires 512 px, images are 256 px"),
+        (f'judge_calibration.withdrawn={{"path": "a", "sha256": "{"0" * 64}"}}', "set only dataset.withdrawn"),
     ],
 )
-def test_a_wrong_change_is_refused_with_one_sentence(tmp_path: Path, change: str, message: str) -> None:
+def test_an_invalid_change_is_one_sentence(tmp_path: Path, change: str, message: str) -> None:
     with pytest.raises(ThroughlineError, match=message) as caught:
         load_profile("single_gpu", tmp_path, [change])
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("name", ["single_gpu", "paper"])
-def test_profiles_with_gpus_leave_no_model_on_the_cpu(name: str, tmp_path: Path) -> None:
+def test_gpu_profiles_put_every_model_on_the_gpu(name: str, tmp_path: Path) -> None:
     profile = load_profile(name, tmp_path)
     assert (profile.latents.device, profile.training.device, profile.samples.device) == ("cuda", "cuda", "cuda")
 
 
-def test_a_toml_file_changes_a_base(tmp_path: Path) -> None:
+def test_a_toml_file_overrides_a_base(tmp_path: Path) -> None:
     path = tmp_path / "mine.toml"
     path.write_text('base = "single_gpu"\nname = "mine"\n[training]\nsteps = 9\nwarmup_steps = 1\n')
     profile = load_profile(str(path), tmp_path)
@@ -156,11 +159,11 @@ def test_a_toml_file_changes_a_base(tmp_path: Path) -> None:
         ThroughlineError, match=r"none.toml: can't be read as a profile: no such file or folder; name another"
     ):
         load_profile(str(tmp_path / "none.toml"), tmp_path)
-    with pytest.raises(ThroughlineError, match="there are demo, single_gpu, paper"):
+    with pytest.raises(ThroughlineError, match="choose one of demo, single_gpu, paper"):
         load_profile("no_such_profile", tmp_path)
 
 
-def test_a_profile_survives_being_written_down(tmp_path: Path) -> None:
+def test_a_profile_survives_serialization(tmp_path: Path) -> None:
     for name in PROFILES:
         profile = load_profile(name, tmp_path)
         assert type(profile).model_validate(profile.model_dump(mode="json")) == profile
