@@ -198,3 +198,6 @@ class ReportConfig(FrozenConfig):
     """Width and height of pictures in the report; 160 px costs about 6 kB a picture."""
     max_num_bytes: int = Field(8_000_000, ge=100_000)
     """Size that the report may not exceed."""
+    stages: tuple[str, ...] = execution_field(())
+    """Modules of the graph's stages in its order, in which the report lists them; the graph sets it. Empty: the
+    installed stages, by their inputs."""

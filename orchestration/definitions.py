@@ -4,21 +4,22 @@ import dagster as dg
 
 from orchestration.defs.assets import build_asset, build_files_asset
 from orchestration.defs.jobs import EVALUATION_JOB, EVERYTHING_JOB, build_job
-from orchestration.demo_services import surroundings_of
+from orchestration.demo_services import service_hooks
 from orchestration.graph.execution import Execution
 from orchestration.graph.graph import Graph, Group
 from orchestration.graph.nodes import GRAPH
 from orchestration.graph.resolution import Plan
-from orchestration.profiles.profile import Profile, load_profile
+from orchestration.profiles.loading import load_profile
+from orchestration.profiles.profile import Profile
 from pipelines.core.environment import home_folder, profile_name
 
 
 def build_execution(profile: Profile, graph: Graph = GRAPH) -> Execution:
-    """Return what carries out the graph under a profile."""
+    """Return the graph under a profile, ready to run."""
     return Execution(
         plan=Plan(graph, profile, profile.open_output_root()),
         log_folder=profile.log_folder,
-        surroundings=surroundings_of(profile),
+        hooks=service_hooks(profile),
     )
 
 
@@ -29,7 +30,7 @@ def build_definitions(execution: Execution) -> dg.Definitions:
     jobs = [build_job(EVERYTHING_JOB, nodes, execution, "Every asset of the graph, all partitions.")]
     if evaluation:
         jobs.append(
-            build_job(EVALUATION_JOB, evaluation, execution, "The evaluation alone, from checkpoints that are there.")
+            build_job(EVALUATION_JOB, evaluation, execution, "The evaluation alone, from existing checkpoints.")
         )
     assets = [build_asset(node, execution) for node in nodes]
     assets += [asset for node in nodes if (asset := build_files_asset(node, execution)) is not None]

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from orchestration.graph.nodes import GRAPH
-from orchestration.profiles.profile import load_profile
+from orchestration.profiles.loading import load_profile
 from pipelines.dataset.order import SampleOrder
 from pipelines.laion.config import LaionSubsetConfig
 from pipelines.laion.presets import PRESETS, TOP_SHARES

@@ -153,7 +153,7 @@ def _output_root(location: str) -> str:
 
 
 def _load(name: str | None, changes: Sequence[str]) -> "Profile":
-    from orchestration.profiles.profile import load_profile
+    from orchestration.profiles.loading import load_profile
     from pipelines.core.environment import home_folder, profile_name
 
     return load_profile(name or profile_name(), home_folder(), changes)
@@ -161,7 +161,7 @@ def _load(name: str | None, changes: Sequence[str]) -> "Profile":
 
 def _execution(arguments: argparse.Namespace) -> "Execution":
     from orchestration.cli.folders import usable_root
-    from orchestration.demo_services import surroundings_of
+    from orchestration.demo_services import service_hooks
     from orchestration.graph.execution import Execution
     from orchestration.graph.nodes import GRAPH
     from orchestration.graph.resolution import Plan
@@ -175,7 +175,7 @@ def _execution(arguments: argparse.Namespace) -> "Execution":
     return Execution(
         plan=Plan(GRAPH, profile, root),
         log_folder=profile.log_folder,
-        surroundings=surroundings_of(profile),
+        hooks=service_hooks(profile),
     )
 
 
@@ -201,7 +201,7 @@ def _run(arguments: argparse.Namespace) -> int:
     started = time.monotonic()
     with open_instance(home_folder()) as instance:
         run = Run(execution, instance, console)
-        run.carry_out("selected" if selection else EVERYTHING_JOB, nodes)
+        run.execute("selected" if selection else EVERYTHING_JOB, nodes)
     console.line(f"  {summarise(run.tallies, time.monotonic() - started)}")
     profile.log_folder.mkdir(parents=True, exist_ok=True)
     (profile.log_folder / "last-run.json").write_text(as_json(run.tallies))
@@ -226,7 +226,8 @@ def _status(arguments: argparse.Namespace) -> int:
 
 
 def _audit(arguments: argparse.Namespace) -> int:
-    from orchestration.lineage.audit import Auditor, find_output, refs_of_run
+    from orchestration.defs.run_history import refs_of_run
+    from orchestration.lineage.audit import Auditor, find_output
     from pipelines.core.environment import home_folder
 
     plan = _execution(arguments).plan

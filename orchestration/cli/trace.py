@@ -12,7 +12,7 @@ from pipelines.core.errors import ThroughlineError
 
 if TYPE_CHECKING:
     from orchestration.graph.resolution import Plan
-    from orchestration.lineage.trace import Holder, Trace
+    from orchestration.lineage.trace import Trace, TracedOutput
     from pipelines.laion.config import EntryList
 
 _SHOWN_ROWS = 5
@@ -164,9 +164,8 @@ def grew_from(data: bytes, sha256: str) -> bool:
 
 def _made_anew(plan: "Plan") -> dict[str, int]:
     """Return the assets that a longer list makes anew, with the number of their partitions."""
-    from orchestration.lineage.trace import CALIBRATION, DATASET
-
-    names = plan.graph.downstream({DATASET, CALIBRATION})
+    readers = {name for name, node in plan.graph.nodes.items() if "withdrawn" in node.stage.config_type.model_fields}
+    names = plan.graph.downstream(readers)
     return {name: len(plan.partitions(name)) for name in plan.graph.nodes if name in names}
 
 
@@ -209,7 +208,7 @@ def trace_lines(found: "Trace") -> Iterator[str]:
         yield from (f"  could not be asked: {problem}" for problem in found.unreadable)
 
 
-def _age(holder: "Holder") -> str:
+def _age(holder: "TracedOutput") -> str:
     return " old" if holder.is_current is False else ""
 
 
@@ -218,7 +217,7 @@ def _plain(text: str) -> str:
     return text if text.isprintable() else json.dumps(text)
 
 
-def _where(holder: "Holder") -> str:
+def _where(holder: "TracedOutput") -> str:
     """Return what an output says of the rows it holds: how often they were drawn, on which side, or in which files."""
     if holder.first_step is not None:
         return f"drawn {_count(holder.times_drawn, 'time')}, first in step {holder.first_step}"

@@ -33,7 +33,7 @@ def serve(execution: Execution, profile: str | None, changes: Sequence[str], por
     with open_instance(home) as instance:
         # Parts are Dagster partitions only once the index has registered them; without them "Materialize all" would
         # have nothing to divide the data assets by.
-        Run(execution, instance, console).carry_out("selected", [plan.graph[INDEX]])
+        Run(execution, instance, console).execute("selected", [plan.graph[INDEX]])
         register_parts(instance, plan)
     environment = {**os.environ, HOME: str(home), PROFILE: _profile_for_children(execution, profile, changes)}
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(PROJECT_ROOT), os.environ.get("PYTHONPATH")]))

@@ -1,10 +1,9 @@
 """A profile: the whole resolved configuration of a run, frozen and validated when it is built."""
 
 import json
-import tomllib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Literal, Self, TypeVar
+from typing import Literal, Self, TypeVar
 
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
@@ -24,7 +23,6 @@ from orchestration.launch.launcher import AccelerateLaunch, LaunchForm, LocalLau
 from orchestration.profiles.model_pins import is_pinned, resolve_models
 from pipelines.core.config import FrozenConfig, ModelRef
 from pipelines.core.digest import file_sha256
-from pipelines.core.errors import ThroughlineError, in_plain_words, problem_in_words
 from pipelines.dataset.config import DatasetConfig
 from pipelines.download.config import ImagesConfig
 from pipelines.laion.config import LaionSelectionConfig, LaionSubsetConfig
@@ -324,85 +322,4 @@ def _models_in(config: BaseModel, prefix: str) -> list[tuple[str, ModelRef]]:
 
 
 ProfileFunction = Callable[[Path], Profile]
-
-
-def load_profile(name: str, home: Path, changes: Sequence[str] = ()) -> Profile:
-    """Return the profile of that name, or the one a TOML or JSON file makes of another, with `changes` applied.
-
-    A file names its ``base`` and overrides fields in tables of the same shape as the profile. A change is
-    ``field.field=value``, the value as JSON or as plain text. Raises ThroughlineError with one line per wrong field.
-    """
-    from orchestration.profiles.library import PROFILES
-
-    overrides: dict[str, Any] = {}
-    if name not in PROFILES:
-        base, overrides = _read_profile_file(name, PROFILES)
-    else:
-        base = name
-    for change in changes:
-        path, separator, text = change.partition("=")
-        if not separator or not path:
-            raise ThroughlineError(f"--set {change}: expected field.field=value")
-        _put(overrides, path.split("."), _parse(text), change)
-    profile = PROFILES[base](home)
-    if not overrides:
-        return profile
-    merged = _merge(profile.model_dump(mode="json"), overrides)
-    try:
-        return Profile.model_validate(merged)
-    except ValidationError as error:
-        raise ThroughlineError(f"profile {name}: {_problems(error)}") from error
-
-
-def _read_profile_file(name: str, known: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
-    path = Path(name)
-    if path.suffix not in {".toml", ".json"}:
-        raise ThroughlineError(f"no profile {name!r}; there are {', '.join(known)}, or name a .toml file")
-    try:
-        text = path.read_text()
-        content = tomllib.loads(text) if path.suffix == ".toml" else json.loads(text)
-    except OSError as error:
-        said = f"{path}: can't be read as a profile: {in_plain_words(error)}"
-        raise ThroughlineError(f"{said}; name another file, or one of {', '.join(known)}") from error
-    except ValueError as error:
-        raise ThroughlineError(f"{path}: can't be read as a profile ({error}); mend that line") from error
-    base = content.pop("base", None)
-    if base not in known:
-        raise ThroughlineError(f'{path}: base is {base!r}; start the file with base = "<one of {", ".join(known)}>"')
-    return base, content
-
-
-def _put(overrides: dict[str, Any], path: list[str], value: Any, change: str) -> None:
-    for name in path[:-1]:
-        overrides = overrides.setdefault(name, {})
-        if not isinstance(overrides, dict):
-            raise ThroughlineError(f"--set {change}: {name} was set to a plain value before")
-    overrides[path[-1]] = value
-
-
-def _parse(text: str) -> Any:
-    try:
-        return json.loads(text)
-    except ValueError:
-        return text
-
-
-def _merge(base: Any, overrides: Mapping[str, Any]) -> Any:
-    """Return `base` with `overrides` laid over it; a field that a union would not have is left to validation."""
-    if not isinstance(base, dict):
-        return dict(overrides)
-    merged = dict(base)
-    for name, value in overrides.items():
-        if isinstance(value, Mapping):
-            merged[name] = _merge(base.get(name), value)
-        else:
-            merged[name] = value
-    return merged
-
-
-def _problems(error: ValidationError) -> str:
-    def said(problem: Mapping[str, Any]) -> str:
-        path = ".".join(map(str, problem["loc"]))  # empty where fields contradict each other: the text names them
-        return f"{path}: {problem_in_words(problem)}" if path else problem_in_words(problem)
-
-    return "; ".join(said(problem) for problem in error.errors())
+"""Returns the profile whose outputs, logs and caches are under the given home."""

@@ -19,12 +19,14 @@ from pipelines.core.manifest import EARLIER, Conservation
 from pipelines.core.progress import Progress
 from pipelines.download.circuit_breaker import FailureWatch
 from pipelines.download.config import ImagesConfig
+from pipelines.download.inspection import find_image_rows, preview_images
 from pipelines.download.outcomes import Passes, Row, RowOutcome, Standing, images_name, status_name, write_tables
 from pipelines.download.status import MAY_HEAL, MAY_HEAL_LATER, FetchStatus
 from pipelines.download.tally import Tally
 from pipelines.laion.selection import rows_name
 from pipelines.laion.subset import ROWS_FILE
 from pipelines.runner.outputs import StageOutput
+from pipelines.runner.rows import RowReader
 from pipelines.runner.stage import Stage
 from pipelines.runner.units import StageResult, StageRun
 
@@ -387,4 +389,14 @@ def _write_shard(run: StageRun[ImagesConfig], task: _Task, outcomes: list[RowOut
         unit.notes["statuses"] = dict(sorted(Counter(outcome.status.value for outcome in outcomes).items()))
 
 
-STAGE = Stage(name="images", code_version="4", config_type=ImagesConfig, produce=produce)
+STAGE = Stage(
+    name="images",
+    code_version="4",
+    config_type=ImagesConfig,
+    produce=produce,
+    description="The downloaded images as square RGB JPEGs, and a status with a reason for every row.",
+    rows=RowReader(find_image_rows),
+    checks=(),
+    preview=preview_images,
+    funnel_label="Pictures downloaded and decoded",
+)

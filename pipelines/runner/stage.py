@@ -37,10 +37,13 @@ from pipelines.core.manifest import (
     damaged_files,
     read_manifest,
 )
+from pipelines.runner.checks import AnyCheck
 from pipelines.runner.locks import hold
 from pipelines.runner.outputs import Inputs, StageOutput, Verify
+from pipelines.runner.preview import Preview
 from pipelines.runner.publication import publish
 from pipelines.runner.request import StageRequest, format_validation_error
+from pipelines.runner.rows import Rows
 from pipelines.runner.units import ConfigT, FinishedUnit, StageResult, StageRun
 from pipelines.storage.mirror import OutputStore, bind, store_of
 
@@ -49,16 +52,27 @@ _UNFINISHED = "unfinished"
 
 @dataclass(frozen=True, kw_only=True)
 class Stage(Generic[ConfigT]):
-    """A step of the graph: a plain function with a name, a code version and a type of configuration.
+    """A step of the graph: a plain function, and everything that other tools need to know about its outputs.
 
-    `code_version` is raised by hand whenever the same inputs would give other bytes. `produce` must import heavy
-    libraries inside, so that the graph can know its stages without loading them.
+    All fields are required, so that no stage forgets one: those that do not apply are stated as `NO_ROWS`, `()` or
+    None. Functions import heavy libraries inside, so that the graph can load its stages without them.
     """
 
     name: str
     code_version: str
+    """Raised by hand whenever the same inputs would give other bytes."""
     config_type: type[ConfigT]
     produce: Callable[[StageRun[ConfigT]], StageResult | None]
+    description: str
+    """One sentence about the output, shown in Dagster."""
+    rows: Rows
+    """How a trace finds sample keys in an output."""
+    checks: tuple[AnyCheck, ...]
+    """Checks of an output, besides conservation and digest."""
+    preview: Preview | None
+    """Markdown that Dagster shows with an output."""
+    funnel_label: str | None
+    """Label of the stage's step in the report's funnel of rows; None if it is not a step."""
 
     def fingerprint(self, config: ConfigT, inputs: Inputs, partition: str | None = None) -> str:
         """Return the digest of all that the output is computed from."""

@@ -11,7 +11,7 @@ import time
 import numpy as np
 
 from demo.scenes import render, sample_scene
-from orchestration.profiles.profile import load_profile
+from orchestration.profiles.loading import load_profile
 from pipelines.core.environment import home_folder
 from pipelines.core.model_prompts import caption_prompt
 from recaption.config import VllmEngineConfig

@@ -29,7 +29,6 @@ from pipelines.download.tables import image_units
 from pipelines.laion import selection as laion_selection
 from pipelines.laion.config import LaionSelectionConfig
 from pipelines.runner.outputs import StageOutput
-from pipelines.runner.stage import Stage
 from pipelines.runner.units import StageRun
 from pipelines.shards import shards
 from pipelines.shards.config import ExtraMember, ShardsConfig
@@ -46,6 +45,7 @@ from tests.pipelines.laion.laion_world import (
     run_subset,
     write_laion,
 )
+from tests.plain_stage import plain_stage
 
 BAD_PATHS = ("/404", "/html", "/truncated.jpg", "/noai", "/animated.gif", "/redirect-metadata", "/500")
 
@@ -386,7 +386,7 @@ def _alike_shards(root: Path, pictures: list[tuple[str, str, int]]) -> list[Stag
                 index = writer.finish()
             unit.write("shard-00000.index.json", index.to_bytes())
 
-    stage = Stage(name="shards", code_version="1", config_type=FrozenConfig, produce=produce)
+    stage = plain_stage(name="shards", code_version="1", config_type=FrozenConfig, produce=produce)
     return [stage.run(FrozenConfig(), {}, root, part) for part in ("00000", "00001")]
 
 
@@ -518,7 +518,7 @@ def test_dataset_drops_what_has_no_features_and_refuses_features_of_strangers(
                     f"latents-{name}.safetensors", save({"mean": np.zeros(3, np.float32), "sample_keys": packed})
                 )
 
-    stage = Stage(name="latents", code_version="1", config_type=LatentsLike, produce=produce)
+    stage = plain_stage(name="latents", code_version="1", config_type=LatentsLike, produce=produce)
     tars = world["shards"][1]
     key = Shard(tars.files(".tar")[0]).keys[0]
     latents = stage.run(LatentsLike(leave_out=key), {"shards": [tars]}, tmp_path, "00001")

@@ -8,7 +8,8 @@ import pytest
 from orchestration.cli import doctor
 from orchestration.cli.doctor import Verdict
 from orchestration.cli.ray_probe import named_clusters
-from orchestration.profiles.profile import Profile, load_profile
+from orchestration.profiles.loading import load_profile
+from orchestration.profiles.profile import Profile
 from recaption.config import OpenAIEngineConfig
 
 

@@ -16,7 +16,8 @@ from orchestration.cost import calibration as estimate_calibration
 from orchestration.cost.assumptions import Assumptions
 from orchestration.cost.calibration import calibrate, keep, kept_calibration
 from orchestration.cost.measurements import facts_of, measured_for
-from orchestration.profiles.profile import Profile, load_profile
+from orchestration.profiles.loading import load_profile
+from orchestration.profiles.profile import Profile
 from pipelines.core.config import identity_of
 from pipelines.core.errors import ThroughlineError
 from pipelines.core.manifest import Conservation, Environment, FileEntry, Manifest

@@ -14,7 +14,7 @@ from orchestration.defs.metadata import describe
 from orchestration.graph.nodes import GRAPH
 from orchestration.graph.resolution import Task
 from orchestration.lineage.audit import Auditor
-from orchestration.profiles.profile import load_profile
+from orchestration.profiles.loading import load_profile
 from pipelines.core.config import ModelRef
 from tests.tiny_models import write_autoencoder, write_causal_lm
 from tests.training.checkpoints import write_checkpoint

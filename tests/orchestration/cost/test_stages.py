@@ -16,7 +16,7 @@ from orchestration.cost.stages import STAGES, Estimate, StageEstimate, estimate,
 from orchestration.cost.table import estimate_lines
 from orchestration.cost.units import bytes_text, count_text, time_text
 from orchestration.graph.nodes import GRAPH
-from orchestration.profiles.profile import load_profile
+from orchestration.profiles.loading import load_profile
 from pipelines.core.errors import ThroughlineError
 from training.config import Strategy
 from training.cost.step_cost import training_flops

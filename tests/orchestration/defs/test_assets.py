@@ -133,7 +133,7 @@ def test_files_that_come_change_or_go_make_their_own_parts_and_the_roll_ups_stal
     """Dagster and the plan say the same before and after, and so does the audit."""
     materialize_all()
     nodes = execution_of(profile).plan.graph.select("+total")
-    Run(execution_of(profile), instance, Console()).carry_out("selected", nodes)
+    Run(execution_of(profile), instance, Console()).execute("selected", nodes)
     assert _not_fresh(execution_of(profile), instance) == set()
     changes: list[tuple[dict[str, list[int]], set[str]]] = [
         ({**NUMBERS, "0": [40]}, {"kept 0"}),
@@ -148,7 +148,7 @@ def test_files_that_come_change_or_go_make_their_own_parts_and_the_roll_ups_stal
         plan = execution.plan
         assert {task.label for task in plan.tasks("kept") if plan.state(task) is not State.FINISHED} == parts
         assert plan.state(plan.task("total")) is State.STALE
-        Run(execution, instance, Console()).carry_out("selected", nodes)
+        Run(execution, instance, Console()).execute("selected", nodes)
         assert _not_fresh(execution_of(profile), instance) == set()
         total = plan.task("total").output
         assert total is not None and Auditor(plan.output_root).audit([total.ref]).passed

@@ -27,7 +27,7 @@ class _Screen(Console):
 def _run(profile: SmallProfile, instance: dg.DagsterInstance) -> tuple[Run, str]:
     screen = _Screen()
     run = Run(execution_of(profile), instance, screen)
-    run.carry_out("everything", list(run._plan.graph.nodes.values()))
+    run.execute("everything", list(run._plan.graph.nodes.values()))
     return run, screen.text.getvalue()
 
 

@@ -14,7 +14,7 @@ from orchestration.defs.instance import open_instance
 from orchestration.graph.nodes import GRAPH
 from orchestration.graph.resolution import Plan, State
 from orchestration.lineage.status import status_lines
-from orchestration.profiles.profile import load_profile
+from orchestration.profiles.loading import load_profile
 from pipelines.core.sample_key import sample_key
 from tests.pipelines.laion.laion_world import laion_row, write_laion
 
@@ -35,7 +35,7 @@ class Folder:
     def plan(self) -> Plan:
         return Plan(GRAPH, self.profile, self.profile.output_root)
 
-    def carry_out(self, *assets: str) -> None:
+    def execute(self, *assets: str) -> None:
         """Run the stages of assets here, without processes of their own."""
         plan = self.plan()
         for asset in assets:
@@ -43,7 +43,7 @@ class Folder:
                 if task.output is None:
                     assert task.config is not None and task.inputs is not None, task.blocked_by
                     task.node.stage.run(task.config, task.inputs, plan.output_root, task.partition)
-            plan.forget(asset, None)
+            plan.invalidate(asset, None)
 
     def states(self, asset: str) -> dict[str, State]:
         plan = self.plan()
@@ -63,7 +63,7 @@ def test_what_a_changed_folder_leaves_fresh_is_known_before_and_after_the_index_
     for part in ("one", "two", "three"):
         folder.write(part, part)
     assert folder.states("laion_subset") == dict.fromkeys(("one", "three", "two"), State.MISSING)
-    folder.carry_out("laion_index", "laion_subset")
+    folder.execute("laion_index", "laion_subset")
     assert set(folder.states("laion_subset").values()) == {State.FINISHED}
     folder.write("a-new-one", "new")
     folder.write("two", "changed")
@@ -72,9 +72,9 @@ def test_what_a_changed_folder_leaves_fresh_is_known_before_and_after_the_index_
     assert folder.states("laion_index") == {"": State.STALE}
     assert folder.states("laion_subset") == left
     assert folder.plan().task("laion_subset", "two").blocked_by == ("laion_index is not finished",)
-    folder.carry_out("laion_index")
+    folder.execute("laion_index")
     assert folder.states("laion_subset") == left
-    folder.carry_out("laion_subset")
+    folder.execute("laion_subset")
     assert folder.states("laion_subset") == dict.fromkeys(left, State.FINISHED)
 
 
@@ -85,11 +85,11 @@ def test_a_selection_over_all_parts_makes_stale_the_pictures_of_parts_that_lost_
     folder.write("a", loser)
     write_laion(folder.source / "b.parquet", [laion_row("http://b.example/1")])
     steps = ("laion_index", "laion_subset", "laion_selection")
-    folder.carry_out(*steps)
+    folder.execute(*steps)
     before = folder.images_fingerprints()
     folder.write("c", winner)
     assert folder.images_fingerprints() == {}, "what the new file takes from the others is not known yet"
-    folder.carry_out(*steps)
+    folder.execute(*steps)
     after = folder.images_fingerprints()
     assert set(after) == {"a", "b", "c"}
     assert {part for part in before if after[part] != before[part]} == {"a"}
@@ -115,7 +115,7 @@ def test_a_run_tells_dagster_of_every_part_and_a_second_run_has_nothing_to_do(
                 folder.write("three", "three")
             execution = build_execution(folder.profile)
             nodes = execution.plan.graph.select("+laion_selection")
-            Run(execution, instance, Console()).carry_out("selected", nodes)
+            Run(execution, instance, Console()).execute("selected", nodes)
             assert instance.get_runs_count() == num_runs
         graph = build_definitions(execution).resolve_asset_graph()
         resolver = CachingStaleStatusResolver(instance, graph, LoadingContextForTest(instance))

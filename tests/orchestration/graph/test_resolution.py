@@ -69,7 +69,9 @@ def test_a_configuration_that_starts_from_an_earlier_output_gets_it_as_an_input(
         assert isinstance(config, KeepConfig)
         return KeepConfig(drop_below=config.drop_below - 1) if config.drop_below > 3 else None
 
-    nodes = (replace(node, earlier=earlier) if node.name == "kept" else node for node in SMALL_GRAPH.nodes.values())
+    nodes = (
+        replace(node, incremental_from=earlier) if node.name == "kept" else node for node in SMALL_GRAPH.nodes.values()
+    )
     graph = Graph(tuple(nodes))
     first = Plan(graph, profile, profile.output_root).task("kept", "00000")
     assert first.output is not None
@@ -86,7 +88,7 @@ def test_a_configuration_that_starts_from_an_earlier_output_gets_it_as_an_input(
     profile.keep = KeepConfig(drop_below=6)
     blocked = Plan(graph, profile, profile.output_root).task("kept", "00000")
     assert blocked.output is None
-    assert "the output of kept 00000 that it starts from is not finished" in blocked.blocked_by[0]
+    assert "the output of kept 00000 that it extends is not finished" in blocked.blocked_by[0]
 
 
 def test_a_new_part_is_known_once_the_index_is_computed_again(profile: SmallProfile, materialize_all: Carry) -> None:
@@ -155,7 +157,6 @@ def test_graph_rejects_an_input_that_comes_later() -> None:
         name="a",
         module="m",
         group=Group.DATA,
-        description="",
         configure=lambda profile, _: KeepConfig(),
         inputs=(Input(name="b", asset="b"),),
     )
@@ -166,7 +167,7 @@ def test_graph_rejects_an_input_that_comes_later() -> None:
 def test_graph_rejects_a_single_file_of_a_divided_asset(profile: SmallProfile) -> None:
     nodes = plan_of(profile).graph.nodes
     reader = replace(nodes["fit"], inputs=(Input(name="kept", asset="kept", file="{partition}.json"),))
-    with pytest.raises(ValueError, match="fit reads one file of kept, which is divided"):
+    with pytest.raises(ValueError, match="fit reads one file of kept, which is partitioned"):
         Graph((nodes["laion_index"], nodes["kept"], reader))
 
 

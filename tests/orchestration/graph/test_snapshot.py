@@ -8,7 +8,7 @@ import dagster as dg
 import pytest
 
 from orchestration.definitions import build_definitions, build_execution
-from orchestration.profiles.profile import load_profile
+from orchestration.profiles.loading import load_profile
 
 ROOT = Path(__file__).resolve().parents[3]
 

@@ -6,8 +6,9 @@ import pytest
 
 from orchestration.cli.run import Run
 from orchestration.console import Console
+from orchestration.defs.run_history import refs_of_run
 from orchestration.graph.execution import Execution
-from orchestration.lineage.audit import Audit, Auditor, find_output, refs_of_run
+from orchestration.lineage.audit import Audit, Auditor, find_output
 from pipelines.core.digest import file_sha256
 from pipelines.core.errors import ThroughlineError
 from pipelines.laion.index import entry_of
@@ -145,7 +146,7 @@ def test_a_run_is_audited_by_its_id(
     profile: SmallProfile, materialize_all: Carry, instance: dg.DagsterInstance
 ) -> None:
     execution = materialize_all()
-    Run(execution, instance, Console()).carry_out("everything", list(execution.plan.graph.nodes.values()))
+    Run(execution, instance, Console()).execute("everything", list(execution.plan.graph.nodes.values()))
     run_id = instance.get_runs()[0].run_id
     refs = refs_of_run(profile.home, run_id[:8])
     assert len(refs) == 14 + len(NUMBERS), "the entries of the index are recorded too"

@@ -8,7 +8,7 @@ import pytest
 from orchestration.cli.main import main
 from orchestration.graph.execution import Execution
 from orchestration.graph.resolution import Plan, State
-from orchestration.profiles.profile import load_profile
+from orchestration.profiles.loading import load_profile
 from pipelines.core.errors import ThroughlineError
 from pipelines.storage.mirror import bind
 from pipelines.storage.s3 import StoreConfig

@@ -10,7 +10,7 @@ import pytest
 
 from orchestration.cli.main import main
 from orchestration.cli.trace import grew_from, trace_lines
-from orchestration.lineage.trace import Holder, Outputs, Trace, trace
+from orchestration.lineage.trace import Outputs, Trace, TracedOutput, trace
 from pipelines.core.sample_key import sample_key
 from pipelines.dataset import dataset
 from pipelines.dataset.config import DatasetConfig
@@ -83,7 +83,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
         yield World(server, tmp_path_factory.mktemp("trace"))
 
 
-def labels(holders: list[Holder]) -> list[str]:
+def labels(holders: list[TracedOutput]) -> list[str]:
     return [holder.label for holder in holders]
 
 
@@ -168,7 +168,7 @@ def test_an_output_that_cannot_be_asked_is_named_with_all_that_rests_on_it(world
     assert "was altered" in found.unreadable[0]
     said = "\n".join(trace_lines(found))
     assert "could not be asked: latents 00000" in said
-    assert "which is gone or could not be asked" in said
+    assert "which is gone or could not be searched" in said
     assert "Which of these the profile uses is not known" in said
 
 

@@ -5,8 +5,8 @@ import pytest
 from orchestration.graph.nodes import GRAPH
 from orchestration.launch.launcher import AccelerateLaunch
 from orchestration.profiles.library import PROFILES
+from orchestration.profiles.loading import load_profile
 from orchestration.profiles.model_pins import LOCAL
-from orchestration.profiles.profile import load_profile
 from pipelines.core.errors import ThroughlineError
 
 

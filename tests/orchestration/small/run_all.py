@@ -27,7 +27,7 @@ def main(home: Path, starts: str, ready: Path, go: Path) -> None:
         if os.getppid() != parent:
             sys.exit("the test is gone")
     with open_instance(home) as instance:
-        Run(execution, instance, Console()).carry_out("everything", list(execution.plan.graph.nodes.values()))
+        Run(execution, instance, Console()).execute("everything", list(execution.plan.graph.nodes.values()))
 
 
 if __name__ == "__main__":

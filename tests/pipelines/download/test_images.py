@@ -20,7 +20,6 @@ from pipelines.download.config import FetchConfig, ImagesConfig
 from pipelines.download.images import read_shards
 from pipelines.download.tables import image_units
 from pipelines.runner.outputs import StageOutput
-from pipelines.runner.stage import Stage
 from pipelines.runner.units import StageRun
 from tests.pipelines.download.hostile_server import HostileServer
 from tests.pipelines.laion.laion_world import (
@@ -32,6 +31,7 @@ from tests.pipelines.laion.laion_world import (
     start_images,
     write_laion,
 )
+from tests.plain_stage import plain_stage
 
 
 def subset_of(urls: list[str], folder: Path) -> StageOutput:
@@ -307,7 +307,7 @@ def test_bytes_that_are_not_the_source_tables_are_recorded_and_kept_or_dropped(
     plain = run_images(server, subset_of(list(urls), tmp_path / "plain"), tmp_path / "plain")
     digests = {row["url"]: row["source_sha256"] for unit in image_units(plain) for row in unit.read().to_pylist()}
     assert {row["drifted"] for unit in image_units(plain) for row in unit.read().to_pylist()} == {None}
-    stage = Stage(name="subset", code_version="1", config_type=_SubsetLike, produce=_stated_subset)
+    stage = plain_stage(name="subset", code_version="1", config_type=_SubsetLike, produce=_stated_subset)
     stated = (digests[urls[0]].upper(), "0" * 64, None)
     subset = stage.run(_SubsetLike(urls=urls, expected=stated), {}, tmp_path, "00000")
     kept = run_images(server, subset, tmp_path)

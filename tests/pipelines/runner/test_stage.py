@@ -16,11 +16,11 @@ from pipelines.core.manifest import DROPPED_NAME, MANIFEST_NAME, damaged_files
 from pipelines.laion.index import entry_of
 from pipelines.runner.outputs import StageOutput, find_input
 from pipelines.runner.request import StageRequest, write_request
-from pipelines.runner.stage import Stage
 from pipelines.runner.units import StageResult, StageRun
 from tests.pipelines.laion.laion_world import laion_row, run_index, write_laion
 from tests.pipelines.runner import toy_stage
 from tests.pipelines.runner.toy_stage import STAGE, ToyConfig
+from tests.plain_stage import plain_stage
 
 REPOSITORY = Path(__file__).parents[3]
 
@@ -116,7 +116,7 @@ def test_a_unit_whose_files_vanished_is_done_again(tmp_path: Path) -> None:
         raise ThroughlineError("stopped before the end")
 
     with pytest.raises(ThroughlineError, match="stopped before the end"):
-        Stage(name="toy", code_version="1", config_type=ToyConfig, produce=fails).run(ToyConfig(), {}, tmp_path)
+        plain_stage(name="toy", code_version="1", config_type=ToyConfig, produce=fails).run(ToyConfig(), {}, tmp_path)
     (lost,) = tmp_path.glob("toy/unfinished/*/out/deep/b-00001.bin")
     lost.unlink()
     config = ToyConfig(count_file=str(tmp_path / "count"))
@@ -148,7 +148,7 @@ def test_a_unit_may_lose_more_rows_than_are_held_in_memory(tmp_path: Path) -> No
                     unit.drop_many(keys, ["even" if int(key[1:]) % 2 == 0 else "odd" for key in keys], keys)
                 unit.account(rows_in=num_rows, rows_out=0)
 
-    stage = Stage(name="toy", code_version="1", config_type=ToyConfig, produce=loses_nearly_all)
+    stage = plain_stage(name="toy", code_version="1", config_type=ToyConfig, produce=loses_nearly_all)
     output = stage.run(ToyConfig(), {}, tmp_path)
     assert output.manifest.conservation is not None
     assert output.manifest.conservation.dropped == {"even": num_rows, "odd": num_rows}
@@ -163,7 +163,7 @@ def test_a_row_lost_in_silence_stops_the_stage(tmp_path: Path) -> None:
         with run.unit("00000") as unit:
             unit.account(rows_in=10, rows_out=9)
 
-    stage = Stage(name="toy", code_version="1", config_type=ToyConfig, produce=loses_a_row)
+    stage = plain_stage(name="toy", code_version="1", config_type=ToyConfig, produce=loses_a_row)
     with pytest.raises(ThroughlineError, match="every lost row needs a reason"):
         stage.run(ToyConfig(), {}, tmp_path)
     assert not list(tmp_path.glob("toy/*/manifest.json"))
@@ -182,7 +182,7 @@ class Outer(FrozenConfig):
 
 
 def test_fingerprint_knows_what_changes_the_result_and_nothing_else(tmp_path: Path) -> None:
-    stage = Stage(name="s", code_version="1", config_type=Outer, produce=lambda run: None)
+    stage = plain_stage(name="s", code_version="1", config_type=Outer, produce=lambda run: None)
     same = [
         Outer(port=2),
         Outer(nested=Nested(workers=8), several=(Nested(workers=2),)),
@@ -194,12 +194,14 @@ def test_fingerprint_knows_what_changes_the_result_and_nothing_else(tmp_path: Pa
     others = {stage.fingerprint(config, {}) for config in other}
     others |= {stage.fingerprint(Outer(), {}, "00000")}
     others |= {stage.fingerprint(Outer(), {"x": [STAGE.run(ToyConfig(), {}, tmp_path)]})}
-    others |= {Stage(name="s", code_version="2", config_type=Outer, produce=lambda run: None).fingerprint(Outer(), {})}
+    others |= {
+        plain_stage(name="s", code_version="2", config_type=Outer, produce=lambda run: None).fingerprint(Outer(), {})
+    }
     assert len(others | {fingerprint}) == 7
 
 
 def test_manifest_names_models_inputs_and_surroundings(tmp_path: Path) -> None:
-    stage = Stage(name="s", code_version="1", config_type=Outer, produce=lambda run: None)
+    stage = plain_stage(name="s", code_version="1", config_type=Outer, produce=lambda run: None)
     toy = STAGE.run(ToyConfig(), {}, tmp_path)
     manifest = stage.run(Outer(port=7), {"toys": [toy]}, tmp_path, "00003").manifest
     assert [(model.role, model.id, model.revision) for model in manifest.models] == [("model", "a/b", "c")]
@@ -223,7 +225,7 @@ def two_files(root: Path, first: str, second: str) -> StageOutput:
             for name, text in zip(("a.txt", "b.txt"), run.config.texts, strict=True):
                 unit.write(name, text.encode())
 
-    stage = Stage(name="two", code_version="1", config_type=TwoConfig, produce=produce)
+    stage = plain_stage(name="two", code_version="1", config_type=TwoConfig, produce=produce)
     return stage.run(TwoConfig(texts=(first, second)), {}, root)
 
 
@@ -287,7 +289,7 @@ def test_a_missing_package_is_one_sentence_with_the_way_out(tmp_path: Path) -> N
     def produce(run: Any) -> None:
         importlib.import_module("not_installed_here")
 
-    stage = Stage(name="s", code_version="1", config_type=ToyConfig, produce=produce)
+    stage = plain_stage(name="s", code_version="1", config_type=ToyConfig, produce=produce)
     write_request(tmp_path / "r.json", StageRequest(stage="s", config={}, output_root=str(tmp_path / "out")))
     with pytest.raises(SystemExit) as caught:
         stage.run_requests([tmp_path / "r.json"])

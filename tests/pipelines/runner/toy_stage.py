@@ -20,8 +20,8 @@ from pipelines.core.digest import digest_json
 from pipelines.core.manifest import FileEntry, Manifest
 from pipelines.runner import locks as output_lock
 from pipelines.runner import publication, stage
-from pipelines.runner.stage import Stage
 from pipelines.runner.units import StageResult, StageRun
+from tests.plain_stage import plain_stage
 
 UNITS = ("00000", "00001", "00002")
 
@@ -63,7 +63,7 @@ def _block(config: ToyConfig) -> None:
     time.sleep(600)
 
 
-STAGE = Stage(name="toy", code_version="1", config_type=ToyConfig, produce=produce)
+STAGE = plain_stage(name="toy", code_version="1", config_type=ToyConfig, produce=produce)
 
 _TRACED = {module.__file__ for module in (stage, atomic, manifest, output_lock, publication)} | {__file__}
 

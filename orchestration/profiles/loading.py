@@ -1,0 +1,94 @@
+"""Loads a profile by name, or from a TOML or JSON file, with changes applied."""
+
+import json
+import tomllib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from orchestration.profiles.library import PROFILES
+from orchestration.profiles.profile import Profile
+from pipelines.core.errors import ThroughlineError, in_plain_words, problem_in_words
+
+
+def load_profile(name: str, home: Path, changes: Sequence[str] = ()) -> Profile:
+    """Return the profile of that name, or the one that a TOML or JSON file derives from it, with `changes` applied.
+
+    A file names its ``base`` and overrides fields in tables of the same shape as the profile. A change is
+    ``field.field=value``, the value as JSON or as plain text. Raises ThroughlineError that lists every invalid field.
+    """
+    overrides: dict[str, Any] = {}
+    if name not in PROFILES:
+        base, overrides = _read_profile_file(name)
+    else:
+        base = name
+    for change in changes:
+        path, separator, text = change.partition("=")
+        if not separator or not path:
+            raise ThroughlineError(f"--set {change}: expected field.field=value")
+        _set_field(overrides, path.split("."), _parse(text), change)
+    profile = PROFILES[base](home)
+    if not overrides:
+        return profile
+    merged = _merge(profile.model_dump(mode="json"), overrides)
+    try:
+        return Profile.model_validate(merged)
+    except ValidationError as error:
+        raise ThroughlineError(f"profile {name}: {_format_problems(error)}") from error
+
+
+def _read_profile_file(name: str) -> tuple[str, dict[str, Any]]:
+    path, known = Path(name), ", ".join(PROFILES)
+    if path.suffix not in {".toml", ".json"}:
+        raise ThroughlineError(f"no profile {name!r}; there are {known}, or name a .toml file")
+    try:
+        text = path.read_text()
+        content = tomllib.loads(text) if path.suffix == ".toml" else json.loads(text)
+    except OSError as error:
+        raise ThroughlineError(
+            f"{path}: can't be read as a profile: {in_plain_words(error)}; name another file, or one of {known}"
+        ) from error
+    except ValueError as error:
+        raise ThroughlineError(f"{path}: can't be read as a profile ({error}); fix that line") from error
+    base = content.pop("base", None)
+    if base not in PROFILES:
+        raise ThroughlineError(f'{path}: base is {base!r}; start the file with base = "<one of {known}>"')
+    return base, content
+
+
+def _set_field(overrides: dict[str, Any], path: list[str], value: Any, change: str) -> None:
+    for name in path[:-1]:
+        overrides = overrides.setdefault(name, {})
+        if not isinstance(overrides, dict):
+            raise ThroughlineError(f"--set {change}: {name} was set to a plain value before")
+    overrides[path[-1]] = value
+
+
+def _parse(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
+def _merge(base: Any, overrides: Mapping[str, Any]) -> Any:
+    """Return `base` with `overrides` merged in; validation reports fields that a union type does not have."""
+    if not isinstance(base, dict):
+        return dict(overrides)
+    merged = dict(base)
+    for name, value in overrides.items():
+        if isinstance(value, Mapping):
+            merged[name] = _merge(base.get(name), value)
+        else:
+            merged[name] = value
+    return merged
+
+
+def _format_problems(error: ValidationError) -> str:
+    def format_problem(problem: Mapping[str, Any]) -> str:
+        path = ".".join(map(str, problem["loc"]))  # empty if fields contradict each other: the text names them
+        return f"{path}: {problem_in_words(problem)}" if path else problem_in_words(problem)
+
+    return "; ".join(format_problem(problem) for problem in error.errors())
