@@ -16,7 +16,7 @@ from pathlib import Path
 from orchestration.cli.folders import UnusableFolder, refuse_unusable_home, refuse_unusable_root
 from orchestration.cli.ray_probe import named_clusters, probe
 from orchestration.console import CROSS, TICK
-from orchestration.defs.event_storage import described_storage
+from orchestration.defs.event_storage import describe_storage
 from orchestration.defs.instance import dagster_home
 from orchestration.profiles.profile import Profile
 from pipelines.cluster.session import LOCAL_RAY
@@ -291,7 +291,7 @@ def _source(profile: Profile) -> Iterator[Symptom]:
 
 def _storage(profile: Profile) -> Symptom:
     try:
-        return Symptom(Verdict.GOOD, described_storage(dagster_home(Path(profile.home))))
+        return Symptom(Verdict.GOOD, describe_storage(dagster_home(Path(profile.home))))
     except ThroughlineError as error:
         # The sentence of a missing package ends with its command.
         said, _, mend = str(error).partition("; install it with: ")

@@ -6,7 +6,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from orchestration.defs.event_storage import POSTGRES_SECTION, Storage, agreed_storage, named_storage, set_up_alone
+from orchestration.defs.event_storage import POSTGRES_SECTION, Storage, agreed_storage, exclusive_setup, named_storage
 from pipelines.core.atomic import exclusive, write_bytes
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ def open_instance(home: Path) -> "DagsterInstance":
     storage = agreed_storage(folder / "dagster.yaml")
     # Two processes that create its tables at the same time would fail.
     alone = exclusive(folder / "opening.lock")
-    with alone, set_up_alone() if storage is Storage.POSTGRES else nullcontext():
+    with alone, exclusive_setup() if storage is Storage.POSTGRES else nullcontext():
         instance = DagsterInstance.get()
     _close_dead_runs(instance)
     return instance

@@ -18,7 +18,7 @@ from pipelines.core.errors import first_line
 from pipelines.core.manifest import DROPPED_NAME, InputRef
 from pipelines.laion.block_lists import OptOuts
 from pipelines.runner.outputs import StageOutput, sound_outputs
-from pipelines.runner.rows import DERIVED, NO_ROWS, FoundRow, Rowless, RowReader, Rows, SourceTable
+from pipelines.runner.rows import DERIVED, NO_ROWS, FoundRow, Rowless, RowLookup, RowReader, SourceTable
 
 _MAX_NOTES = 10_000
 """Rows of an output whose notes are recorded; of further rows only the keys are."""
@@ -30,7 +30,7 @@ class Outputs:
 
     by_stage: Mapping[str, Sequence[StageOutput]]
     broken: Mapping[OutputId, str]
-    rows: Mapping[str, Rows]
+    rows: Mapping[str, RowLookup]
     """Stage -> how its rows are found."""
 
     @classmethod
@@ -226,7 +226,7 @@ def trace(
     return found
 
 
-def _search_output(holder: TracedOutput, rows: Rows, search: KeySearch, resolved: ResolvedRows) -> list[str]:
+def _search_output(holder: TracedOutput, rows: RowLookup, search: KeySearch, resolved: ResolvedRows) -> list[str]:
     """Add the wanted rows of one output to `holder`; return the problems that prevented a complete search."""
     output, problems = holder.output, []
     try:
@@ -242,7 +242,7 @@ def _search_output(holder: TracedOutput, rows: Rows, search: KeySearch, resolved
     return problems
 
 
-def _found_rows(output: StageOutput, rows: Rows, search: KeySearch, resolved: ResolvedRows) -> Iterable[FoundRow]:
+def _found_rows(output: StageOutput, rows: RowLookup, search: KeySearch, resolved: ResolvedRows) -> Iterable[FoundRow]:
     if isinstance(rows, SourceTable):
         return resolved.find(output)
     return () if isinstance(rows, Rowless) else rows.find(output, search)

@@ -89,7 +89,7 @@ class Rowless(Enum):
 
 
 DERIVED, NO_ROWS = Rowless.DERIVED, Rowless.NO_ROWS
-Rows = RowTable | SourceTable | RowReader | Rowless
+RowLookup = RowTable | SourceTable | RowReader | Rowless
 
 
 def table_names(output: StageOutput, prefix: str) -> list[str]:
