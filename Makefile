@@ -10,13 +10,13 @@ TORCHVISION := torchvision==0.28.0
 TORCH_INDEX := --extra-index-url https://download.pytorch.org/whl/cpu --retries 1
 PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
 
-.PHONY: setup demo test ui check bench clean
+.PHONY: setup demo test ui check bench docs clean
 
 setup: $(STAMP)
 
 $(STAMP): $(LOCKS) pyproject.toml requirements/torchvision_shim.py Makefile
-	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if v == (3, 11) else \
-	  "Python 3.11 is needed, this is %d.%d; install it or run: make setup PYTHON=/path/to/python3.11" % v)'
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v <= (3, 13) else \
+	  "Python 3.11 to 3.13 is needed, this is %d.%d; run: make setup PYTHON=/path/to/python3.11" % v)'
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "Installing torch (CPU build) ..."
 	@$(PIP) install -q --no-deps --no-compile $(TORCH_INDEX) $(TORCH) $(TORCHVISION) 2>&1 | grep -v -e Retrying -e '^$$' || true
@@ -53,5 +53,17 @@ check: setup
 bench: setup
 	@$(BIN)/python -m tests.benchmarks
 
+# The API reference is read from source, so the site needs none of the project's own packages.
+DOCS_VENV := .venv-docs
+
+$(DOCS_VENV)/.set-up: requirements/docs.lock
+	@test -x $(DOCS_VENV)/bin/python || $(PYTHON) -m venv $(DOCS_VENV)
+	@$(DOCS_VENV)/bin/python -m pip --disable-pip-version-check install -q --no-deps -r requirements/docs.lock
+	@touch $@
+
+docs: $(DOCS_VENV)/.set-up
+	@NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/mkdocs build --strict --quiet
+	@echo "Built: .throughline/site/index.html"
+
 clean:
-	@rm -rf $(VENV) .throughline
+	@rm -rf $(VENV) $(DOCS_VENV) .throughline

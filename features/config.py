@@ -8,6 +8,8 @@ from features.templates import apply_template
 from pipelines.core.config import FrozenConfig, ModelRef, execution_field
 
 ComputeType = Literal["float32", "bfloat16"]
+AUTOENCODER_FACTOR = 8
+"""Image pixels per latent position, for every autoencoder that a profile names."""
 
 
 class TextFeaturesConfig(FrozenConfig):

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from features.config import LatentsConfig
+from features.cost import latents_cost
 from features.inspection import FEATURE_ROWS, check_finite
 from pipelines.core.errors import ThroughlineError
 from pipelines.core.manifest import Conservation
@@ -133,4 +134,5 @@ STAGE = Stage(
     checks=(Check(name="finite", description="No NaN or infinity in the latents.", function=check_finite),),
     preview=None,
     funnel_label=None,
+    cost=latents_cost,
 )

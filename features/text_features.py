@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from features.config import TextFeaturesConfig
+from features.cost import text_features_cost
 from features.inspection import FEATURE_ROWS, check_finite
 from pipelines.core.manifest import Conservation
 from pipelines.core.progress import Progress
@@ -119,4 +120,5 @@ STAGE = Stage(
     checks=(Check(name="finite", description="No NaN or infinity in the features.", function=check_finite),),
     preview=None,
     funnel_label=None,
+    cost=text_features_cost,
 )

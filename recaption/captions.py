@@ -20,6 +20,7 @@ from pipelines.runner.stage import Stage
 from pipelines.runner.units import StageResult, StageRun, Unit
 from recaption.checks import CAPTION_QUALITY, EMPTY, caption_flags, count_flags
 from recaption.config import CaptionsConfig
+from recaption.cost import captions_cost
 from recaption.preview import preview_captions
 
 if TYPE_CHECKING:
@@ -197,4 +198,5 @@ STAGE = Stage(
     checks=(CAPTION_QUALITY,),
     preview=preview_captions,
     funnel_label="Pictures captioned",
+    cost=captions_cost,
 )

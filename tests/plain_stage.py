@@ -5,7 +5,14 @@ from typing import Any
 from pipelines.runner.rows import NO_ROWS
 from pipelines.runner.stage import Stage
 
-_NONE = {"description": "A stage of the tests.", "rows": NO_ROWS, "checks": (), "preview": None, "funnel_label": None}
+_NONE = {
+    "description": "A stage of the tests.",
+    "rows": NO_ROWS,
+    "checks": (),
+    "preview": None,
+    "funnel_label": None,
+    "cost": None,
+}
 
 
 def plain_stage(**fields: Any) -> Stage[Any]:

@@ -226,4 +226,5 @@ STAGE = Stage(
     checks=(),
     preview=None,
     funnel_label=None,
+    cost=None,
 )

@@ -235,4 +235,5 @@ STAGE = Stage(
     checks=(),
     preview=None,
     funnel_label=None,
+    cost=None,
 )

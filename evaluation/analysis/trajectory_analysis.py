@@ -128,4 +128,5 @@ STAGE = Stage(
     checks=(),
     preview=preview_trajectories,
     funnel_label=None,
+    cost=None,
 )

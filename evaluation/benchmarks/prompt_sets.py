@@ -149,4 +149,5 @@ STAGE = Stage(
     checks=(),
     preview=None,
     funnel_label=None,
+    cost=None,
 )

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
+from evaluation.benchmarks.cost import samples_cost
 from evaluation.benchmarks.prompt_files import EvaluationPrompt
 from evaluation.benchmarks.prompt_sets import read_prompts
 from evaluation.config import SamplesConfig, parse_partition
@@ -220,4 +221,5 @@ STAGE = Stage(
     checks=(),
     preview=preview_samples,
     funnel_label=None,
+    cost=samples_cost,
 )

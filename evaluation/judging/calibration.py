@@ -203,4 +203,5 @@ STAGE = Stage(
     checks=(CALIBRATION,),
     preview=None,
     funnel_label=None,
+    cost=None,
 )

@@ -11,6 +11,7 @@ from evaluation.benchmarks.prompt_files import EvaluationPrompt
 from evaluation.benchmarks.prompt_sets import read_prompts
 from evaluation.config import ScoresConfig, parse_partition
 from evaluation.judging.checks import SCORE_CHECKS
+from evaluation.judging.cost import scores_cost
 from evaluation.judging.judges import (
     METRICS,
     Question,
@@ -197,4 +198,5 @@ STAGE = Stage(
     checks=SCORE_CHECKS,
     preview=None,
     funnel_label=None,
+    cost=scores_cost,
 )

@@ -299,4 +299,5 @@ STAGE = Stage(
     checks=(),
     preview=preview_report,
     funnel_label=None,
+    cost=None,
 )

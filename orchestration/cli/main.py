@@ -113,9 +113,12 @@ def _parser() -> argparse.ArgumentParser:
     _add_profile(params)
     params.add_argument("--json", action="store_true", help="as JSON")
 
-    plan = commands.add_parser("plan", help="estimate rows, bytes, hours and GPUs of every stage before anything runs")
-    _add_profile(plan)
-    estimate_command.add_arguments(plan)
+    estimate = commands.add_parser(
+        "estimate", aliases=[estimate_command.OLD_NAME],
+        help="estimate rows, bytes, hours and GPUs of every stage before anything runs",
+    )  # fmt: skip
+    _add_profile(estimate)
+    estimate_command.add_arguments(estimate)
 
     subset = commands.add_parser("subset", help="filter LAION metadata files into a subset, without a profile")
     subset_command.add_arguments(subset)
@@ -355,7 +358,8 @@ def _params(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _plan(arguments: argparse.Namespace) -> int:
+def _estimate(arguments: argparse.Namespace) -> int:
+    estimate_command.warn_of_old_name(arguments.command)
     if arguments.reasons:
         estimate_command.print_reasons()
         return 0
@@ -363,7 +367,7 @@ def _plan(arguments: argparse.Namespace) -> int:
 
     profile = _load(arguments.profile, arguments.changes)
     usable_root(profile)
-    return estimate_command.run_plan(arguments, profile)
+    return estimate_command.run_estimate(arguments, profile)
 
 
 def _ui(arguments: argparse.Namespace) -> int:
@@ -392,7 +396,8 @@ _COMMANDS = {
     "generate": _generate,
     "export": _export,
     "params": _params,
-    "plan": _plan,
+    "estimate": _estimate,
+    estimate_command.OLD_NAME: _estimate,
     "subset": _subset,
     "ui": _ui,
 }

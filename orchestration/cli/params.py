@@ -3,8 +3,8 @@
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from features.config import AUTOENCODER_FACTOR
 from orchestration.console import table
-from orchestration.profiles.profile import AUTOENCODER_FACTOR
 from training.config import Strategy
 
 if TYPE_CHECKING:

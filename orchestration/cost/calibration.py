@@ -1,7 +1,7 @@
-"""A short run of the real code on this machine: what one core filters, decodes and writes in a second.
+"""Calibration: a short run of the real code that measures how fast one core filters, decodes and writes shards.
 
-Every part works on material of its own making in a temporary folder. Filtering runs in fresh processes, at two sizes,
-so that memory has a base and a slope; both sizes fill the table of URLs as far as a part of LAION-400M does.
+It works on synthetic data in a temporary folder. Filtering runs in fresh processes at two sizes, which gives memory a
+base and a slope; both sizes fill the URL hash table to the same load as a part of LAION-400M.
 """
 
 import io
@@ -16,32 +16,32 @@ from concurrent.futures import ProcessPoolExecutor
 from datetime import UTC, datetime
 from multiprocessing import get_context
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from orchestration.cost.assumptions import Assumptions
 from orchestration.cost.inputs import Measured
+from orchestration.profiles.profile import Profile
 from pipelines.core.config import identity_of
 from pipelines.core.digest import digest_json
 from pipelines.core.errors import ThroughlineError
 
-if TYPE_CHECKING:
-    from orchestration.profiles.profile import Profile
-
 _FILTERED_ROWS = (12_900_000 // 64, 12_900_000 // 4)
 _GROUP_ROWS = 65_536
 _NUM_HOSTS = 5000
-_MB = 1 << 20
 _DECODE_SECONDS = 3.0
-_NUM_PICTURES = 16
+_NUM_JPEGS = 16
 _SHARD_SAMPLES = 8000
-_WORDS = (
+_VOCABULARY = (
     "a", "red", "cat", "on", "wooden", "table", "with", "flowers", "vintage", "photo", "of", "woman",
     "wearing", "blue", "dress", "for", "sale", "art", "print",
 )  # fmt: skip
 
 
-def calibrate(profile: "Profile", assumptions: Assumptions) -> dict[str, Measured]:
-    """Measure with the profile's rules and image size; takes about 30 s of one core, and 700 MB of disk for a while."""
+def calibrate(profile: Profile, assumptions: Assumptions) -> dict[str, Measured]:
+    """Return rates by assumption, for the profile's rules and image size.
+
+    Takes about 30 s of one core and temporarily 700 MB of disk.
+    """
     with tempfile.TemporaryDirectory(prefix="throughline-calibration-") as name:
         folder = Path(name)
         rates = _filtering(profile, folder) | _decoding(profile, assumptions) | _writing(profile, folder)
@@ -49,8 +49,8 @@ def calibrate(profile: "Profile", assumptions: Assumptions) -> dict[str, Measure
     return {name: Measured(value, what) for name, value in rates.items()}
 
 
-def keep(measured: Mapping[str, Measured], profile: "Profile") -> Path:
-    """Write a calibration under the profile's home, where later estimates find it."""
+def save_calibration(measured: Mapping[str, Measured], profile: Profile) -> Path:
+    """Write a calibration under the profile's home, where later estimates find it; return its path."""
     from pipelines.core.atomic import write_json
 
     record = {
@@ -65,36 +65,40 @@ def keep(measured: Mapping[str, Measured], profile: "Profile") -> Path:
     return path
 
 
-def kept_calibration(profile: "Profile") -> dict[str, Measured]:
-    """Return the calibration that was kept, if it was made on this machine with the same filters and image size.
+def load_calibration(profile: Profile) -> dict[str, Measured]:
+    """Return the saved calibration; empty unless it was made on this machine with the same filters and image size.
 
-    Raises ThroughlineError where its file can't be read.
+    Raises ThroughlineError where its file is corrupt.
     """
     import json
 
     path = _path(profile)
     try:
         record = json.loads(path.read_bytes())
-        same = (record["host"], record["cores"], record["of"]) == (platform.node(), os.cpu_count(), _subject(profile))
-        return {name: Measured(**item) for name, item in record["measured"].items()} if same else {}
+        matches = (record["host"], record["cores"], record["of"]) == (
+            platform.node(),
+            os.cpu_count(),
+            _subject(profile),
+        )
+        return {name: Measured(**item) for name, item in record["measured"].items()} if matches else {}
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ThroughlineError(f"{path}: not a readable calibration ({error}); delete it") from error
 
 
-def _path(profile: "Profile") -> Path:
+def _path(profile: Profile) -> Path:
     return Path(profile.home) / "cache" / "calibration.json"
 
 
-def _subject(profile: "Profile") -> str:
+def _subject(profile: Profile) -> str:
     return digest_json([identity_of(profile.laion_subset), identity_of(profile.images.transform)])
 
 
 # Filtering
 
 
-def _filtering(profile: "Profile", folder: Path) -> dict[str, float]:
+def _filtering(profile: Profile, folder: Path) -> dict[str, float]:
     from pipelines.cluster.config import WorkersConfig
     from pipelines.laion import index as laion_index
     from pipelines.laion.sources import scan_index
@@ -114,7 +118,7 @@ def _filtering(profile: "Profile", folder: Path) -> dict[str, float]:
     more_rows = _FILTERED_ROWS[1] - _FILTERED_ROWS[0]
     slope = max(0.0, (large["memory_bytes"] - small["memory_bytes"]) / more_rows)
     return {
-        # Differences: the start of a stage is the same for both sizes, and nothing to millions of rows.
+        # Differences cancel a stage's start-up time, which is the same for both sizes.
         "filter_rows_per_second": more_rows / max(large["seconds"] - small["seconds"], 1e-3),
         "filter_bytes_per_row": slope,
         "filter_base_bytes": max(0.0, small["memory_bytes"] - slope * _FILTERED_ROWS[0]),
@@ -123,7 +127,7 @@ def _filtering(profile: "Profile", folder: Path) -> dict[str, float]:
 
 
 def _write_metadata(path: Path, num_rows: int, seed: int) -> None:
-    """Write rows of LAION-400M's columns, and of the others that rules may read, with its rough sizes and labels."""
+    """Write synthetic rows with LAION-400M's columns, sizes and labels, and the other columns that rules may read."""
     import numpy as np
     import pyarrow as pa
     import pyarrow.compute as pc
@@ -131,7 +135,7 @@ def _write_metadata(path: Path, num_rows: int, seed: int) -> None:
 
     path.parent.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(seed)
-    texts = pa.array([" ".join(rng.choice(_WORDS, rng.integers(3, 18))) for _ in range(20_000)])
+    texts = pa.array([" ".join(rng.choice(_VOCABULARY, rng.integers(3, 18))) for _ in range(20_000)])
     hosts = pa.array([f"https://cdn{number}.shop-{number % 997}.example.com/uploads" for number in range(_NUM_HOSTS)])
     writer: pq.ParquetWriter | None = None
     for start in range(0, num_rows, _GROUP_ROWS):
@@ -164,7 +168,7 @@ def _write_metadata(path: Path, num_rows: int, seed: int) -> None:
 
 
 def _in_fresh_process(work: Any, *arguments: Any) -> Any:
-    """Return what a function gives in a process that has done nothing before."""
+    """Return the result of a function called in a new process."""
     with ProcessPoolExecutor(1, get_context("spawn")) as pool:
         return pool.submit(work, *arguments).result()
 
@@ -174,7 +178,7 @@ def _filter(entry_path: str, rules: dict[str, Any], out: str, part: str) -> dict
     from pipelines.laion.config import LaionSubsetConfig
     from pipelines.runner.outputs import StageOutput
 
-    _be_one_quiet_core()
+    _use_one_core_silently()
     entry = StageOutput.load(Path(entry_path))
     config = LaionSubsetConfig.model_validate(rules)
     started = time.monotonic()
@@ -191,23 +195,23 @@ def _select(manifests: Sequence[str], out: str) -> dict[str, float]:
     from pipelines.laion.config import LaionSelectionConfig
     from pipelines.runner.outputs import StageOutput
 
-    _be_one_quiet_core()
+    _use_one_core_silently()
     subsets = [StageOutput.load(Path(path)) for path in manifests]
     started = time.monotonic()
     laion_selection.STAGE.run(LaionSelectionConfig(), {"subset": subsets}, Path(out))
     return {"seconds": time.monotonic() - started}
 
 
-def _be_one_quiet_core() -> None:
+def _use_one_core_silently() -> None:
     import pyarrow as pa
 
     pa.set_cpu_count(1)
     pa.set_io_thread_count(1)
-    sys.stderr = io.StringIO()  # progress lines of a stage nobody asked for
+    sys.stderr = io.StringIO()  # the stage's progress lines
 
 
 def _peak_bytes() -> int:
-    """Return the most memory of this process. getrusage counts the parent's too where the process was spawned."""
+    """Return the peak memory of this process. In a spawned process getrusage includes the parent's."""
     try:
         lines = Path("/proc/self/status").read_text().splitlines()
     except OSError:
@@ -216,52 +220,52 @@ def _peak_bytes() -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
 
 
-# Pictures and shards
+# Images and shards
 
 
-def _pictures(width: int, height: int) -> list[bytes]:
-    """Return JPEGs of smooth noise with grain: about as dear to decode as photographs of the size."""
+def _jpegs(width: int, height: int) -> list[bytes]:
+    """Return JPEGs of smooth noise with grain, about as expensive to decode as photographs of that size."""
     import numpy as np
     from PIL import Image
 
     rng = np.random.default_rng(0)
-    pictures = []
-    for _ in range(_NUM_PICTURES):
+    jpegs = []
+    for _ in range(_NUM_JPEGS):
         small = Image.fromarray(rng.integers(0, 256, (24, 32, 3), dtype=np.uint8))
         smooth = np.asarray(small.resize((width, height), Image.Resampling.BICUBIC), dtype=np.float32)
         grain = rng.normal(0, 4, smooth.shape[:2])[..., None]
         buffer = io.BytesIO()
         Image.fromarray(np.clip(smooth + grain, 0, 255).astype(np.uint8)).save(buffer, "JPEG", quality=85)
-        pictures.append(buffer.getvalue())
-    return pictures
+        jpegs.append(buffer.getvalue())
+    return jpegs
 
 
-def _decoding(profile: "Profile", assumptions: Assumptions) -> dict[str, float]:
+def _decoding(profile: Profile, assumptions: Assumptions) -> dict[str, float]:
     from pipelines.download.decode import decode, prepare_to_decode
     from pipelines.download.status import FetchStatus
 
     width, height = assumptions.source_width_px, assumptions.source_height_px
-    pictures = _pictures(width, height)
+    jpegs = _jpegs(width, height)
     prepare_to_decode()
-    outcome = decode(pictures[0], profile.images.transform)  # the first call loads Pillow's plug-ins
+    outcome = decode(jpegs[0], profile.images.transform)  # the first call loads Pillow's plug-ins
     if outcome.status is not FetchStatus.OK:
         raise ThroughlineError(
-            f"--calibrate decodes pictures of {width}x{height} px, which images.transform refuses ({outcome.status}); "
+            f"--calibrate decodes images of {width}x{height} px, which images.transform rejects ({outcome.status}); "
             "set --assume source_width_px=... and source_height_px=..."
         )
     done, started = 0, time.monotonic()
     while (seconds := time.monotonic() - started) < _DECODE_SECONDS:
-        decode(pictures[done % len(pictures)], profile.images.transform)
+        decode(jpegs[done % len(jpegs)], profile.images.transform)
         done += 1
     return {"decode_images_per_second": done / seconds}
 
 
-def _writing(profile: "Profile", folder: Path) -> dict[str, float]:
+def _writing(profile: Profile, folder: Path) -> dict[str, float]:
     from pipelines.core.digest import HashingWriter
     from pipelines.shards.format import ShardWriter
 
     side = profile.images.transform.size_px
-    pictures = _pictures(side, side)
+    jpegs = _jpegs(side, side)
     record = {
         "url": "https://cdn.example.com/uploads/2019/01/some-long-name-of-a-picture.jpg",
         "alt_text": "a vintage photo of a red cat on a wooden table", "format": "jpeg", "width_px": 800,
@@ -275,9 +279,7 @@ def _writing(profile: "Profile", folder: Path) -> dict[str, float]:
         writer = ShardWriter(HashingWriter(stream), path.name)
         for number in range(_SHARD_SAMPLES):
             key = f"{number:032x}"
-            writer.add(
-                key, pictures[number % len(pictures)], caption, {**record, "sample_key": key, "caption": caption}
-            )
+            writer.add(key, jpegs[number % len(jpegs)], caption, {**record, "sample_key": key, "caption": caption})
         writer.finish().to_bytes()
         stream.flush()
         os.fsync(stream.fileno())

@@ -1,101 +1,147 @@
-"""Where an estimate takes its inputs from: the profile, this machine's measurements, or the assumptions."""
+"""The inputs of an estimate: the profile, this machine's measurements, and the assumptions."""
 
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TypeVar
 
 from orchestration.cost.assumptions import Assumptions
-from orchestration.cost.quantity import UNKNOWN, Basis, Figure, Input
+from orchestration.graph.graph import Node, PartitionKind
+from orchestration.profiles.profile import Profile
 from pipelines.core.config import ModelRef
-from training.config import Strategy
+from pipelines.core.quantity import UNKNOWN, Basis, Quantity, Source, smallest
+from pipelines.runner.cost import Facts
 from training.cost.flops import KNOWN_TEXT_ENCODERS
 from training.cost.step_cost import peak_flops_by_name
 
-if TYPE_CHECKING:
-    from orchestration.profiles.profile import Profile
-
+T = TypeVar("T")
 _SIZE_IN_NAME = re.compile(r"(?<![\w.])A?(\d+(?:\.\d+)?)([BM])(?![\w.])", re.I)
-_UNITS = {"B": 1e9, "M": 1e6}
+_SIZE_UNITS = {"B": 1e9, "M": 1e6}
 
 
 @dataclass(frozen=True)
 class Measured:
-    """One number that this machine gave: which assumption it stands for, and what was looked at."""
+    """A measurement that replaces the assumption of the same name."""
 
     value: float
     what: str
+    """The files or outputs it comes from."""
 
 
 @dataclass(frozen=True)
-class Facts:
-    """What the profile implies and only a look elsewhere tells: nothing is loaded for an estimate itself."""
+class ProfileInputs:
+    """All inputs of one estimate; implements `pipelines.runner.cost.CostInputs`."""
 
-    parameters: Mapping[Strategy, int] = field(default_factory=dict)
-    """Trained parameters, for the strategies that are to be estimated."""
-    prompts: Mapping[str, int] = field(default_factory=dict)
-    """Prompts by benchmark; one that is missing is not known."""
-    local_parameters: Mapping[str, int] = field(default_factory=dict)
-    """Parameters of models in local folders, by id."""
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """All inputs of one estimate, each handed out as a figure that says which it is."""
-
-    profile: "Profile"
+    profile: Profile
     assumptions: Assumptions
     chosen: frozenset[str] = frozenset()
-    """Assumptions that the user set: they stand before measurements."""
+    """Assumptions that the user set: they override measurements."""
     measured: Mapping[str, Measured] = field(default_factory=dict)
-    facts: Facts = Facts()
+    facts: Facts = field(default_factory=Facts)
 
-    def of_profile(self, path: str) -> Figure:
-        """Return a number of the profile, by its dotted path as ``--set`` takes it."""
-        value: object = self.profile
-        for name in path.split("."):
-            value = value[name] if isinstance(value, Mapping) else getattr(value, name)
-        assert isinstance(value, (int, float)), path
-        return Figure(float(value), frozenset({Input(Basis.PROFILE, path)}))
+    @property
+    def metadata_rows(self) -> Quantity:
+        is_known = "rows" in self.chosen or "rows" in self.measured
+        if self.profile.world is not None and not is_known:
+            return self.from_profile("world.num_images")
+        return self.assumed("rows")
 
-    def implied(self, value: float, path: str) -> Figure:
-        """Return a number that follows from a field of the profile."""
-        return Figure(value, frozenset({Input(Basis.PROFILE, path)}))
+    @property
+    def num_parts(self) -> Quantity:
+        return (self.metadata_rows / self.assumed("part_rows")).rounded_up()
 
-    def assumed(self, name: str) -> Figure:
-        """Return what the user set, else what was measured, else what is assumed; not known where that is None."""
+    def assumed(self, name: str) -> Quantity:
+        """Return what the user set, else what was measured, else the built-in assumption; unknown where that is
+        None."""
         if name not in self.chosen and name in self.measured:
-            return Figure(self.measured[name].value, frozenset({Input(Basis.MEASURED, name)}))
+            return Quantity(self.measured[name].value, frozenset({Source(Basis.MEASURED, name)}))
         value = getattr(self.assumptions, name)
-        return UNKNOWN if value is None else Figure(float(value), frozenset({Input(Basis.ASSUMED, name)}))
+        return UNKNOWN if value is None else Quantity(float(value), frozenset({Source(Basis.ASSUMED, name)}))
 
-    def derived(self, name: str, otherwise: Figure) -> Figure:
-        """Return the assumption or its measurement where there is one, else what the others make of it."""
+    def is_chosen(self, name: str) -> bool:
+        """Return whether the user set this assumption."""
+        return name in self.chosen
+
+    def derived(self, name: str, otherwise: Quantity) -> Quantity:
+        """Return `assumed(name)` where it is known, else `otherwise`."""
         found = self.assumed(name)
         return found if found.is_known else otherwise
 
-    def gpu_flops(self) -> Figure:
-        """Peak of one GPU."""
+    def from_profile(self, path: str) -> Quantity:
+        """Return a number of the profile, by its dotted path as ``--set`` takes it."""
+        value = self._field(path)
+        assert isinstance(value, (int, float)), path
+        return self.implied(float(value), path)
+
+    def implied(self, value: float, path: str) -> Quantity:
+        """Return a number that follows from a field of the profile."""
+        return Quantity(value, frozenset({Source(Basis.PROFILE, path)}))
+
+    def setting(self, path: str, kind: type[T]) -> T:
+        """Return a field of the profile that is no number; `kind` is its type."""
+        value = self._field(path)
+        assert isinstance(value, kind), f"{path}: {type(value).__name__} instead of {kind.__name__}"
+        return value
+
+    def optional_setting(self, path: str, kind: type[T]) -> T | None:
+        """Return a field of the profile that may be None."""
+        return None if self._field(path) is None else self.setting(path, kind)
+
+    def _field(self, path: str) -> object:
+        value: object = self.profile
+        for name in path.split("."):
+            value = value[name] if isinstance(value, Mapping) else getattr(value, name)
+        return value
+
+    def num_runs(self, node: Node) -> Quantity:
+        """Return the concurrent runs of a stage."""
+        per_run = self.implied(self.profile.partitions_per_run(node.name), f"batches.{node.name}")
+        return smallest(self.assumed("parallel_runs"), (self._num_partitions(node.partition) / per_run).rounded_up())
+
+    def _num_partitions(self, kind: PartitionKind) -> Quantity:
+        if kind is PartitionKind.PART:
+            return self.num_parts
+        if kind is PartitionKind.ARM_BENCHMARK:
+            return self.implied(len(self.profile.arms), "arms") * len(self.profile.benchmarks)
+        if kind is PartitionKind.STRATEGY:
+            return self.implied(len(self.profile.strategies), "strategies")
+        return Quantity(1.0)
+
+    def nodes_for(self, gpus: Quantity) -> Quantity:
+        """Return the machines that hold so many GPUs; one for zero GPUs."""
+        if not gpus.is_known or gpus.value == 0:
+            return Quantity(1.0, gpus.sources)
+        is_stated = self.profile.needs.num_gpus > 0
+        per_node = self.from_profile("needs.num_gpus") if is_stated else self.assumed("gpus_per_node")
+        return (gpus / per_node).rounded_up()
+
+    def flops_per_second(self, on_gpu: bool, utilisation: str) -> Quantity:
+        """Return the operations a second of one GPU at an assumed share of its peak, or of one CPU process."""
+        if not on_gpu:
+            return self.assumed("cpu_flops")
+        return self._peak_flops() * self.assumed(utilisation)
+
+    def _peak_flops(self) -> Quantity:
         found = self.assumed("gpu_flops")
         if found.is_known:
             return found
         peak = peak_flops_by_name(self.assumptions.gpu)
         assert peak is not None, "the assumptions are checked"
-        return Figure(peak, frozenset({Input(Basis.ASSUMED, "gpu")}))
+        return Quantity(peak, frozenset({Source(Basis.ASSUMED, "gpu")}))
 
-    def active_parameters(self, model: ModelRef) -> Figure:
-        """Parameters that a token passes: counted in a local folder, or read off the name."""
+    def active_parameters(self, model: ModelRef) -> Quantity:
+        """Return the parameters that a token passes, from a local model's files or from the model's name."""
         if model.id in self.facts.local_parameters:
             return self.implied(self.facts.local_parameters[model.id], f"model {model.id}")
         sizes = _SIZE_IN_NAME.findall(model.id)
         if not sizes:
             return UNKNOWN
-        # Of mixtures of experts the name gives the whole first and what a token passes last: 235B-A22B.
+        # A mixture of experts names its whole size first and its active size last: 235B-A22B.
         number, unit = sizes[-1]
-        return self.implied(float(number) * _UNITS[unit.upper()], f"model {model.id}")
+        return self.implied(float(number) * _SIZE_UNITS[unit.upper()], f"model {model.id}")
 
-    def encoder_flops_per_token(self) -> Figure:
-        """Operations of the text encoder for a token."""
+    def encoder_flops_per_token(self) -> Quantity:
+        """Return the text encoder's operations for a token."""
         model = self.profile.text_encoder
         shape = KNOWN_TEXT_ENCODERS.get(model.id)
         if shape is not None:

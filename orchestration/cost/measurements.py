@@ -1,7 +1,7 @@
-"""What this machine has measured that an estimate can use: finished outputs, metadata files, and a kept calibration.
+"""Measurements for an estimate, from metadata files and finished outputs, and the counts a profile implies.
 
-A share or a size is taken from outputs of the very configuration that is estimated, whatever machine made them; a rate
-only from this machine, and with the same workers and devices.
+Shares and sizes come from outputs of the estimated configuration, on any machine; rates only from this machine, and
+with the same workers and devices.
 """
 
 import math
@@ -10,39 +10,37 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from orchestration.cost.inputs import Facts, Measured
+from pydantic import BaseModel
+
+from orchestration.cost.inputs import Measured
+from orchestration.profiles.profile import Profile
 from pipelines.core.config import identity_of
 from pipelines.core.errors import ThroughlineError
 from pipelines.core.manifest import MANIFEST_NAME, Manifest, read_manifest
-from training.config import Strategy
-
-if TYPE_CHECKING:
-    from pydantic import BaseModel
-
-    from orchestration.profiles.profile import Profile
+from pipelines.runner.cost import Facts
 
 _LONG_ENOUGH_SECONDS = 2.0
-"""Where a manifest has no rate of its own: a shorter run is mostly its start."""
+"""Shorter runs are mostly start-up; for manifests without a rate of their own."""
 _NOT_COMPARED = ("revision", "path", "source", "digest_cache")
-"""Fields that move no rate and no share, and that the first run may fill in."""
+"""Fields that affect neither rates nor shares, and that the first run may fill in."""
 
 
-def facts_of(profile: "Profile", *, count_parameters: bool) -> Facts:
-    """Look up what the profile implies; counting parameters builds each strategy's model on torch's meta device."""
-    parameters: dict[Strategy, int] = {}
+def facts_of(profile: Profile, *, count_parameters: bool) -> Facts:
+    """Return the counts a profile implies; counting parameters builds each strategy's model on torch's meta device."""
+    parameters: dict[str, int] = {}
     if count_parameters:
         from training.cost.params import count_parameters as count
 
-        parameters = {strategy: count(profile.model, strategy) for strategy in profile.strategies}
+        parameters = {strategy.value: count(profile.model, strategy) for strategy in profile.strategies}
     local = {model.id: Path(model.path) for model in profile.models().values() if model.path is not None}
     sizes = {name: size for name, folder in local.items() if (size := _num_parameters(folder)) is not None}
     return Facts(parameters=parameters, prompts=_prompts(profile), local_parameters=sizes)
 
 
 def _num_parameters(folder: Path) -> int | None:
-    """Return the parameters in a local model's files, by their headers; None where there are none yet."""
+    """Return the parameters of a local model by its files' headers; None where it has no files yet."""
     from safetensors import safe_open
 
     files = sorted(folder.glob("*.safetensors"))
@@ -53,8 +51,8 @@ def _num_parameters(folder: Path) -> int | None:
     return num if files else None
 
 
-def _prompts(profile: "Profile") -> dict[str, int]:
-    """Return prompts by benchmark, as the profile pins their number or as its files hold; without those, nothing."""
+def _prompts(profile: Profile) -> dict[str, int]:
+    """Return prompts by benchmark: the number that the profile pins, else that in its files; none without either."""
     from evaluation.benchmarks.prompt_files import parse_drawbench, parse_genai_bench, parse_geneval
 
     sets = profile.prompt_sets
@@ -80,16 +78,16 @@ def _path(file: Any) -> Path:
     return Path(file.path)
 
 
-def measured_for(profile: "Profile") -> dict[str, Measured]:
-    """Return assumption -> measurement, from the metadata files and from finished outputs under the output root."""
+def measured_for(profile: Profile) -> dict[str, Measured]:
+    """Return measurements by assumption, from the metadata files and the finished outputs under the output root."""
     found = dict(_metadata(profile))
     for measure in (_subset, _images, _captions, _shards, _latents, _text, _checkpoint, _samples, _scores):
         found |= dict(measure(profile))
     return found
 
 
-def _metadata(profile: "Profile") -> Iterator[tuple[str, Measured]]:
-    """Count the rows of the profile's own metadata, by the files' footers."""
+def _metadata(profile: Profile) -> Iterator[tuple[str, Measured]]:
+    """Count the rows of the profile's metadata by the files' footers."""
     from pipelines.laion.schema import open_metadata
     from pipelines.laion.sources import find_sources, size_of
     from pipelines.storage.remote_files import RangeReader
@@ -97,7 +95,7 @@ def _metadata(profile: "Profile") -> Iterator[tuple[str, Measured]]:
     try:
         places = list(find_sources(profile.source).values())
     except ThroughlineError:
-        return  # the metadata isn't here yet, which is when most estimates are asked for
+        return  # most estimates are made before there is any metadata
     counts = []
     for place in places:
         with open_metadata(place if isinstance(place, Path) else RangeReader(place)) as metadata:
@@ -111,7 +109,7 @@ def _metadata(profile: "Profile") -> Iterator[tuple[str, Measured]]:
 
 
 @dataclass(frozen=True)
-class _Found:
+class _Outputs:
     """Manifests of one stage and configuration."""
 
     stage: str
@@ -123,19 +121,19 @@ class _Found:
         return f"{len(self.manifests)} finished outputs of {self.stage} ({rows:,.0f} rows)"
 
     def ratio(self, top: Callable[[Manifest], float], bottom: Callable[[Manifest], float]) -> Iterable[Measured]:
-        """Return the sum of one thing over the sum of another, or nothing where there is none of either."""
+        """Return the ratio of two sums over the manifests; nothing where either is zero."""
         above, below = sum(map(top, self.manifests)), sum(map(bottom, self.manifests))
         return [Measured(above / below, self.what)] if above > 0 and below > 0 else []
 
     def rate(self, rows_of: Callable[[Manifest], float]) -> Iterable[Measured]:
-        """Return rows a second over whole runs that were long enough."""
-        return _Found(self.stage, [item for item in self.manifests if _seconds(item) >= _LONG_ENOUGH_SECONDS]).ratio(
+        """Return rows a second over the runs that were long enough."""
+        return _Outputs(self.stage, [item for item in self.manifests if _seconds(item) >= _LONG_ENOUGH_SECONDS]).ratio(
             rows_of, _seconds
         )
 
 
-def _find(profile: "Profile", stage: str, *configs: "BaseModel") -> tuple[_Found, _Found]:
-    """Return the manifests of these configurations, and those among them whose rates hold here."""
+def _find(profile: Profile, stage: str, *configs: BaseModel) -> tuple[_Outputs, _Outputs]:
+    """Return the manifests of these configurations, and those among them whose rates apply to this machine."""
     identities = [_comparable(identity_of(config)) for config in configs]
     whole = [_comparable(config.model_dump(mode="json")) for config in configs]
     same, here = [], []
@@ -146,7 +144,7 @@ def _find(profile: "Profile", stage: str, *configs: "BaseModel") -> tuple[_Found
         is_here = manifest.environment is not None and manifest.environment.host == platform.node()
         if is_here and _comparable(manifest.execution) in whole:
             here.append(manifest)
-    return _Found(stage, same), _Found(stage, here)
+    return _Outputs(stage, same), _Outputs(stage, here)
 
 
 def _manifests(folder: Path) -> Iterator[Manifest]:
@@ -154,7 +152,7 @@ def _manifests(folder: Path) -> Iterator[Manifest]:
         try:
             yield read_manifest(path)
         except ThroughlineError as error:
-            print(f"left out of the estimate: {error}", file=sys.stderr)
+            print(f"excluded from the estimate: {error}", file=sys.stderr)
 
 
 def _comparable(config: Any) -> Any:
@@ -187,60 +185,62 @@ def _measurement(name: str) -> Callable[[Manifest], float]:
     return lambda manifest: float(manifest.measurements.get(name) or 0)
 
 
-def _done(rate: str) -> Callable[[Manifest], float]:
-    """Return what a run did by its own rate: one that was resumed did less than its output holds."""
+def _processed(rate: str) -> Callable[[Manifest], float]:
+    """Return the items that a run processed, by its own rate: a resumed run processed fewer than its output has."""
     return lambda manifest: _measurement(rate)(manifest) * _measurement("seconds")(manifest)
 
 
-def _subset(profile: "Profile") -> Iterator[tuple[str, Measured]]:
+def _subset(profile: Profile) -> Iterator[tuple[str, Measured]]:
     same, here = _find(profile, "laion_subset", profile.laion_subset)
     yield from _named("pass_rules", same.ratio(_rows_out, _rows_in))
     yield from _named("subset_row_bytes", same.ratio(_bytes_of("rows.parquet"), _rows_out))
     yield from _named("filter_rows_per_second", here.rate(_rows_in))
 
 
-def _images(profile: "Profile") -> Iterator[tuple[str, Measured]]:
-    def picture_bytes(manifest: Manifest) -> float:
+def _images(profile: Profile) -> Iterator[tuple[str, Measured]]:
+    def image_bytes(manifest: Manifest) -> float:
         return sum(entry.num_bytes for entry in manifest.files if entry.path.startswith("images-"))
 
     same, here = _find(profile, "images", profile.images_config)
     yield from _named("fetched_share", same.ratio(_rows_out, _rows_in))
-    yield from _named("image_row_bytes", same.ratio(picture_bytes, _rows_out))
-    yield from _named("fetch_rows_per_second", here.ratio(_done("rows_per_second"), _measurement("seconds")))
+    yield from _named("image_row_bytes", same.ratio(image_bytes, _rows_out))
+    yield from _named("fetch_rows_per_second", here.ratio(_processed("rows_per_second"), _measurement("seconds")))
 
 
-def _captions(profile: "Profile") -> Iterator[tuple[str, Measured]]:
+def _captions(profile: Profile) -> Iterator[tuple[str, Measured]]:
     def tokens(manifest: Manifest) -> float:
         return manifest.summary["mean_caption_tokens"] * manifest.summary["num_captions"]
 
     same, here = _find(profile, "captions", profile.captions)
     yield from _named("caption_tokens", same.ratio(tokens, _rows_out))
     yield from _named("captioned_share", same.ratio(_rows_out, _rows_in))
-    yield from _named("captions_per_second", here.ratio(_done("captions_per_second"), _measurement("seconds")))
+    yield from _named("captions_per_second", here.ratio(_processed("captions_per_second"), _measurement("seconds")))
 
 
-def _shards(profile: "Profile") -> Iterator[tuple[str, Measured]]:
+def _shards(profile: Profile) -> Iterator[tuple[str, Measured]]:
     same, here = _find(profile, "shards", profile.shards)
     yield from _named("shard_share", same.ratio(_rows_out, _rows_in))
     yield from _named("shard_sample_bytes", same.ratio(_bytes_of(".tar", ".index.json"), _rows_out))
     yield from _named("shard_samples_per_second", here.rate(_rows_in))
 
 
-def _latents(profile: "Profile") -> Iterator[tuple[str, Measured]]:
+def _latents(profile: Profile) -> Iterator[tuple[str, Measured]]:
     _, here = _find(profile, "latents", profile.latents)
-    yield from _named("latents_per_second", here.ratio(_done("images_per_second"), _measurement("seconds")))
+    yield from _named("latents_per_second", here.ratio(_processed("images_per_second"), _measurement("seconds")))
 
 
-def _text(profile: "Profile") -> Iterator[tuple[str, Measured]]:
+def _text(profile: Profile) -> Iterator[tuple[str, Measured]]:
     if profile.text_features is None:
         return
     same, here = _find(profile, "text_features", profile.text_features)
     yield from _named("text_tokens", same.ratio(lambda manifest: manifest.summary["num_tokens"], _rows_out))
-    yield from _named("text_features_per_second", here.ratio(_done("captions_per_second"), _measurement("seconds")))
+    yield from _named(
+        "text_features_per_second", here.ratio(_processed("captions_per_second"), _measurement("seconds"))
+    )
 
 
-def _checkpoint(profile: "Profile") -> Iterator[tuple[str, Measured]]:
-    """Steps of another length and number count too: operations a second depend on the model and the processes."""
+def _checkpoint(profile: Profile) -> Iterator[tuple[str, Measured]]:
+    """Any number and length of steps will do: operations a second depend on the model and the processes."""
     model, training = profile.model.model_dump(mode="json"), profile.training
     wanted = {name: getattr(training, name) for name in ("num_processes", "device", "precision", "threads", "sharded")}
     here = [
@@ -251,7 +251,7 @@ def _checkpoint(profile: "Profile") -> Iterator[tuple[str, Measured]]:
         and manifest.execution["model"] == model
         and {name: manifest.execution["training"].get(name) for name in wanted} == wanted
     ]
-    found = _Found("checkpoint", here)
+    found = _Outputs("checkpoint", here)
     seconds, rate = _measurement("seconds_in_steps"), _measurement("model_flops_per_second")
     processes = training.num_processes
     yield from _named(
@@ -260,17 +260,17 @@ def _checkpoint(profile: "Profile") -> Iterator[tuple[str, Measured]]:
     )
 
 
-def _samples(profile: "Profile") -> Iterator[tuple[str, Measured]]:
+def _samples(profile: Profile) -> Iterator[tuple[str, Measured]]:
     _, here = _find(profile, "samples", profile.samples)
     yield from _named("samples_per_second", here.rate(_rows_out))
 
 
-def _scores(profile: "Profile") -> Iterator[tuple[str, Measured]]:
+def _scores(profile: Profile) -> Iterator[tuple[str, Measured]]:
     def answers(manifest: Manifest) -> float:
         return manifest.summary["num_answers"]
 
     same, here = _find(profile, "scores", profile.scores)
     asked = [item for item in same.manifests if (item.partition or "").endswith("|geneval")]
-    yield from _named("questions_per_image", _Found("scores", asked).ratio(answers, _rows_in))
+    yield from _named("questions_per_image", _Outputs("scores", asked).ratio(answers, _rows_in))
     if profile.drawbench_scores is None:
         yield from _named("answers_per_second", here.rate(answers))

@@ -1,4 +1,4 @@
-"""Loads a profile by name, or from a TOML or JSON file, with changes applied."""
+"""Loads profiles: by name, or from a TOML or JSON file based on another, with changes of single fields applied."""
 
 import json
 import tomllib
@@ -14,10 +14,10 @@ from pipelines.core.errors import ThroughlineError, in_plain_words, problem_in_w
 
 
 def load_profile(name: str, home: Path, changes: Sequence[str] = ()) -> Profile:
-    """Return the profile of that name, or the one that a TOML or JSON file derives from it, with `changes` applied.
+    """Return the profile called `name`, or the one in the TOML or JSON file `name`, with `changes` applied.
 
-    A file names its ``base`` and overrides fields in tables of the same shape as the profile. A change is
-    ``field.field=value``, the value as JSON or as plain text. Raises ThroughlineError that lists every invalid field.
+    A file names its ``base`` and overrides fields, in tables of the same shape as the profile. A change is
+    ``field.field=value``, with the value as JSON or plain text. Raises ThroughlineError that names every wrong field.
     """
     overrides: dict[str, Any] = {}
     if name not in PROFILES:
@@ -28,7 +28,7 @@ def load_profile(name: str, home: Path, changes: Sequence[str] = ()) -> Profile:
         path, separator, text = change.partition("=")
         if not separator or not path:
             raise ThroughlineError(f"--set {change}: expected field.field=value")
-        _set_field(overrides, path.split("."), _parse(text), change)
+        _set(overrides, path.split("."), _parse(text), change)
     profile = PROFILES[base](home)
     if not overrides:
         return profile
@@ -36,13 +36,14 @@ def load_profile(name: str, home: Path, changes: Sequence[str] = ()) -> Profile:
     try:
         return Profile.model_validate(merged)
     except ValidationError as error:
-        raise ThroughlineError(f"profile {name}: {_format_problems(error)}") from error
+        raise ThroughlineError(f"profile {name}: {_format_errors(error)}") from error
 
 
 def _read_profile_file(name: str) -> tuple[str, dict[str, Any]]:
+    """Return the base and the overrides of a profile file."""
     path, known = Path(name), ", ".join(PROFILES)
     if path.suffix not in {".toml", ".json"}:
-        raise ThroughlineError(f"no profile {name!r}; there are {known}, or name a .toml file")
+        raise ThroughlineError(f"no profile {name!r}; choose one of {known}, or a .toml file")
     try:
         text = path.read_text()
         content = tomllib.loads(text) if path.suffix == ".toml" else json.loads(text)
@@ -58,11 +59,11 @@ def _read_profile_file(name: str) -> tuple[str, dict[str, Any]]:
     return base, content
 
 
-def _set_field(overrides: dict[str, Any], path: list[str], value: Any, change: str) -> None:
+def _set(overrides: dict[str, Any], path: list[str], value: Any, change: str) -> None:
     for name in path[:-1]:
         overrides = overrides.setdefault(name, {})
         if not isinstance(overrides, dict):
-            raise ThroughlineError(f"--set {change}: {name} was set to a plain value before")
+            raise ThroughlineError(f"--set {change}: {name} was already set to a plain value")
     overrides[path[-1]] = value
 
 
@@ -74,21 +75,19 @@ def _parse(text: str) -> Any:
 
 
 def _merge(base: Any, overrides: Mapping[str, Any]) -> Any:
-    """Return `base` with `overrides` merged in; validation reports fields that a union type does not have."""
+    """Return `base` updated with `overrides` at any depth; validation rejects fields that a union's member lacks."""
     if not isinstance(base, dict):
         return dict(overrides)
     merged = dict(base)
     for name, value in overrides.items():
-        if isinstance(value, Mapping):
-            merged[name] = _merge(base.get(name), value)
-        else:
-            merged[name] = value
+        merged[name] = _merge(base.get(name), value) if isinstance(value, Mapping) else value
     return merged
 
 
-def _format_problems(error: ValidationError) -> str:
-    def format_problem(problem: Mapping[str, Any]) -> str:
-        path = ".".join(map(str, problem["loc"]))  # empty if fields contradict each other: the text names them
-        return f"{path}: {problem_in_words(problem)}" if path else problem_in_words(problem)
+def _format_errors(error: ValidationError) -> str:
+    return "; ".join(map(_format_problem, error.errors()))
 
-    return "; ".join(format_problem(problem) for problem in error.errors())
+
+def _format_problem(problem: Mapping[str, Any]) -> str:
+    path = ".".join(map(str, problem["loc"]))  # empty if fields contradict each other: the message names them
+    return f"{path}: {problem_in_words(problem)}" if path else problem_in_words(problem)

@@ -18,7 +18,7 @@ from evaluation.config import (
     ScoresConfig,
     TrajectorySettings,
 )
-from features.config import LatentsConfig, TextFeaturesConfig
+from features.config import AUTOENCODER_FACTOR, LatentsConfig, TextFeaturesConfig
 from orchestration.launch.launcher import AccelerateLaunch, LaunchForm, LocalLaunch
 from orchestration.profiles.model_pins import is_pinned, resolve_models
 from pipelines.core.config import FrozenConfig, ModelRef
@@ -34,8 +34,6 @@ from recaption.config import CaptionsConfig
 from training.config import Arm, ModelConfig, Strategy, TrainingConfig
 
 ConfigT = TypeVar("ConfigT", bound=BaseModel)
-AUTOENCODER_FACTOR = 8
-"""Image pixels per latent position, of every autoencoder that a profile names."""
 
 
 class DemoWorld(FrozenConfig):

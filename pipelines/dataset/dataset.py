@@ -220,4 +220,5 @@ STAGE = Stage(
     checks=(DUPLICATE_KEYS,),
     preview=None,
     funnel_label="Samples to train on",
+    cost=None,
 )

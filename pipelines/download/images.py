@@ -19,6 +19,7 @@ from pipelines.core.manifest import EARLIER, Conservation
 from pipelines.core.progress import Progress
 from pipelines.download.circuit_breaker import FailureWatch
 from pipelines.download.config import ImagesConfig
+from pipelines.download.cost import images_cost
 from pipelines.download.inspection import find_image_rows, preview_images
 from pipelines.download.outcomes import Passes, Row, RowOutcome, Standing, images_name, status_name, write_tables
 from pipelines.download.status import MAY_HEAL, MAY_HEAL_LATER, FetchStatus
@@ -399,4 +400,5 @@ STAGE = Stage(
     checks=(),
     preview=preview_images,
     funnel_label="Pictures downloaded and decoded",
+    cost=images_cost,
 )

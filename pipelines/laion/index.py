@@ -157,4 +157,5 @@ STAGE = Stage(
     checks=(),
     preview=None,
     funnel_label=None,
+    cost=None,
 )

@@ -415,4 +415,5 @@ STAGE = Stage(
     checks=(),
     preview=None,
     funnel_label="Rows kept of all parts together",
+    cost=None,
 )

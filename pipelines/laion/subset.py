@@ -15,6 +15,7 @@ from pipelines.cluster.units import ray_tasks, run_units
 from pipelines.core.errors import ThroughlineError
 from pipelines.core.manifest import SourceFile
 from pipelines.laion.config import LaionSubsetConfig
+from pipelines.laion.cost import subset_cost
 from pipelines.laion.index import Part, read_part
 from pipelines.laion.sources import locate_source
 from pipelines.runner.outputs import StageOutput
@@ -281,4 +282,5 @@ STAGE = Stage(
     checks=(),
     preview=None,
     funnel_label="Rows that pass the filters",
+    cost=subset_cost,
 )

@@ -38,6 +38,7 @@ from pipelines.core.manifest import (
     read_manifest,
 )
 from pipelines.runner.checks import AnyCheck
+from pipelines.runner.cost import CostModel
 from pipelines.runner.locks import hold
 from pipelines.runner.outputs import Inputs, StageOutput, Verify
 from pipelines.runner.preview import Preview
@@ -73,6 +74,8 @@ class Stage(Generic[ConfigT]):
     """Markdown that Dagster shows with an output."""
     funnel_label: str | None
     """Label of the stage's step in the report's funnel of rows; None if it is not a step."""
+    cost: CostModel | None
+    """Estimates rows, bytes and time before anything runs; None if they are negligible."""
 
     def fingerprint(self, config: ConfigT, inputs: Inputs, partition: str | None = None) -> str:
         """Return the digest of everything the output is computed from."""

@@ -18,6 +18,7 @@ from pipelines.runner.rows import RowReader
 from pipelines.runner.stage import Stage
 from pipelines.runner.units import StageResult, StageRun, Unit
 from pipelines.shards.config import ShardsConfig
+from pipelines.shards.cost import shards_cost
 from pipelines.shards.shard_rows import find_shard_rows
 
 if TYPE_CHECKING:
@@ -238,4 +239,5 @@ STAGE = Stage(
     checks=(),
     preview=None,
     funnel_label="Pairs written to shards",
+    cost=shards_cost,
 )

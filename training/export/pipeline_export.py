@@ -62,4 +62,5 @@ STAGE = Stage(
     checks=(),
     preview=preview_card,
     funnel_label=None,
+    cost=None,
 )

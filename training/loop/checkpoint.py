@@ -21,6 +21,7 @@ from pipelines.runner.rows import RowTable
 from pipelines.runner.stage import Stage
 from pipelines.runner.units import StageResult, StageRun
 from training.config import CheckpointConfig
+from training.cost.checkpoint import checkpoint_cost
 from training.export.saved_model import (
     CONDITIONING_NAME,
     MODEL_CONFIG_NAME,
@@ -233,4 +234,5 @@ STAGE = CheckpointStage(
     checks=CHECKPOINT_CHECKS,
     preview=None,
     funnel_label=None,
+    cost=checkpoint_cost,
 )

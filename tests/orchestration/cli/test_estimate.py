@@ -1,4 +1,4 @@
-"""`throughline plan` from its words to its table, and where its measurements come from."""
+"""`throughline estimate` from its arguments to its output, and the measurements it reads."""
 
 import json
 import platform
@@ -14,7 +14,7 @@ import pytest
 from orchestration.cli.main import main
 from orchestration.cost import calibration as estimate_calibration
 from orchestration.cost.assumptions import Assumptions
-from orchestration.cost.calibration import calibrate, keep, kept_calibration
+from orchestration.cost.calibration import calibrate, load_calibration, save_calibration
 from orchestration.cost.measurements import facts_of, measured_for
 from orchestration.profiles.loading import load_profile
 from orchestration.profiles.profile import Profile
@@ -34,48 +34,67 @@ def _home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("THROUGHLINE_HOME", str(tmp_path / "home"))
 
 
-def plan(*words: str) -> object:
+def estimate(*words: str) -> object:
     with pytest.raises(SystemExit) as caught:
-        main(["plan", "--profile", "paper", *words])
+        main(["estimate", "--profile", "paper", *words])
     return caught.value.code
 
 
 def test_rows_and_assumptions_reach_the_estimate(capsys: pytest.CaptureFixture[str]) -> None:
-    assert plan("--stages", NO_TRAINING, "--rows", "1e6", "--assume", "pass_rules=0.5", "--json") == 0
-    said = json.loads(capsys.readouterr().out)
-    assert said["rows"]["value"] == 1_000_000
-    assert said["stages"][0]["rows_out"] == {
+    assert estimate("--stages", NO_TRAINING, "--rows", "1e6", "--assume", "pass_rules=0.5", "--json") == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["rows"]["value"] == 1_000_000
+    assert result["stages"][0]["rows_out"] == {
         "value": 500_000, "basis": "assumed", "inputs": ["assumed: pass_rules", "assumed: rows"],
     }  # fmt: skip
-    assert [stage["name"] for stage in said["stages"]] == NO_TRAINING.split(",")
+    assert [stage["name"] for stage in result["stages"]] == NO_TRAINING.split(",")
 
 
-def test_the_table_names_units_sources_and_the_way_to_measure(capsys: pytest.CaptureFixture[str]) -> None:
-    assert plan("--stages", NO_TRAINING) == 0
-    said = capsys.readouterr().out
-    assert "413 M a rows of metadata" in said
-    assert "throughline plan --calibrate" in said
-    assert "worth knowing" in said and "PB" in said
+def test_table_shows_units_and_sources_and_suggests_calibration(capsys: pytest.CaptureFixture[str]) -> None:
+    assert estimate("--stages", NO_TRAINING) == 0
+    output = capsys.readouterr().out
+    assert "413 M a rows of metadata" in output
+    assert "throughline estimate --calibrate" in output
+    assert "\nnotes\n" in output and "PB" in output
 
 
-def test_wrong_words_are_one_sentence() -> None:
-    assert str(plan("--assume", "gpu_count=4")).startswith("error: no assumption 'gpu_count'; there are rows, ")
-    assert str(plan("--rows", "-3")).startswith("error: --assume rows=-3: input should be greater than or equal to 1")
-    assert str(plan("--stages", "")).startswith("error: no stage '' in an estimate; there are laion_subset,")
-    assert str(plan("--stages", "laion")).startswith("error: no stage 'laion' in an estimate; there are laion_subset,")
+def test_invalid_arguments_are_rejected_in_one_sentence() -> None:
+    assert str(estimate("--assume", "gpu_count=4")).startswith("error: no assumption 'gpu_count'; there are rows, ")
+    assert str(estimate("--rows", "-3")).startswith(
+        "error: --assume rows=-3: input should be greater than or equal to 1"
+    )
+    assert str(estimate("--stages", "")).startswith("error: no stage '' in an estimate; there are laion_subset,")
+    assert str(estimate("--stages", "laion")).startswith(
+        "error: no stage 'laion' in an estimate; there are laion_subset,"
+    )
 
 
 def test_reasons_are_printed(capsys: pytest.CaptureFixture[str]) -> None:
-    assert plan("--reasons") == 0
-    said = capsys.readouterr().out
-    assert "rows = 413,000,000\n    Rows of metadata. LAION-400M has 413 M by its own page" in said
+    assert estimate("--reasons") == 0
+    output = capsys.readouterr().out
+    assert "rows = 413,000,000\n    Rows of metadata. LAION-400M has 413 M according to its page" in output
+
+
+def test_the_old_name_still_works_and_names_the_new_one(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["plan", "--profile", "paper", "--stages", NO_TRAINING])
+    old = capsys.readouterr()
+    assert caught.value.code == 0
+    assert old.err == (
+        "`throughline plan` is now `throughline estimate`; the old name will be removed in the next release\n"
+    )
+    assert estimate("--stages", NO_TRAINING) == 0
+    new = capsys.readouterr()
+    assert (new.out, new.err) == (old.out, "")
 
 
 @pytest.mark.slow
 def test_without_training_no_heavy_library_is_loaded() -> None:
     code = (
         "import sys\nfrom orchestration.cli.main import main\n"
-        f"try:\n    main(['plan', '--profile', 'paper', '--stages', '{NO_TRAINING}'])\nexcept SystemExit:\n    pass\n"
+        "try:\n"
+        f"    main(['estimate', '--profile', 'paper', '--stages', '{NO_TRAINING}'])\n"
+        "except SystemExit:\n    pass\n"
         "print([name for name in ('torch', 'dagster', 'transformers', 'vllm', 'ray') if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
@@ -84,9 +103,9 @@ def test_without_training_no_heavy_library_is_loaded() -> None:
 
 @pytest.mark.slow
 def test_training_counts_every_strategy(capsys: pytest.CaptureFixture[str]) -> None:
-    assert plan("--stages", "checkpoint", "--json") == 0
-    said = json.loads(capsys.readouterr().out)
-    weights = {stage["partition"]: stage["bytes_out"]["value"] for stage in said["stages"]}
+    assert estimate("--stages", "checkpoint", "--json") == 0
+    result = json.loads(capsys.readouterr().out)
+    weights = {stage["partition"]: stage["bytes_out"]["value"] for stage in result["stages"]}
     assert weights["penultimate"] == 4 * 2_246_693_952 and weights["fuse_dit"] == 4 * 1_711_646_784
     assert len(weights) == 7
 
@@ -98,7 +117,7 @@ def _profile(home: Path, *changes: str, name: str = "demo") -> Profile:
     return load_profile(name, home, changes)
 
 
-def test_rows_and_shares_come_from_the_profiles_own_outputs(tmp_path: Path) -> None:
+def test_rows_and_selectivity_come_from_the_profiles_own_outputs(tmp_path: Path) -> None:
     source = tmp_path / "laion"
     source.mkdir()
     for number in range(2):
@@ -120,13 +139,13 @@ def test_rows_and_shares_come_from_the_profiles_own_outputs(tmp_path: Path) -> N
     assert measured["rows"].value == 100 and measured["part_rows"].value == 50
     assert measured["pass_rules"].value == pytest.approx(0.6)
     assert measured["pass_rules"].what == "1 finished outputs of laion_subset (50 rows)"
-    assert "filter_rows_per_second" not in measured  # so short a run is mostly its start
+    assert "filter_rows_per_second" not in measured  # a run this short is mostly start-up
     other = _profile(tmp_path / "home", f'source=["{source}"]', "laion_subset.min_side_px=65")
     assert "pass_rules" not in measured_for(other)
 
 
 def _finished(profile: Profile, stage: str, config: Any, host: str | None = None, **more: Any) -> None:
-    """Put a manifest into its place, as the stage would."""
+    """Write a manifest where the stage would."""
     environment = Environment(
         git_commit=None, python="3.11", packages={}, host=host or platform.node(), accelerator="cpu",
         started_at="2026-01-01", ended_at="2026-01-01", seconds=10.0,
@@ -149,7 +168,7 @@ def _captions(profile: Profile, host: str | None = None) -> None:
     )  # fmt: skip
 
 
-def test_rates_count_only_on_the_machine_that_measured_them(tmp_path: Path) -> None:
+def test_rates_apply_only_on_the_machine_that_measured_them(tmp_path: Path) -> None:
     profile = _profile(tmp_path)
     _captions(profile, host="another-machine")
     measured = measured_for(profile)
@@ -157,7 +176,7 @@ def test_rates_count_only_on_the_machine_that_measured_them(tmp_path: Path) -> N
     assert "captions_per_second" not in measured
 
 
-def test_rates_count_only_with_the_same_workers(tmp_path: Path) -> None:
+def test_rates_apply_only_with_the_same_workers(tmp_path: Path) -> None:
     profile = _profile(tmp_path)
     _captions(profile)
     assert measured_for(profile)["captions_per_second"].value == 25
@@ -166,7 +185,7 @@ def test_rates_count_only_with_the_same_workers(tmp_path: Path) -> None:
     assert "captions_per_second" not in measured_for(more_actors)
 
 
-def test_pictures_are_measured_without_the_rows_that_failed(tmp_path: Path) -> None:
+def test_image_bytes_exclude_the_rows_that_failed(tmp_path: Path) -> None:
     profile = _profile(tmp_path)
     files = (
         FileEntry(path="images-00000.parquet", sha256="0" * 64, num_bytes=6000, num_rows=3),
@@ -183,7 +202,7 @@ def test_pictures_are_measured_without_the_rows_that_failed(tmp_path: Path) -> N
     assert measured["fetch_rows_per_second"].value == pytest.approx(1.25)
 
 
-def test_facts_are_read_from_files_and_pins(tmp_path: Path) -> None:
+def test_facts_come_from_files_and_pinned_counts(tmp_path: Path) -> None:
     facts = facts_of(_profile(tmp_path), count_parameters=False)
     assert facts.prompts["geneval"] > 10 and not facts.parameters
     assert 4e6 < facts.local_parameters["throughline/demo-vlm"] < 7e6
@@ -196,7 +215,7 @@ def test_facts_are_read_from_files_and_pins(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_calibration_runs_the_real_stages_and_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_calibration_runs_the_real_stages_and_is_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(estimate_calibration, "_FILTERED_ROWS", (2_000, 40_000))
     monkeypatch.setattr(estimate_calibration, "_DECODE_SECONDS", 0.2)
     monkeypatch.setattr(estimate_calibration, "_SHARD_SAMPLES", 50)
@@ -208,15 +227,15 @@ def test_calibration_runs_the_real_stages_and_is_kept(tmp_path: Path, monkeypatc
     }  # fmt: skip
     assert set(measured) <= set(Assumptions.model_fields)
     assert all(item.value > 0 for item in measured.values())
-    path = keep(measured, profile)
-    assert kept_calibration(profile) == measured
-    assert kept_calibration(_profile(tmp_path, "laion_subset.min_side_px=300", name="paper")) == {}
+    path = save_calibration(measured, profile)
+    assert load_calibration(profile) == measured
+    assert load_calibration(_profile(tmp_path, "laion_subset.min_side_px=300", name="paper")) == {}
     path.write_text("{}")
     with pytest.raises(ThroughlineError, match=r"not a readable calibration .*; delete it"):
-        kept_calibration(profile)
+        load_calibration(profile)
 
 
-def test_calibration_says_when_its_picture_is_refused(tmp_path: Path) -> None:
+def test_calibration_fails_clearly_where_its_image_is_rejected(tmp_path: Path) -> None:
     profile = _profile(tmp_path, name="paper")
-    with pytest.raises(ThroughlineError, match="decodes pictures of 100x100 px"):
+    with pytest.raises(ThroughlineError, match="decodes images of 100x100 px"):
         estimate_calibration._decoding(profile, Assumptions(source_width_px=100, source_height_px=100))

@@ -104,7 +104,7 @@ def test_a_file_where_outputs_should_lie_is_one_sentence(command: str, below: st
     )
 
 
-@pytest.mark.parametrize("words", [["run"], ["plan", "--calibrate"], ["status"]])
+@pytest.mark.parametrize("words", [["run"], ["estimate", "--calibrate"], ["status"]])
 def test_a_home_that_is_a_file_is_one_sentence(
     words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,6 +1,7 @@
 """Every stage describes itself, and every tool reads that description."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import dagster as dg
@@ -8,6 +9,7 @@ import pytest
 
 from evaluation.report.data import funnel
 from evaluation.report.lineage import collect, stages_of
+from orchestration.cost.estimate import estimate
 from orchestration.definitions import build_definitions
 from orchestration.graph.execution import Execution
 from orchestration.graph.graph import Graph, Group, Input, Node
@@ -17,6 +19,7 @@ from orchestration.lineage.trace import Outputs, trace
 from orchestration.profiles.loading import load_profile
 from pipelines.runner.checks import Check, SiblingsCheck
 from pipelines.runner.rows import Rowless, RowReader, RowTable, SourceTable
+from tests.orchestration.cost.test_estimate import ROUND, inputs_of
 from tests.orchestration.small.stages import SMALL_GRAPH, SmallProfile
 from tests.orchestration.small.toy import ToyConfig, toy_key
 
@@ -38,7 +41,7 @@ REPORT_ORDER = [
 
 
 @pytest.mark.parametrize("node", GRAPH.nodes.values(), ids=lambda node: node.name)
-def test_every_stage_states_its_description_rows_checks_preview_and_funnel_label(node: Node) -> None:
+def test_every_stage_describes_itself(node: Node) -> None:
     stage = node.stage
     assert stage.description.endswith(".") and len(stage.description) > 10
     assert isinstance(stage.rows, RowTable | SourceTable | RowReader | Rowless)
@@ -47,6 +50,7 @@ def test_every_stage_states_its_description_rows_checks_preview_and_funnel_label
     assert len(set(names)) == len(names)
     assert stage.preview is None or callable(stage.preview)
     assert stage.funnel_label is None or stage.funnel_label
+    assert stage.cost is None or callable(stage.cost)
 
 
 def test_the_report_lists_stages_and_funnel_steps_in_the_order_of_its_finished_reports(tmp_path: Path) -> None:
@@ -95,6 +99,12 @@ def test_the_report_shows_a_new_stage_as_a_step_of_its_funnel(toy: Execution) ->
     assert list(lineage) == ["toy", "laion_index"]
     steps = funnel(lineage, stages_of(lineage, [TOY.module]))
     assert ("Toys kept", 3, 2, [("first", 1)]) in [(s.label, s.rows_in, s.rows_out, s.dropped) for s in steps]
+
+
+def test_the_estimate_includes_a_new_stage(tmp_path: Path) -> None:
+    node = replace(TOY, inputs=(Input(name="shards", asset="shards"),))
+    stages = estimate(inputs_of(tmp_path, *ROUND), graph=Graph((*GRAPH.nodes.values(), node))).stages
+    assert (stages[-1].stage, stages[-1].rows_in.value, stages[-1].bytes_out.value) == ("toy", 100, 1000)
 
 
 def test_dagster_runs_the_checks_of_a_new_stage_and_shows_its_preview(

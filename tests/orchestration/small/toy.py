@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 
 from pipelines.core.config import FrozenConfig
 from pipelines.runner.checks import Check, CheckResult, SiblingsCheck
+from pipelines.runner.cost import CostInputs, StageEstimate, Workload
 from pipelines.runner.outputs import Inputs, StageOutput
 from pipelines.runner.rows import FoundRow, RowReader, RowSearch
 from pipelines.runner.stage import Stage
@@ -46,6 +47,19 @@ def preview(output: StageOutput, inputs: Inputs) -> str:
     return f"**{output.manifest.stage}** from {sorted(inputs)}"
 
 
+def cost(inputs: CostInputs, workload: Workload) -> StageEstimate:
+    return StageEstimate(
+        stage=workload.stage,
+        rows_in=workload.rows,
+        rows_out=workload.rows,
+        bytes_in=workload.rows * inputs.assumed("row_bytes"),
+        bytes_out=workload.rows * inputs.assumed("row_bytes"),
+        seconds=workload.rows / workload.num_runs,
+        nodes=workload.num_runs,
+        limit="one process",
+    )
+
+
 STAGE = Stage(
     name="toy",
     code_version="1",
@@ -59,4 +73,5 @@ STAGE = Stage(
     ),
     preview=preview,
     funnel_label="Toys kept",
+    cost=cost,
 )
