@@ -156,7 +156,7 @@ def test_a_toml_file_changes_a_base(tmp_path: Path) -> None:
         ThroughlineError, match=r"none.toml: can't be read as a profile: no such file or folder; name another"
     ):
         load_profile(str(tmp_path / "none.toml"), tmp_path)
-    with pytest.raises(ThroughlineError, match="there are demo, single_gpu, paper"):
+    with pytest.raises(ThroughlineError, match="choose one of demo, single_gpu, paper"):
         load_profile("no_such_profile", tmp_path)
 
 
