@@ -18,7 +18,7 @@ from pipelines.core import atomic, manifest
 from pipelines.core.config import FrozenConfig, execution_field
 from pipelines.core.digest import digest_json
 from pipelines.core.manifest import FileEntry, Manifest
-from pipelines.runner import locks, publication, stage
+from pipelines.runner import dropped, locks, outputs, publication, stage, units
 from pipelines.runner.units import StageResult, StageRun
 from tests.plain_stage import plain_stage
 
@@ -64,7 +64,9 @@ def _block(config: ToyConfig) -> None:
 
 STAGE = plain_stage(name="toy", code_version="1", config_type=ToyConfig, produce=produce)
 
-_TRACED = {module.__file__ for module in (stage, atomic, manifest, locks, publication)} | {__file__}
+_TRACED = {module.__file__ for module in (stage, units, outputs, dropped, atomic, manifest, locks, publication)} | {
+    __file__
+}
 
 
 class _KillAt:
