@@ -28,7 +28,7 @@ $(STAMP): $(LOCKS) pyproject.toml requirements/torchvision_shim.py Makefile
 	@$(BIN)/python requirements/torchvision_shim.py
 	@$(PIP) install -q --no-deps --no-compile --no-build-isolation -e .
 	@# Python compiles a library when it is first imported: done here, so that no first command waits for it.
-	@$(BIN)/python -c 'import dagster, ray.data, torch, torchvision, vllm, webdataset; \
+	@$(BIN)/python -c 'import dagster, ray, torch, torchvision, vllm, webdataset; \
 	  from accelerate import Accelerator; from diffusers import AutoencoderKL, DiffusionPipeline; \
 	  from transformers import AutoModelForCausalLM, Qwen3VLForConditionalGeneration' >/dev/null
 	@touch $(STAMP)

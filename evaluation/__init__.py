@@ -1,1 +1,1 @@
-"""Prompt sets, sample generation, judges, scores with intervals, analyses and the report."""
+"""Evaluation: benchmark prompts, samples, judges, scores with intervals, analyses and the report."""

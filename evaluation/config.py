@@ -26,7 +26,7 @@ def _num_grid_prompts() -> dict[Benchmark, int]:
 def parse_partition(partition: str | None) -> tuple[str, Benchmark]:
     """Return arm and benchmark of a partition key such as ``time_wise+shift|geneval``.
 
-    Raises ThroughlineError where the key isn't one.
+    Raises ThroughlineError for a malformed key.
     """
     arm, _, benchmark = (partition or "").partition("|")
     if not re.fullmatch(r"[a-z_]+(\+[a-z_]+)*", arm) or benchmark not in BENCHMARKS:
@@ -37,28 +37,28 @@ def parse_partition(partition: str | None) -> tuple[str, Benchmark]:
 
 
 class PromptFile(FrozenConfig):
-    """A benchmark's file, pinned by content."""
+    """A benchmark's prompt file, pinned by content."""
 
     path: str = execution_field(min_length=1)
-    """Where the file lies on this machine."""
+    """Path of the file on this machine."""
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
     num_prompts: int | None = Field(None, ge=1)
-    """Prompts that the file must hold; None takes what is there."""
+    """Expected number of prompts; None accepts any."""
 
 
 class PromptSetsConfig(FrozenConfig):
-    """Which benchmarks' prompts are used; a benchmark without file is left out of the evaluation."""
+    """The benchmarks to evaluate on; a benchmark without a file is skipped."""
 
     geneval: PromptFile | None = None
     """``evaluation_metadata.jsonl``."""
     genai_image: PromptFile | None = None
     """``genai_image.json``: the prompts of GenAI-Bench."""
     genai_skills: PromptFile | None = None
-    """``genai_skills.json``: the skills of GenAI-Bench's prompts."""
+    """``genai_skills.json``: the skills of those prompts."""
     drawbench: PromptFile | None = None
     """``DrawBench.csv``."""
     limits: dict[Benchmark, int] = Field(default_factory=dict)
-    """At most so many prompts of a benchmark, spread over its skills; a benchmark not named is used whole."""
+    """Maximum number of prompts per benchmark, spread over its skills; without a limit all prompts are used."""
 
     @model_validator(mode="after")
     def _check(self) -> "PromptSetsConfig":
@@ -68,12 +68,12 @@ class PromptSetsConfig(FrozenConfig):
             raise ValueError("no benchmark has a prompt file; name at least one")
         for benchmark, limit in self.limits.items():
             if limit < 1:
-                raise ValueError(f"limits.{benchmark} is {limit}; leave a benchmark out by giving it no file")
+                raise ValueError(f"limits.{benchmark} is {limit}; to skip a benchmark, give it no file")
         return self
 
     @property
     def benchmarks(self) -> tuple[Benchmark, ...]:
-        """The benchmarks that have prompts, in reporting order."""
+        """The benchmarks that have a prompt file, in reporting order."""
         files = {"geneval": self.geneval, "genai_bench": self.genai_image, "drawbench": self.drawbench}
         return tuple(name for name in BENCHMARKS if files[name] is not None)
 
@@ -82,25 +82,25 @@ class PromptSetsConfig(FrozenConfig):
 
 
 class SamplesConfig(FrozenConfig):
-    """How images are made for the prompts of one arm and benchmark."""
+    """Configuration of the stage `samples`: image generation for one arm and benchmark."""
 
     text_encoder: ModelRef
-    """The frozen encoder that made the training's text features."""
+    """The frozen encoder that the model was trained with."""
     autoencoder: ModelRef
-    """The autoencoder that made the training's latents."""
+    """The autoencoder that made the training latents."""
     sampler: SamplerConfig
-    """Steps, guidance and schedule; the arm's own options (Eq. 11) come from its name."""
+    """Steps, guidance and schedule; the arm's own options (Eq. 11) follow from its name."""
     seed: int = Field(0, ge=0)
-    """The noise of an image depends on (seed, prompt, sample index) alone, so all arms start from the same noise."""
+    """The noise of an image depends only on (seed, prompt, sample index), so all arms start from the same noise."""
     images_per_prompt: dict[Benchmark, int] = Field(default_factory=_images_per_prompt)
-    """Published protocols: GenEval 4, the others 1."""
+    """The published protocols use 4 for GenEval and 1 for the others."""
     prompts_per_unit: int = Field(16, ge=1)
-    """Prompts that are sampled together: more use the device better, a kill loses at most so many prompts."""
+    """Prompts sampled together: more use the device better, but a killed run loses up to this many prompts."""
     device: Literal["cpu", "cuda"] = execution_field("cpu")
     threads: int | None = execution_field(None, ge=1)
-    """CPU threads; None leaves torch's choice. Pixels are bit-exact for equal thread counts."""
+    """CPU threads; None uses torch's default. Pixels are bit-exact for equal thread counts."""
     prompt_memory_bytes: int = execution_field(2 << 30, ge=0)
-    """Encoded prompts kept for the next arms of the same process; about 6 MB a prompt at the paper's scale."""
+    """Memory for encoded prompts, reused by later arms in the same process; about 6 MB per prompt at paper scale."""
 
     @model_validator(mode="after")
     def _check(self) -> "SamplesConfig":
@@ -111,47 +111,47 @@ class SamplesConfig(FrozenConfig):
 
 
 class ScoresConfig(FrozenConfig):
-    """Which judge model scores the samples, and how it is asked."""
+    """Configuration of the stage `scores`: the judge model and its questions."""
 
     judge: EngineConfig
-    """The model that answers Yes or No and rates; its name stands beside every score."""
+    """The model that answers Yes/No questions and gives ratings; every score is reported with its name."""
     pool: PoolConfig = execution_field(PoolConfig())
     images_per_unit: int = Field(64, ge=1)
-    """Images that are judged together: their questions form the engine's batches, so it is part of the identity."""
+    """Images judged together. Their questions form the engine's batches, so this is part of the fingerprint."""
     max_rating_tokens: int = Field(128, ge=16)
-    """Longest rating; a longer one is cut, and what is missing then is counted."""
+    """Maximum tokens of a rating; a longer one is truncated, and the ratings it lacks are counted as unscored."""
     max_unscored_share: float = Field(0.5, ge=0.0, le=1.0)
-    """Share of scores that may be missing before the stage stops, because the judge can't do what is asked."""
+    """Share of scores that may be missing before the stage stops: the judge is then unable to do the task."""
 
 
 class JudgeCalibrationConfig(FrozenConfig):
-    """How the judge is tried on real images, each beside its own caption and beside that of another image."""
+    """Configuration of the stage `judge_calibration`: training images with their own and with another's caption."""
 
     judge: EngineConfig
     pool: PoolConfig = execution_field(PoolConfig())
     num_images: int = Field(128, ge=2)
-    """Images that are asked about, twice each."""
+    """Number of images; the judge gets two questions about each."""
     images_per_unit: int = Field(64, ge=1)
     withdrawn: EntryList | None = added_field(None)
-    """Sample keys of rows that must not be used any more; a profile gives the data set's list."""
+    """Sample keys of withdrawn rows, which are not used; profiles set the data set's list."""
 
 
 class FusionAnalysisConfig(FrozenConfig):
-    """At which times the fusion weights are read."""
+    """Configuration of the stage `fusion_analysis`."""
 
     num_times: int = Field(21, ge=2)
-    """Times from t = 0 (noise) to t = 1 (data), evenly spaced, ends included; the paper draws 21."""
+    """Flow times from t = 0 (noise) to t = 1 (data), evenly spaced, both ends included; the paper plots 21."""
 
 
 class TrajectorySettings(FrozenConfig):
-    """On what the time that a head reads off latents is compared with the schedule's."""
+    """Settings of the comparison between the time estimated from the latents and the schedule's time."""
 
     guidance_scales: tuple[float, ...] = Field((1.0, 3.0, 6.0), min_length=1)
-    """Guidance at which images are drawn, each once; 1 is the model alone."""
+    """Guidance scales to sample with; 1 is the model without guidance."""
     num_samples: int = Field(24, ge=1)
-    """Held-out samples that are noised, and whose captions an image is drawn for at each guidance."""
+    """Held-out samples that are noised, and for whose captions an image is sampled at each guidance scale."""
     seed: int = Field(0, ge=0)
-    """Of the noise that images start from."""
+    """Seed of the noise that sampling starts from."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -164,40 +164,40 @@ class TrajectoryAnalysisConfig(TrajectorySettings):
     """Configuration of the stage `trajectory_analysis`."""
 
     text_encoder: ModelRef
-    """The frozen encoder that made the training's text features."""
+    """The frozen encoder that the model was trained with."""
     sampler: SamplerConfig
-    """Steps, schedule and images per batch; its guidance is not looked at."""
+    """Steps, schedule and images per batch; its guidance scale is ignored."""
     device: Literal["cpu", "cuda"] = execution_field("cpu")
     threads: int | None = execution_field(None, ge=1)
-    """CPU threads; None leaves torch's choice."""
+    """CPU threads; None uses torch's default."""
 
 
 class ResultsConfig(FrozenConfig):
-    """How the tables are made."""
+    """Configuration of the stage `results`."""
 
     baseline: str = "penultimate"
     """The arm that the others are compared with."""
     num_resamples: int = Field(10_000, ge=100)
-    """Bootstrap resamples; the intervals' own error falls with the root of it."""
+    """Bootstrap resamples; the error of the interval bounds falls with the square root."""
     confidence: float = Field(0.95, gt=0.0, lt=1.0)
     seed: int = Field(0, ge=0)
 
 
 class ReportConfig(FrozenConfig):
-    """What the report shows of everything there is."""
+    """Configuration of the stage `report`: its texts and sizes."""
 
     profile: str = Field(min_length=1)
     """Name of the profile that was run."""
     title: str = "Which layers should condition the image?"
     note: str = ""
-    """What this run can and can't show, in the profile's words; blank lines separate paragraphs."""
+    """What this run can and cannot show; blank lines separate paragraphs."""
     num_captions: int = Field(12, ge=0, le=60)
     num_grid_prompts: dict[Benchmark, int] = Field(default_factory=_num_grid_prompts)
     """Rows of each benchmark's sample grid."""
     thumbnail_px: int = Field(160, ge=32, le=512)
-    """Width and height of pictures in the report; 160 px costs about 6 kB a picture."""
+    """Width and height of the report's images; at 160 px an image takes about 6 kB."""
     max_num_bytes: int = Field(8_000_000, ge=100_000)
-    """Size that the report may not exceed."""
+    """Maximum size of the report."""
     stages: tuple[str, ...] = execution_field(())
     """Modules of the graph's stages in its order, in which the report lists them; the graph sets it. Empty: the
     installed stages, by their inputs."""

@@ -1,1 +1,1 @@
-"""Captions: prompts by version, the vision-language engines, the Ray pool that scales them, caption checks."""
+"""Recaptioning: vision-language engines, the Ray pool that scales them, the stage `captions`, caption checks."""

@@ -1,7 +1,7 @@
 """Stage `captions`: one caption for each image of a part, by a vision-language model.
 
 Input `images`: tables ``images-NNNNN.parquet``. Output: for each a table ``captions-NNNNN.parquet`` in the same row
-order. A table is written as soon as its last answer is in; a killed run goes on at the first table without one.
+order, written as soon as its last answer arrives. A killed run resumes with the tables that are not yet written.
 """
 
 import math
@@ -31,7 +31,7 @@ _PREFIX = "images-"
 
 @dataclass
 class _OpenTable:
-    """A table whose answers are coming in."""
+    """A table that still waits for answers."""
 
     sample_keys: list[str]
     answers: dict[int, list["VisionAnswer"]] = field(default_factory=dict)
@@ -39,7 +39,7 @@ class _OpenTable:
 
 
 def produce(run: StageRun[CaptionsConfig]) -> StageResult:
-    """Caption every table that has no captions yet, then sum up."""
+    """Caption every table that has no captions yet."""
     tables = _image_tables(run)
     pending = {name: path for name, path in tables.items() if not run.is_finished(name)}
     measurements = _caption(run, tables, pending) if pending else {}
@@ -52,7 +52,7 @@ def produce(run: StageRun[CaptionsConfig]) -> StageResult:
 
 
 def _image_tables(run: StageRun[CaptionsConfig]) -> dict[str, Path]:
-    """Return unit name -> table of images."""
+    """Return unit name -> image table."""
     paths = [path for path in run.input("images").files(".parquet") if path.name.startswith(_PREFIX)]
     return {path.stem.removeprefix(_PREFIX): path for path in paths}
 
@@ -101,7 +101,7 @@ def _num_rows(path: Path) -> int:
 def _batches(
     config: CaptionsConfig, pending: dict[str, Path], open_tables: dict[str, _OpenTable]
 ) -> Iterator[tuple[tuple[str, int], list["VisionRequest"]]]:
-    """Yield ((table, batch number), requests); a batch depends on its table alone."""
+    """Yield ((table, batch number), requests); a batch never spans two tables."""
     import pyarrow.parquet as pq
 
     from recaption.engine import VisionRequest
@@ -167,8 +167,8 @@ def _drop_failed(unit: Unit, sample_keys: list[str], answers: list["VisionAnswer
     failed = [(key, answer.error) for key, answer in zip(sample_keys, answers, strict=True) if answer.error is not None]
     if len(failed) > max_share * len(answers):
         raise ThroughlineError(
-            f"captions of images-{unit.name}.parquet: {len(failed)} of {len(answers)} images got no caption, "
-            f"{max_share:.0%} may; the first is {failed[0][0]}: {failed[0][1]}"
+            f"captions of images-{unit.name}.parquet: {len(failed)} of {len(answers)} images got no caption, allowed "
+            f"are {max_share:.0%}; the first one is {failed[0][0]}: {failed[0][1]}"
         )
     for key, error in failed:
         unit.drop(key, "no_caption", error)

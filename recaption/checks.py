@@ -1,4 +1,4 @@
-"""What is wrong with a caption, as far as its text and token counts tell: flags per row, counts per stage output."""
+"""Caption quality: flags per caption from its text and finish reason, counts per stage output."""
 
 import re
 from collections import Counter
@@ -19,7 +19,7 @@ _MAX_SHARES = {EMPTY: 0.01, TRUNCATED: 0.05, REFUSAL: 0.01, REPETITION: 0.05}
 """Share of an output's captions that may carry a flag before its check fails."""
 
 _WORD = re.compile(r"\w+")
-# How instruction-tuned models begin when they decline. Only the beginning counts: a picture may show such words.
+# Openings of refusals by instruction-tuned models. Only the start of a caption counts: an image may show such words.
 _REFUSAL = re.compile(
     r"^\W*(?:(?:i(?:'|’)?m|i am) (?:sorry|unable|not able)|sorry\b|i apologi[sz]e|i (?:can(?:'|’)?t|cannot|can not)\b"
     r"|as an ai\b|unfortunately,? i\b|i (?:do not|don(?:'|’)?t) (?:have|see) (?:the ability|an image|any image))",
@@ -28,7 +28,7 @@ _REFUSAL = re.compile(
 
 
 def caption_flags(caption: str, finish_reason: str, config: CaptionCheckConfig) -> list[str]:
-    """Return the flags of one caption, in the order of `FLAGS`; an empty list is a good caption."""
+    """Return the flags of one caption, in the order of `FLAGS`; a good caption has none."""
     words = [word.lower() for word in _WORD.findall(caption)]
     if not words:
         return [EMPTY]
@@ -42,14 +42,14 @@ def caption_flags(caption: str, finish_reason: str, config: CaptionCheckConfig) 
 
 
 def repeated_share(words: list[str], ngram_words: int) -> float:
-    """Return the share of a text's word n-grams that occurred in it before, in [0, 1]; 0 where there is none."""
+    """Return the share of a text's word n-grams that repeat an earlier one, in [0, 1)."""
     ngrams = [tuple(words[start : start + ngram_words]) for start in range(len(words) - ngram_words + 1)]
     return 1.0 - len(set(ngrams)) / len(ngrams) if ngrams else 0.0
 
 
 @dataclass(frozen=True)
 class CaptionQuality:
-    """How many captions an output holds, and how many carry each flag of `FLAGS`."""
+    """The number of captions in an output, and the number with each flag of `FLAGS`."""
 
     num_captions: int
     num_flagged: Mapping[str, int]
@@ -59,7 +59,7 @@ class CaptionQuality:
 
 
 def count_flags(rows: Iterable[Iterable[str]]) -> dict[str, int]:
-    """Return how many rows carry each flag, every flag named."""
+    """Return the number of rows with each flag, zeros included."""
     counts = Counter(flag for flags in rows for flag in flags)
     return {flag: counts[flag] for flag in FLAGS}
 

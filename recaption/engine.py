@@ -1,13 +1,11 @@
-"""What captions and judges ask of a vision-language model: one image and one text in, one answer out."""
+"""The interface of vision-language engines, for captions and judges: one image and one text in, one answer out."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from recaption.config import EngineConfig, OpenAIEngineConfig
-
 ERROR = "error"
-"""Finish reason of a request that got no answer; `VisionAnswer.error` says why."""
+"""Finish reason of a request without an answer; `VisionAnswer.error` says why."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,9 +16,9 @@ class VisionRequest:
     """An encoded image (JPEG, PNG or WebP)."""
     text: str
     max_tokens: int
-    """Longest answer, in tokens."""
+    """Maximum length of the answer."""
     want_logprobs_of: tuple[str, ...] = ()
-    """Words, each one token of the model, whose log-probability at the first answer token is wanted."""
+    """Words, each a single token of the model, whose log-probability at the first answer token to return."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,39 +27,28 @@ class VisionAnswer:
 
     text: str
     finish_reason: str
-    """"stop" (the model ended), "length" (cut at max_tokens) or `ERROR`."""
+    """"stop" (the model ended), "length" (truncated at max_tokens) or `ERROR`."""
     num_prompt_tokens: int
     """Tokens of template, image and text."""
     num_answer_tokens: int
     logprobs: Mapping[str, float] = field(default_factory=dict)
-    """Natural log-probability at the first answer token, before any mask, for each wanted word. An endpoint that tells
-    only its most likely tokens leaves out the others: a missing word is less likely than every one it told."""
+    """Natural log-probability at the first answer token, before any masking, of each requested word. An endpoint may
+    return its most likely tokens only: a missing word is less likely than all of them."""
     error: str | None = None
 
     @classmethod
     def failed(cls, error: str) -> "VisionAnswer":
-        """Return the answer of a request that failed for reasons of its own."""
+        """Return the answer to a request that failed through its own fault."""
         return cls(text="", finish_reason=ERROR, num_prompt_tokens=0, num_answer_tokens=0, error=error)
 
 
 class VisionLanguageEngine(Protocol):
     """A loaded model or a connection to one.
 
-    An engine answers a request that cannot be served (unreadable image, too long) with `VisionAnswer.failed`, and
-    raises where the fault is not the request's.
+    An engine answers a request that it cannot serve (unreadable image, too long) with `VisionAnswer.failed`. It raises
+    if the fault is not the request's.
     """
 
     def generate(self, requests: Sequence[VisionRequest]) -> list[VisionAnswer]:
-        """Return one answer for each request, in order: the same list for the same requests."""
+        """Return one answer per request, in order. The same list of requests gives the same answers."""
         ...
-
-
-def load_engine(config: EngineConfig) -> VisionLanguageEngine:
-    """Load the engine in this process. Raises ThroughlineError where its package or model is missing."""
-    if isinstance(config, OpenAIEngineConfig):
-        from recaption.openai_engine import OpenAIEngine
-
-        return OpenAIEngine(config)
-    from recaption.vllm_engine import VllmEngine
-
-    return VllmEngine(config)

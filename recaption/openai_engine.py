@@ -1,4 +1,4 @@
-"""A vision-language engine behind an OpenAI-compatible HTTP endpoint: many requests at once, each retried by itself."""
+"""Vision-language engine for an OpenAI-compatible HTTP endpoint: concurrent requests, each retried on its own."""
 
 import base64
 import os
@@ -16,15 +16,15 @@ from recaption.engine import VisionAnswer, VisionRequest
 
 _RETRIED_STATUSES = frozenset({408, 409, 425, 429, 500, 502, 503, 504})
 _FATAL_STATUSES = frozenset({401, 403, 404, 405})
-"""Wrong key, wrong path, unknown model: the same for every request."""
+"""Wrong key, wrong path, unknown model: every request would fail alike."""
 _TOP_LOGPROBS = 20
-"""The most that OpenAI's API and vLLM's default server tell."""
-_LONGEST_PAUSE_SECONDS = 60.0
+"""The maximum that OpenAI's API and vLLM's default server return."""
+_MAX_BACKOFF_SECONDS = 60.0
 _IMAGE_TYPES = ((b"\xff\xd8\xff", "image/jpeg"), (b"\x89PNG\r\n\x1a\n", "image/png"))
 
 
 class OpenAIEngine:
-    """A connection to an endpoint; greedy requests, answered in the order asked."""
+    """A connection to an endpoint; greedy requests, answered in request order."""
 
     def __init__(self, config: OpenAIEngineConfig) -> None:
         self._config = config
@@ -37,7 +37,7 @@ class OpenAIEngine:
         )
 
     def generate(self, requests: Sequence[VisionRequest]) -> list[VisionAnswer]:
-        """Answer all requests; raises ThroughlineError where the endpoint is down, or refuses every request alike."""
+        """Answer all requests. Raises ThroughlineError if the endpoint is down or rejects every request alike."""
         stop = threading.Event()
         failures: list[BaseException] = []
 
@@ -47,25 +47,25 @@ class OpenAIEngine:
             try:
                 return self._ask(request, stop)
             except BaseException as error:
-                failures.append(error)  # the first is the cause; what is asked beside it only stops for it
+                failures.append(error)  # the first is the cause; the other threads only stop because of it
                 stop.set()
                 raise
 
         with ThreadPoolExecutor(self._config.max_concurrency) as threads:
-            asked = [threads.submit(ask, request) for request in requests]
+            futures = [threads.submit(ask, request) for request in requests]
         if failures:
             raise failures[0]
-        return [answer for future in asked if (answer := future.result()) is not None]
+        return [answer for future in futures if (answer := future.result()) is not None]
 
     def _ask(self, request: VisionRequest, stop: threading.Event) -> VisionAnswer:
         body = _body(self._config, request)
-        pause_seconds = self._config.first_pause_seconds
-        problem = "no try was made"
+        backoff_seconds = self._config.first_pause_seconds
+        problem = "no attempt was made"
         for attempt in range(self._config.max_attempts):
             if attempt:
-                # Spread, so that requests refused together do not come back together.
-                stop.wait(random.uniform(0.5, 1.5) * pause_seconds)
-                pause_seconds = min(2 * pause_seconds, _LONGEST_PAUSE_SECONDS)
+                # Jitter, so that requests rejected together do not come back together.
+                stop.wait(random.uniform(0.5, 1.5) * backoff_seconds)
+                backoff_seconds = min(2 * backoff_seconds, _MAX_BACKOFF_SECONDS)
             if stop.is_set():
                 break
             try:
@@ -75,12 +75,12 @@ class OpenAIEngine:
                 continue
             if response.status_code in _FATAL_STATUSES:
                 raise ThroughlineError(
-                    f"{self._config.base_url} answers {response.status_code} ({_excerpt(response)}); check base_url, "
-                    f"model name {self._config.model.id!r} and the key in ${self._config.api_key_variable}"
+                    f"{self._config.base_url} returned {response.status_code} ({_excerpt(response)}); check base_url, "
+                    f"the model name {self._config.model.id!r} and the key in ${self._config.api_key_variable}"
                 )
             if response.status_code in _RETRIED_STATUSES:
                 problem = f"HTTP {response.status_code}: {_excerpt(response)}"
-                pause_seconds = max(pause_seconds, _asked_pause_seconds(response))
+                backoff_seconds = max(backoff_seconds, _retry_after_seconds(response))
                 continue
             if response.is_error:
                 return VisionAnswer.failed(f"HTTP {response.status_code}: {_excerpt(response)}")
@@ -89,8 +89,8 @@ class OpenAIEngine:
             except (ValueError, KeyError, IndexError, TypeError) as error:
                 problem = f"not a chat completion ({type(error).__name__}: {error})"
         raise ThroughlineError(
-            f"{self._config.base_url} gave no answer in {self._config.max_attempts} tries ({problem}); "
-            "see that the endpoint is up, then run again: finished shards are kept"
+            f"{self._config.base_url} gave no answer in {self._config.max_attempts} attempts ({problem}); "
+            "check that the endpoint is up, then run again: finished shards are reused"
         )
 
 
@@ -114,8 +114,8 @@ def _read(answer: dict[str, Any], request: VisionRequest) -> VisionAnswer:
     choice = answer["choices"][0]
     logprobs = {}
     if request.want_logprobs_of:
-        told = {item["token"]: float(item["logprob"]) for item in choice["logprobs"]["content"][0]["top_logprobs"]}
-        logprobs = {word: told[word] for word in request.want_logprobs_of if word in told}
+        top = {item["token"]: float(item["logprob"]) for item in choice["logprobs"]["content"][0]["top_logprobs"]}
+        logprobs = {word: top[word] for word in request.want_logprobs_of if word in top}
     usage = answer.get("usage") or {}
     return VisionAnswer(
         text=(choice["message"].get("content") or "").strip(),
@@ -130,8 +130,8 @@ def _excerpt(response: httpx.Response) -> str:
     return " ".join(response.text[:200].split())
 
 
-def _asked_pause_seconds(response: httpx.Response) -> float:
+def _retry_after_seconds(response: httpx.Response) -> float:
     try:
-        return min(float(response.headers.get("Retry-After", "0")), _LONGEST_PAUSE_SECONDS)
+        return min(float(response.headers.get("Retry-After", "0")), _MAX_BACKOFF_SECONDS)
     except ValueError:
         return 0.0

@@ -1,4 +1,4 @@
-"""vLLM as a vision-language engine, inside the process that asks; `recaption.vllm_environment` owns its variables."""
+"""Vision-language engine on vLLM, in the calling process; `recaption.vllm_environment` owns its variables."""
 
 import io
 import os
@@ -13,7 +13,7 @@ from recaption.vllm_environment import vllm_environment
 
 
 class VllmEngine:
-    """A model loaded by vLLM; greedy, one generate call per `generate`."""
+    """A model loaded by vLLM; greedy, with one vLLM call per `generate`."""
 
     def __init__(self, config: VllmEngineConfig) -> None:
         _check_model_folder(config)
@@ -31,26 +31,26 @@ class VllmEngine:
         self._token_ids: dict[str, int] = {}
 
     def generate(self, requests: Sequence[VisionRequest]) -> list[VisionAnswer]:
-        """Answer all requests in one call, so that the batches are a function of the list alone.
+        """Answer all requests in one call, so that batch composition depends on the list alone.
 
-        Where vLLM refuses one for its length, the list is asked again one by one and the refused ones fail.
+        If vLLM rejects the call because a request is too long, each request is retried alone and only that one fails.
         """
         answers: list[VisionAnswer | None] = [None] * len(requests)
-        chats, params, places = [], [], []
-        for place, request in enumerate(requests):
+        chats, params, indices = [], [], []
+        for index, request in enumerate(requests):
             try:
                 chats.append(_chat(request))
-            except (OSError, ValueError, SyntaxError) as error:  # what Pillow raises for broken files
-                answers[place] = VisionAnswer.failed(f"unreadable image ({type(error).__name__})")
+            except (OSError, ValueError, SyntaxError) as error:  # Pillow's errors for broken files
+                answers[index] = VisionAnswer.failed(f"unreadable image ({type(error).__name__})")
                 continue
             params.append(self._params(request))
-            places.append(place)
-        for place, answer in zip(places, self._answer(requests, places, chats, params), strict=True):
-            answers[place] = answer
+            indices.append(index)
+        for index, answer in zip(indices, self._answer(requests, indices, chats, params), strict=True):
+            answers[index] = answer
         return [answer for answer in answers if answer is not None]
 
     def _answer(
-        self, requests: Sequence[VisionRequest], places: list[int], chats: list[Any], params: list[Any]
+        self, requests: Sequence[VisionRequest], indices: list[int], chats: list[Any], params: list[Any]
     ) -> list[VisionAnswer]:
         if not chats:
             return []
@@ -60,17 +60,17 @@ class VllmEngine:
             if len(chats) == 1:
                 return [VisionAnswer.failed(str(error))]
             return [
-                self._answer(requests, [place], [chat], [param])[0]
-                for place, chat, param in zip(places, chats, params, strict=True)
+                self._answer(requests, [index], [chat], [param])[0]
+                for index, chat, param in zip(indices, chats, params, strict=True)
             ]
-        return [self._read(output, requests[place]) for output, place in zip(outputs, places, strict=True)]
+        return [self._read(output, requests[index]) for output, index in zip(outputs, indices, strict=True)]
 
     def _read(self, output: Any, request: VisionRequest) -> VisionAnswer:
         completion = output.outputs[0]
         logprobs = {}
         if request.want_logprobs_of:
-            first = completion.logprobs[0]
-            logprobs = {word: first[self._token_id(word)].logprob for word in request.want_logprobs_of}
+            first_token = completion.logprobs[0]
+            logprobs = {word: first_token[self._token_id(word)].logprob for word in request.want_logprobs_of}
         return VisionAnswer(
             text=completion.text.strip(),
             finish_reason=completion.finish_reason,
@@ -80,20 +80,20 @@ class VllmEngine:
         )
 
     def _params(self, request: VisionRequest) -> Any:
-        wanted = [self._token_id(word) for word in request.want_logprobs_of]
-        return self._sampling_params(temperature=0.0, max_tokens=request.max_tokens, logprob_token_ids=wanted or None)
+        token_ids = [self._token_id(word) for word in request.want_logprobs_of] or None
+        return self._sampling_params(temperature=0.0, max_tokens=request.max_tokens, logprob_token_ids=token_ids)
 
     def _token_id(self, word: str) -> int:
         if word not in self._token_ids:
             ids = self._tokenizer.encode(word, add_special_tokens=False)
             if len(ids) != 1:
-                raise ThroughlineError(f"{word!r} is {len(ids)} tokens of this model; a log-probability needs one")
+                raise ThroughlineError(f"{word!r} is {len(ids)} tokens in this model; its log-probability needs one")
             self._token_ids[word] = ids[0]
         return self._token_ids[word]
 
 
 def engine_arguments(config: VllmEngineConfig) -> dict[str, Any]:
-    """Return the keyword arguments of ``vllm.LLM`` for this configuration."""
+    """Return the keyword arguments for ``vllm.LLM``."""
     arguments: dict[str, Any] = {
         "revision": config.model.hub_revision,
         "dtype": config.dtype,
@@ -107,14 +107,14 @@ def engine_arguments(config: VllmEngineConfig) -> dict[str, Any]:
         "gpu_memory_utilization": config.gpu_memory_utilization,
         "kv_cache_memory_bytes": config.kv_cache_memory_bytes,
         "limit_mm_per_prompt": {"image": 1, "video": 0},
-        # What an earlier batch left in a cache must not shape the arithmetic of this one.
+        # A batch's arithmetic must not depend on cache entries of earlier batches.
         "enable_prefix_caching": False,
-        # Each image comes once; the cache of processed images would hold 4 GiB for nothing.
+        # Each image is used once; a cache of processed images would waste 4 GiB.
         "mm_processor_cache_gb": 0,
         "disable_log_stats": True,
     }
     if config.tensor_parallel_size > 1:
-        # Inside a Ray actor vLLM would ask Ray for workers of its own; the actor already holds the GPUs they need.
+        # Inside a Ray actor, vLLM would request its own Ray workers; the actor already holds the GPUs they need.
         arguments["distributed_executor_backend"] = "mp"
     if config.max_image_px is not None:
         arguments["mm_processor_kwargs"] = {"size": {"shortest_edge": 1, "longest_edge": config.max_image_px}}
@@ -132,4 +132,4 @@ def _chat(request: VisionRequest) -> list[dict[str, Any]]:
 def _check_model_folder(config: VllmEngineConfig) -> None:
     path = config.model.path
     if path is not None and not (Path(path) / "config.json").is_file():
-        raise ThroughlineError(f"{config.model.id}: no model at {path} (no config.json); check the profile's path")
+        raise ThroughlineError(f"{config.model.id}: no model at {path} (no config.json); check the path in the profile")

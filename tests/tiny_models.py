@@ -1,7 +1,7 @@
-"""Random models of real architectures, small enough to build within a test: Qwen3-VL, causal language models, a VAE.
+"""Random models of real architectures, small enough to build in a test: Qwen3-VL, causal language models, a VAE.
 
-Each function writes a folder that `from_pretrained` and vLLM load like any released model. The weights are noise; the
-tokenizers, chat template and preprocessors are complete. Session-scoped fixtures in the test packages call these.
+Each function writes a folder that `from_pretrained` and vLLM load like any released model. The weights are random; the
+tokenizers, chat template and preprocessors are complete.
 """
 
 import json
@@ -26,7 +26,7 @@ QWEN_SPECIAL_TOKENS = (
     "<|video_pad|>",
 )
 
-# Qwen3-VL's own template, for what the protocols need: images and text in user turns, no tools.
+# The part of Qwen3-VL's own template that the protocols need: images and text in user turns, no tools.
 QWEN_CHAT_TEMPLATE = (
     "{%- for message in messages -%}"
     "{{- '<|im_start|>' + message.role + '\\n' -}}"
@@ -76,7 +76,7 @@ def train_tokenizer(special_tokens: tuple[str, ...] = QWEN_SPECIAL_TOKENS, vocab
 
 
 def write_qwen3_vl(folder: Path, *, seed: int = 0, image_px: int = 64) -> ModelRef:
-    """Write a random Qwen3-VL (0.2 M parameters) that sees images as `image_px` squares; return its reference."""
+    """Write a random Qwen3-VL (0.2 M parameters) that resizes images to `image_px` squares; return its reference."""
     import torch
     from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
@@ -125,7 +125,7 @@ def write_qwen3_vl(folder: Path, *, seed: int = 0, image_px: int = 64) -> ModelR
     try:
         model = Qwen3VLForConditionalGeneration(config)
         for parameter in model.parameters():
-            if parameter.dim() > 1:  # the default spread of 0.02 gives near-flat logits, in which every tie is noise
+            if parameter.dim() > 1:  # the default std of 0.02 gives near-flat logits, where noise decides the argmax
                 torch.nn.init.normal_(parameter, std=0.15)
     finally:
         torch.random.set_rng_state(generator_state)
@@ -156,7 +156,7 @@ def _write_preprocessors(folder: Path, image_px: int) -> None:
 
 
 def write_causal_lm(folder: Path, *, family: str = "llama", seed: int = 0, num_layers: int = 4) -> ModelRef:
-    """Write a random causal language model of `family` "llama" (as SmolLM2) or "qwen3" (with q/k norm)."""
+    """Write a random causal language model of `family` "llama" (like SmolLM2) or "qwen3" (with q/k norm)."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
@@ -184,7 +184,7 @@ def write_causal_lm(folder: Path, *, family: str = "llama", seed: int = 0, num_l
         else:
             raise ValueError(f"family {family!r} is unknown; known: llama, qwen3")
         for name, parameter in model.named_parameters():
-            # Norm weights other than one and visible biases, so that a test notices when one is left out.
+            # Norm weights other than one and nonzero biases, so that a test notices if one is left out.
             torch.nn.init.normal_(parameter, mean=1.0 if "norm" in name else 0.0, std=0.1)
     folder.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(folder)
@@ -193,7 +193,7 @@ def write_causal_lm(folder: Path, *, family: str = "llama", seed: int = 0, num_l
 
 
 def write_autoencoder(folder: Path, *, seed: int = 0, latent_channels: int = 4) -> ModelRef:
-    """Write a random AutoencoderKL (f4, SD3-like: no quant convolutions, a shift factor)."""
+    """Write a random AutoencoderKL (f4, SD3-like: no quant convolutions, with a shift factor)."""
     import torch
     from diffusers import AutoencoderKL
 
@@ -217,7 +217,7 @@ def write_autoencoder(folder: Path, *, seed: int = 0, latent_channels: int = 4) 
 
 
 def local_ref(name: str, folder: Path) -> ModelRef:
-    """Return the reference of a model folder, its revision being the digest of the weights."""
+    """Return the reference of a model folder, with the digest of its weights as revision."""
     from pipelines.core.digest import file_sha256
 
     weights = next(iter(sorted(folder.glob("*.safetensors"))))

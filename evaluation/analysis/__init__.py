@@ -1,1 +1,1 @@
-"""Statistics over scores, and analyses of fusion weights and time gates: stages `results` and the analyses."""
+"""Statistics, tables and charts: stages `results`, `fusion_analysis` and `trajectory_analysis`."""

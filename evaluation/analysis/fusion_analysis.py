@@ -1,4 +1,4 @@
-"""Owns the view into a checkpoint's fusion: which layers each block listens to, at which times."""
+"""Stage `fusion_analysis`: the weight of each text encoder layer in a checkpoint, by block and flow time."""
 
 import json
 import math
@@ -14,23 +14,23 @@ from pipelines.runner.units import StageResult, StageRun
 from training.config import ModelConfig, Strategy
 
 _NEAR_UNIFORM = 0.25
-"""Below this largest deviation, bars show the deviation instead of the weight."""
+"""If the largest deviation from uniform is below this, bars show the deviation instead of the weight."""
 
 WEIGHTS = "weights"
 SHARED_LAYERS = "shared_layers"
-"""What fuse_dit has in place of weights: each block shares the keys and values of one decoder layer."""
+"""The kind of fuse_dit, which has no weights: each block shares the keys and values of one decoder layer."""
 
 
 def flow_times(num_times: int) -> list[float]:
-    """Return evenly spaced flow times from 0 (noise) to 1 (data), ends included."""
+    """Return evenly spaced flow times from 0 (noise) to 1 (data), both ends included."""
     return [round(index / (num_times - 1), 6) for index in range(num_times)]
 
 
 def fusion_weights(checkpoint: StageOutput, strategy: Strategy, times: Sequence[float]) -> Any:
-    """Return the layer weights alpha (D, T, L), fp64: of each block, at each flow time, over the layers.
+    """Return the weights alpha (D, T, L), fp64, of L encoder layers in each of D blocks at each of T flow times.
 
-    Column l belongs to hidden_states[l + 1] of the encoder. For fuse_dit a row is one at the decoder layer whose keys
-    and values the block shares, and zero elsewhere. Reads the fusion's own parameters alone, however large the model.
+    Index l belongs to hidden_states[l + 1] of the encoder. For fuse_dit the weight is one for the decoder layer whose
+    keys and values the block shares, and zero elsewhere. Reads only the fusion's parameters, however large the model.
     """
     import numpy as np
 
@@ -59,7 +59,7 @@ def fusion_weights(checkpoint: StageOutput, strategy: Strategy, times: Sequence[
         fusion.load_state_dict(state)
     except RuntimeError as error:
         raise ThroughlineError(
-            f"checkpoint {checkpoint.data_version}: its fusion parameters are not those of {strategy} "
+            f"checkpoint {checkpoint.data_version}: its fusion parameters do not match {strategy} "
             f"({str(error).splitlines()[-1].strip()}); re-run checkpoint {strategy}"
         ) from error
     with torch.no_grad():
@@ -68,7 +68,7 @@ def fusion_weights(checkpoint: StageOutput, strategy: Strategy, times: Sequence[
 
 
 def summarise(weights: Any, strategy: Strategy) -> dict[str, Any]:
-    """Return what the weights (D, T, L) amount to, rounded so that it is the same on every machine."""
+    """Return summary statistics of the weights (D, T, L), rounded so that they are the same on every machine."""
     import numpy as np
 
     num_blocks, _, num_layers = weights.shape
@@ -89,9 +89,9 @@ def summarise(weights: Any, strategy: Strategy) -> dict[str, Any]:
     }
 
 
-def draw(weights: Any, times: Sequence[float], strategy: Strategy, colour: int = 0) -> list[Any]:
-    """Return the panels for the weights (D, T, L): layers on x; blocks, and times where they matter, on y."""
-    from evaluation.report.charts import heatmap
+def weight_panels(weights: Any, times: Sequence[float], strategy: Strategy, colour: int = 0) -> list[Any]:
+    """Return charts of the weights (D, T, L): a profile over layers, and heatmaps by block and time if they vary."""
+    from evaluation.analysis.charts import heatmap
 
     num_blocks, _, num_layers = weights.shape
     names: dict[str, Any] = {"column_names": [str(layer) for layer in range(1, num_layers + 1)]}
@@ -100,15 +100,15 @@ def draw(weights: Any, times: Sequence[float], strategy: Strategy, colour: int =
     if strategy is Strategy.FUSE_DIT:
         title = "fuse_dit: the decoder layer whose keys and values each block shares"
         labels: dict[str, Any] = {"title": title, "x_label": "decoder layer, from 1", "y_label": "block"}
-        height = _cell(num_blocks)
+        height = _cell_height(num_blocks)
         return [
             heatmap(by_block.tolist(), row_names=blocks, centre=0.0, scale=1.0, cell_height=height, **labels, **names)
         ]
     uniform = 1 / num_layers
-    varies = summarise(weights, strategy)
-    over = [word for word in ("block", "time") if varies[f"varies_with_{word}"]]
-    panels = [_profile(weights, strategy, over, colour)]
-    shown = [values for word, values in (("block", by_block), ("time", by_time)) if word in over]
+    summary = summarise(weights, strategy)
+    axes = [axis for axis in ("block", "time") if summary[f"varies_with_{axis}"]]
+    panels = [_profile(weights, strategy, axes, colour)]
+    shown = [values for axis, values in (("block", by_block), ("time", by_time)) if axis in axes]
     deviation = max((float(abs(values * num_layers - 1).max()) for values in shown), default=0.0)
     colours = {
         "centre": uniform,
@@ -116,9 +116,9 @@ def draw(weights: Any, times: Sequence[float], strategy: Strategy, colour: int =
         "x_label": "layer (warm: above uniform, cold: below)",
     }
     note = f"full colour at {_percent(deviation)}"
-    if "block" in over:
+    if "block" in axes:
         title = f"by block ({note})"
-        height = _cell(num_blocks)
+        height = _cell_height(num_blocks)
         panels.append(
             heatmap(
                 by_block.tolist(),
@@ -130,38 +130,38 @@ def draw(weights: Any, times: Sequence[float], strategy: Strategy, colour: int =
                 **names,
             )
         )
-    if "time" in over:
-        title = "by time, t = 0 noise, t = 1 data" + (" (same colours)" if "block" in over else f" ({note})")
-        height, rows = _cell(len(times)), [f"{t:.2f}" for t in times]
+    if "time" in axes:
+        title = "by time, t = 0 noise, t = 1 data" + (" (same colours)" if "block" in axes else f" ({note})")
+        height, rows = _cell_height(len(times)), [f"{t:.2f}" for t in times]
         panels.append(
             heatmap(by_time.tolist(), title=title, y_label="t", row_names=rows, cell_height=height, **colours, **names)
         )
     return panels
 
 
-def _profile(weights: Any, strategy: Strategy, over: Sequence[str], colour: int) -> Any:
-    """Draw the weight of each layer; where all stay near uniform, how far they are from it, which shows more."""
-    from evaluation.report.charts import bar_chart
+def _profile(weights: Any, strategy: Strategy, axes: Sequence[str], colour: int) -> Any:
+    """Draw the weight of each layer or, if all are near uniform, its deviation from uniform."""
+    from evaluation.analysis.charts import bar_chart
 
     num_layers = weights.shape[-1]
     deviation = float(abs(weights * num_layers - 1).max())
-    near = 1e-6 < deviation < _NEAR_UNIFORM
-    values = 100 * (weights * num_layers - 1) if near else weights
-    ranges = f", mean and range over {'s and '.join(over)}s" if over else ""
+    is_near_uniform = 1e-6 < deviation < _NEAR_UNIFORM
+    values = 100 * (weights * num_layers - 1) if is_near_uniform else weights
+    ranges = f", mean and range over {'s and '.join(axes)}s" if axes else ""
     return bar_chart(
         values.mean((0, 1)).tolist(),
-        title=f"{strategy.value}: weight of each layer{' against uniform' if near else ''}{ranges}",
+        title=f"{strategy.value}: weight of each layer{' against uniform' if is_near_uniform else ''}{ranges}",
         x_label="layer",
-        y_label="% of uniform" if near else "weight",
+        y_label="% of uniform" if is_near_uniform else "weight",
         colour=colour,
         lows=values.min((0, 1)).tolist(),
         highs=values.max((0, 1)).tolist(),
-        rule_at=0.0 if near else 1 / num_layers,
+        rule_at=0.0 if is_near_uniform else 1 / num_layers,
         rule_label=f"- - uniform, 1/{num_layers}",
     )
 
 
-def _cell(num_rows: int) -> float:
+def _cell_height(num_rows: int) -> float:
     return min(max(190.0 / num_rows, 6.0), 16.0)
 
 
@@ -174,30 +174,32 @@ def _strategy_of(partition: str | None) -> Strategy:
         return Strategy(partition or "")
     except ValueError as error:
         known = ", ".join(strategy.value for strategy in Strategy)
-        raise ThroughlineError(f"fusion_analysis: partition {partition!r} is no strategy; known: {known}") from error
+        raise ThroughlineError(f"fusion_analysis: partition {partition!r} is not a strategy; known: {known}") from error
 
 
 def produce(run: StageRun[FusionAnalysisConfig]) -> StageResult:
     """Write ``weights.parquet`` (block, t, layer, weight) and ``weights.svg`` for the checkpoint of one strategy.
 
-    `layer` counts from 1, as the encoder's hidden_states do; blocks count from 0.
+    `layer` counts from 1, as the encoder's hidden_states do; blocks count from 0. Raises ThroughlineError if the
+    weights are not finite.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    from evaluation.report.charts import standalone_svg
+    from evaluation.analysis.charts import standalone_svg
 
     strategy = _strategy_of(run.partition)
     checkpoint = run.input("checkpoint")
     if checkpoint.manifest.partition != run.partition:
         raise ThroughlineError(
-            f"fusion_analysis {run.partition}: got the checkpoint of {checkpoint.manifest.partition}; give its own"
+            f"fusion_analysis {run.partition}: got the checkpoint of {checkpoint.manifest.partition}, expected that of "
+            f"{run.partition}"
         )
     times = flow_times(run.config.num_times)
     weights = fusion_weights(checkpoint, strategy, times)
     if not math.isfinite(float(weights.sum())):
         raise ThroughlineError(
-            f"checkpoint {checkpoint.data_version}: its fusion weights are not finite; look at its losses"
+            f"checkpoint {checkpoint.data_version}: its fusion weights are not finite; check its losses"
         )
     num_blocks, num_times, num_layers = weights.shape
     rows = [(b, t, layer) for b in range(num_blocks) for t in range(num_times) for layer in range(num_layers)]
@@ -212,7 +214,8 @@ def produce(run: StageRun[FusionAnalysisConfig]) -> StageResult:
     with run.unit("weights") as unit:
         with unit.open("weights.parquet", num_rows=len(rows)) as stream:
             pq.write_table(table, stream)
-        unit.write("weights.svg", standalone_svg(draw(weights, times, strategy), f"fusion of {strategy}").encode())
+        panels = weight_panels(weights, times, strategy)
+        unit.write("weights.svg", standalone_svg(panels, f"fusion of {strategy}").encode())
     return StageResult(summary=summarise(weights, strategy))
 
 

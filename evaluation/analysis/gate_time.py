@@ -1,10 +1,10 @@
-"""What time gates see: the schedule's, and the one that a trained head reads off the latents, along sampling.
+"""Compares the time that a gate's head estimates from the latents with the schedule's time, along sampling.
 
 python -m evaluation.analysis.gate_time OUTPUTS/checkpoint/DATA_VERSION [--scales 1 3 6] [--json FILE]
 
-Owns the comparison for checkpoints trained with gate_signal = estimated. On held-out samples, noised as in training,
-the head's error is its own; what sampling adds to it is how far guided trajectories leave the forward process. The
-stage `trajectory_analysis` makes the same comparison part of the graph.
+For checkpoints trained with gate_signal = estimated. On held-out samples noised as in training, the difference is the
+head's own error. Any increase during sampling shows how far guided trajectories leave the forward process. The stage
+`trajectory_analysis` runs the same comparison in the graph.
 """
 
 import argparse
@@ -25,11 +25,11 @@ if TYPE_CHECKING:
     from training.models.dit import Backbone
 
 FORWARD = "forward"
-"""The column of held-out samples noised as in training."""
+"""Column name for held-out samples noised as in training."""
 
 
 def guided_name(scale: float) -> str:
-    """Return the column of images drawn at a guidance scale."""
+    """Return the column name for images sampled at a guidance scale."""
     return f"cfg_{scale:g}"
 
 
@@ -43,7 +43,7 @@ def scheduled_times(settings: "SamplerConfig") -> list[float]:
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Samples that training never saw: latents (n, C, h, w), scaled, and the prepared text of each caption."""
+    """Samples held out from training: scaled latents (n, C, h, w) and the prepared text of each caption."""
 
     sample_keys: list[str]
     latents: "Tensor"
@@ -52,10 +52,10 @@ class HeldOut:
 
 
 def read_held_out(config: "CheckpointConfig", inputs: Inputs, model: "Backbone", num_samples: int) -> HeldOut:
-    """Return the first held-out samples of a dataset by key; captions are encoded where no features are cached.
+    """Return the first held-out samples of a dataset by key; captions without cached features are encoded.
 
-    `inputs` are those of the checkpoint that `config` made. Raises ThroughlineError where nothing is held out, or the
-    inputs are not those of the dataset.
+    `config` and `inputs` are those of the checkpoint. Raises ThroughlineError if no samples are held out, or the inputs
+    are not those of the dataset.
     """
     import numpy as np
     import torch
@@ -71,14 +71,14 @@ def read_held_out(config: "CheckpointConfig", inputs: Inputs, model: "Backbone",
 
     dataset = inputs["dataset"][0]
     check_inputs(dataset, inputs)
-    whole = read_splits(dataset)[VALIDATION]
-    count = min(num_samples, len(whole))
+    validation = read_splits(dataset)[VALIDATION]
+    count = min(num_samples, len(validation))
     if count == 0:
-        raise ThroughlineError("the dataset holds nothing out; raise its share of validation")
-    split = whole.first(count)
+        raise ThroughlineError("the dataset holds out no samples; raise its validation share")
+    split = validation.first(count)
     parts = set(split.parts)
-    of_parts = {name: [item for item in items if item.manifest.partition in parts] for name, items in inputs.items()}
-    reader, encoder = LatentReader(of_parts["latents"], split), TextSource(config, of_parts)
+    used = {name: [item for item in items if item.manifest.partition in parts] for name, items in inputs.items()}
+    reader, encoder = LatentReader(used["latents"], split), TextSource(config, used)
     text, dtype = encoder.of_split(split), getattr(torch, config.training.text_dtype)
     text.ask_for(range(count))
     return HeldOut(
@@ -90,7 +90,7 @@ def read_held_out(config: "CheckpointConfig", inputs: Inputs, model: "Backbone",
 
 
 def forward_estimates(model: "Backbone", data: "Tensor", noise: "Tensor", times: Sequence[float]) -> "Tensor":
-    """Return the head's times (T, B) at x_t of held-out data and noise (B, C, h, w), at each of T flow times."""
+    """Return the head's estimates (T, B) at x_t of held-out data and noise (B, C, h, w), for each of T flow times."""
     import torch
 
     from training.loop.flow import interpolate
@@ -109,16 +109,16 @@ def trajectory_estimates(
     noise: "Tensor",
     settings: "SamplerConfig",
 ) -> "Tensor":
-    """Return the head's times (T, B) at the latents that each of T sampling steps starts from, one image a text.
+    """Return the head's estimates (T, B) at the latents that each of T sampling steps starts from, one image per text.
 
-    Model and noise lie on one device; texts may lie on another.
+    Model and noise must be on one device; texts may be on another.
     """
     import torch
 
     from training.sampling.sampler import sample_latents
     from training.sampling.step_conditioning import TextBatch
 
-    visited = [noise]
+    trajectory = [noise]
     sample_latents(
         model,
         TextBatch.of(texts, noise.device),
@@ -126,10 +126,11 @@ def trajectory_estimates(
         torch.arange(len(texts), device=noise.device),
         noise,
         settings,
-        lambda index, total, x_t: visited.append(x_t.clone()),
+        lambda index, total, x_t: trajectory.append(x_t.clone()),
     )
     times = torch.tensor(scheduled_times(settings), device=noise.device)
-    return torch.stack([model.gate_time(x_t, t.expand(len(noise))) for t, x_t in zip(times, visited[:-1], strict=True)])
+    starts = zip(times, trajectory[:-1], strict=True)
+    return torch.stack([model.gate_time(x_t, t.expand(len(noise))) for t, x_t in starts])
 
 
 def _row(nominal: float, estimates: "Tensor") -> dict[str, float]:
@@ -145,10 +146,10 @@ def _row(nominal: float, estimates: "Tensor") -> dict[str, float]:
 def compare(
     model: "Backbone", held_out: HeldOut, settings: "SamplerConfig", scales: Sequence[float], seed: int = 0
 ) -> dict[str, Any]:
-    """Return, for each sampling step, nominal t and the head's: on held-out samples noised to t, and at each guidance.
+    """Return nominal and estimated time per sampling step, for noised held-out samples and for each guidance scale.
 
-    Images are drawn for the captions of the same held-out samples, `settings.batch_size` at a time, on the model's
-    device. Raises ThroughlineError where the model has no head.
+    Images are sampled for the captions of the same held-out samples, `settings.batch_size` at a time, on the model's
+    device. Raises ThroughlineError if the model has no head.
     """
     import numpy as np
     import torch
@@ -182,22 +183,22 @@ def compare(
     return {"num_samples": len(keys), "num_steps": len(times), "mean_absolute_difference": overall, "steps": steps}
 
 
-def as_table(found: dict[str, Any]) -> str:
-    """Return the comparison as lines: the mean time that the head reads, and its mean absolute difference from t."""
-    names = list(found["mean_absolute_difference"])
+def format_comparison(comparison: dict[str, Any]) -> str:
+    """Return the comparison as a text table: the mean estimated time and its mean absolute difference from t."""
+    names = list(comparison["mean_absolute_difference"])
     lines = ["".join([f"{'t':>8}", *(f"{name:>20}" for name in names)])]
-    for step in found["steps"]:
+    for step in comparison["steps"]:
         cells = (f"{step[name]['mean']:.3f} ({step[name]['mean_absolute_difference']:.3f})" for name in names)
         lines.append("".join([f"{step['t']:8.3f}", *(f"{cell:>20}" for cell in cells)]))
-    overall = found["mean_absolute_difference"]
+    overall = comparison["mean_absolute_difference"]
     lines.append("".join([f"{'all':>8}", *(f"{f'({overall[name]:.3f})':>20}" for name in names)]))
     return "\n".join(lines)
 
 
 def read_checkpoint(folder: Path, num_samples: int) -> "tuple[Backbone, HeldOut]":
-    """Load a checkpoint, and held-out samples of the dataset it was trained on, from the outputs beside it.
+    """Load a checkpoint, and held-out samples of its training dataset, from the same output root.
 
-    Raises ThroughlineError where an input is no longer there.
+    Raises ThroughlineError if an input no longer exists.
     """
     from training.config import CheckpointConfig
     from training.export.saved_model import load_model
@@ -224,16 +225,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--scales", type=float, nargs="+", default=[1.0, 3.0, 6.0], help="guidance scales")
     parser.add_argument("--steps", type=int, default=12, help="sampling steps")
     parser.add_argument("--time-shift", type=float, default=3.0, help="static shift of the schedule")
-    parser.add_argument("--samples", type=int, default=24, help="held-out samples, and images at each scale")
-    parser.add_argument("--json", type=Path, help="where to write the figures")
+    parser.add_argument("--samples", type=int, default=24, help="held-out samples, and images per scale")
+    parser.add_argument("--json", type=Path, help="write the figures to this file")
     args = parser.parse_args(argv)
     model, held_out = read_checkpoint(args.checkpoint, args.samples)
     settings = SamplerConfig(num_steps=args.steps, time_shift=args.time_shift, batch_size=args.samples)
-    found = compare(model, held_out, settings, args.scales)
-    print("mean time read off the latents (mean absolute difference from the nominal t)")
-    print(as_table(found))
+    comparison = compare(model, held_out, settings, args.scales)
+    print("mean time estimated from the latents (mean absolute difference from the nominal t)")
+    print(format_comparison(comparison))
     if args.json is not None:
-        args.json.write_text(json.dumps(found, indent=1) + "\n")
+        args.json.write_text(json.dumps(comparison, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Owns the results: tables 1 and 2 of the comparison in our own numbers, with intervals and paired differences."""
+"""Stage `results`: the paper's tables 1 and 2 in our own numbers, with intervals and paired differences."""
 
 import csv
 import io
@@ -33,7 +33,7 @@ def _judge_of(output: StageOutput) -> tuple[str, str]:
 
 
 def _judges(outputs: Sequence[StageOutput]) -> dict[str, dict[str, str]]:
-    """Return benchmark -> the judge of all its scores; benchmarks may differ in it, arms may not."""
+    """Return benchmark -> its judge. Benchmarks may have different judges; the arms of one benchmark may not."""
     judges: dict[str, dict[str, str]] = {}
     for benchmark in BENCHMARKS:
         by_judge: dict[tuple[str, str], list[str]] = {}
@@ -41,11 +41,11 @@ def _judges(outputs: Sequence[StageOutput]) -> dict[str, dict[str, str]]:
             if parse_partition(output.manifest.partition)[1] == benchmark:
                 by_judge.setdefault(_judge_of(output), []).append(output.manifest.partition or "")
         if len(by_judge) > 1:
-            found = "; ".join(
+            judged = "; ".join(
                 f"{judge}@{revision[:16]}: {', '.join(parts)}" for (judge, revision), parts in by_judge.items()
             )
             raise ThroughlineError(
-                f"results: scores of different judges can't stand in one table ({found}); re-run scores"
+                f"results: scores of different judges cannot share a table ({judged}); re-run scores with one judge"
             )
         for judge, revision in by_judge:
             judges[benchmark] = {"id": judge, "revision": revision}
@@ -78,7 +78,7 @@ def _unscored(outputs: Sequence[StageOutput]) -> list[dict[str, Any]]:
         arm, benchmark = parse_partition(output.manifest.partition)
         conservation = output.manifest.conservation
         if conservation is None:
-            raise ThroughlineError(f"scores {arm}|{benchmark}: manifest without row counts; re-run scores")
+            raise ThroughlineError(f"scores {arm}|{benchmark}: its manifest has no row counts; re-run scores")
         result.append(
             {
                 "arm": arm,
@@ -160,7 +160,7 @@ def produce(run: StageRun[ResultsConfig]) -> StageResult:
     """Write ``results.json``, ``table1.csv`` and ``table2.csv`` from the scores of all arms and benchmarks.
 
     Inputs: scores, checkpoint, fusion_analysis (all partitions of each; the last two may be empty). Raises
-    ThroughlineError where scores are missing, or come from different judges.
+    ThroughlineError if there are no scores, or a benchmark's scores come from different judges.
     """
     from evaluation.analysis.tables import GENEVAL_TASKS, PAPER_TABLE_1, TABLE_1, TABLE_2, table
 
@@ -210,13 +210,11 @@ def produce(run: StageRun[ResultsConfig]) -> StageResult:
         unit.write("results.json", text.encode())
         unit.write("table1.csv", _table_1_csv(results["table_1"], results), num_rows=len(arms))
         unit.write("table2.csv", _table_2_csv(results["table_2"], results), num_rows=len(arms) * len(TABLE_2))
-    wanted = sum(item["num_scores_wanted"] for item in results["unscored"])
-    found = sum(item["num_scores"] for item in results["unscored"])
     summary = {
         "judges": judges,
         "num_arms": len(arms),
-        "num_scores_wanted": wanted,
-        "num_scores": found,
+        "num_scores_wanted": sum(item["num_scores_wanted"] for item in results["unscored"]),
+        "num_scores": sum(item["num_scores"] for item in results["unscored"]),
         "table_1": {
             row["arm"]: {name: cell and cell["value"] for name, cell in row.items() if name != "arm"}
             for row in results["table_1"]

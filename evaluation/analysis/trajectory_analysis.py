@@ -1,4 +1,4 @@
-"""Owns the view into time gates that follow the latents: the time they see along sampling, beside the schedule's."""
+"""Stage `trajectory_analysis`: the time that gates estimate from the latents during sampling, against the schedule."""
 
 import json
 from collections.abc import Mapping
@@ -19,15 +19,15 @@ _NUM_COLOURS = 8
 
 
 def trajectory_title(name: str) -> str:
-    """Return a column of the comparison for people."""
+    """Return the display name of a column of the comparison."""
     return "held out, noised" if name == FORWARD else f"guidance {name.removeprefix('cfg_')}"
 
 
-def draw(found: Mapping[str, Any], strategy: str) -> list[Any]:
-    """Return the panels of a comparison: the mean time read, and its mean absolute difference from the nominal t."""
-    from evaluation.report.charts import Series, legend, line_chart
+def trajectory_panels(comparison: Mapping[str, Any], strategy: str) -> list[Any]:
+    """Return charts of a comparison: the mean estimated time, and its mean absolute difference from the nominal t."""
+    from evaluation.analysis.charts import Series, legend, line_chart
 
-    steps, names = found["steps"], list(found["mean_absolute_difference"])
+    steps, names = comparison["steps"], list(comparison["mean_absolute_difference"])
     times = [step["t"] for step in steps]
     colours = {name: 1 + index % (_NUM_COLOURS - 1) for index, name in enumerate(names)}
 
@@ -38,17 +38,17 @@ def draw(found: Mapping[str, Any], strategy: str) -> list[Any]:
         ]
 
     nominal = Series("nominal t", times, times, _NOMINAL_COLOUR)
-    read = [nominal, *lines("mean")]
+    means = [nominal, *lines("mean")]
     return [
         line_chart(
-            read, title=f"{strategy}: mean time read off the latents", x_label="nominal t (0 noise, 1 data)",
+            means, title=f"{strategy}: mean time read off the latents", x_label="nominal t (0 noise, 1 data)",
             y_label="time read",
         ),
         line_chart(
             lines("mean_absolute_difference"), title="mean absolute difference from the nominal t",
             x_label="nominal t (0 noise, 1 data)", y_label="difference", rule_at=0.0,
         ),
-        legend(read),
+        legend(means),
     ]  # fmt: skip
 
 
@@ -56,7 +56,7 @@ def produce(run: StageRun[TrajectoryAnalysisConfig]) -> StageResult:
     """Write ``times.json``, ``times.parquet`` (t, trajectory, mean, ...) and ``times.svg`` for a strategy's checkpoint.
 
     Inputs: the checkpoint, and the dataset, shards, latents and text features it was trained on. Raises
-    ThroughlineError where its gates follow the schedule, or nothing is held out.
+    ThroughlineError if its gates follow the schedule, or no samples are held out.
     """
     if not run.is_finished(_UNIT):
         _write(run, _compare(run))
@@ -77,38 +77,40 @@ def _compare(run: StageRun[TrajectoryAnalysisConfig]) -> dict[str, Any]:
     trained_on = [item.data_version for item in checkpoint.manifest.inputs.get("dataset", ())]
     if trained_on != [run.input("dataset").data_version]:
         raise ThroughlineError(
-            f"{run.label}: the checkpoint was trained on dataset {', '.join(trained_on)}, given "
-            f"{run.input('dataset').data_version}, where other samples are held out; give the former"
+            f"{run.label}: the checkpoint was trained on dataset {', '.join(trained_on)}, got "
+            f"{run.input('dataset').data_version}, which holds out other samples; use the former"
         )
     if config.device == "cuda" and not torch.cuda.is_available():
-        raise ThroughlineError(f"{run.label}: configured for cuda, and this machine has none; set device to cpu")
+        raise ThroughlineError(f"{run.label}: configured for cuda, which this machine does not have; set device to cpu")
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    trained = CheckpointConfig.model_validate(checkpoint.manifest.execution)
-    trained = trained.model_copy(update={"text_encoder": config.text_encoder})
+    training = CheckpointConfig.model_validate(checkpoint.manifest.execution)
+    training = training.model_copy(update={"text_encoder": config.text_encoder})
     model = load_model(checkpoint, config.text_encoder).model
-    held_out = read_held_out(trained, run.inputs, model, config.num_samples)
+    held_out = read_held_out(training, run.inputs, model, config.num_samples)
     return compare(model.to(config.device), held_out, config.sampler, config.guidance_scales, config.seed)
 
 
-def _write(run: StageRun[TrajectoryAnalysisConfig], found: dict[str, Any]) -> None:
+def _write(run: StageRun[TrajectoryAnalysisConfig], comparison: dict[str, Any]) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    from evaluation.report.charts import standalone_svg
+    from evaluation.analysis.charts import standalone_svg
 
     rows = [
         {"t": step["t"], "trajectory": name, **step[name]}
-        for name in found["mean_absolute_difference"]
-        for step in found["steps"]
+        for name in comparison["mean_absolute_difference"]
+        for step in comparison["steps"]
     ]
-    svg = standalone_svg(draw(found, run.partition or ""), f"times that the gates of {run.partition} see")
+    svg = standalone_svg(
+        trajectory_panels(comparison, run.partition or ""), f"times that the gates of {run.partition} see"
+    )
     with run.unit(_UNIT) as unit:
-        unit.write("times.json", json.dumps(found, indent=1).encode() + b"\n")
+        unit.write("times.json", json.dumps(comparison, indent=1).encode() + b"\n")
         with unit.open("times.parquet", num_rows=len(rows)) as stream:
             pq.write_table(pa.Table.from_pylist(rows), stream)
         unit.write("times.svg", svg.encode())
-        unit.notes.update({name: value for name, value in found.items() if name != "steps"})
+        unit.notes.update({name: value for name, value in comparison.items() if name != "steps"})
 
 
 def preview_trajectories(analysis: StageOutput, inputs: Inputs) -> str:

@@ -1,1 +1,1 @@
-"""Prompts and the images drawn for them: stages `prompt_sets` and `samples`, the published benchmark formats."""
+"""Benchmark prompts and the images generated for them: published file formats, stages `prompt_sets` and `samples`."""

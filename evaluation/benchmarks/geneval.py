@@ -1,9 +1,8 @@
-"""Owns what a GenEval prompt demands of an image, as yes/no questions to a judge model that are all to come out right.
+"""Turns the clauses of a GenEval prompt into yes/no questions to a judge model, all of which must be answered right.
 
-GenEval itself (arXiv 2310.11513) answers the same clauses with a detector (Mask2Former) and CLIP. A judge model is
-another instrument: its score is called ``geneval_vqa`` and never stands without the judge's name. A detector can be
-put beside it as a second function from image and clauses to a verdict; the clauses themselves are parsed once, in
-`evaluation.benchmarks.prompt_files`.
+GenEval itself (arXiv 2310.11513) checks the same clauses with a detector (Mask2Former) and CLIP. A judge model is a
+different instrument: its score is called ``geneval_vqa`` and is always reported with the judge's name.
+`evaluation.benchmarks.prompt_files` parses the clauses.
 """
 
 from collections.abc import Mapping, Sequence
@@ -11,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 QUESTIONS_VERSION = "geneval-vqa-1"
-"""Version of the wording below; new words get a new version."""
+"""Version of the wording below; change it with the wording."""
 
 _NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 _RELATIONS = {"left of": "to the left of", "right of": "to the right of", "above": "above", "below": "below"}
@@ -23,26 +22,27 @@ _PLURALS = {"person": "people", "sheep": "sheep", "scissors": "scissors", "skis"
 
 @dataclass(frozen=True)
 class ClauseQuestion:
-    """A statement about the image, and whether the judge must say Yes or No to it for the prompt to be fulfilled."""
+    """A statement about the image, and the answer that fulfils the prompt."""
 
     kind: str
-    """"object", "count", "color" or "position"; "exclude" for what must not be there."""
+    """"object", "count", "color" or "position"; "exclude" for objects that must not appear."""
     statement: str
     expected: bool
+    """True for Yes, False for No."""
 
 
 def clause_questions(metadata: Mapping[str, Any]) -> list[ClauseQuestion]:
-    """Return the questions of a GenEval prompt, without repeats, in the order of its clauses.
+    """Return the questions of a GenEval prompt, without duplicates, in the order of its clauses.
 
     `metadata` holds `include` and `exclude` as in GenEval's file. As there, every include clause must hold (AND), and
-    an exclude clause fails when as many objects as it names are there. Differs from GenEval: colour and position are
-    asked of the pair of objects as a statement, where GenEval looks for any detected pair that satisfies them.
+    an exclude clause fails if the image shows as many objects as it names. Differs from GenEval: colour and position
+    are one statement about the objects, where GenEval searches for any detected pair that satisfies them.
     """
     include: Sequence[Mapping[str, Any]] = metadata["include"]
     questions = []
     for clause in include:
         name, count = clause["class"], clause["count"]
-        if "color" in clause:  # says that the object is there, too
+        if "color" in clause:  # implies that the object is present
             questions.append(ClauseQuestion("color", _counted(count, f"{clause['color']} {name}"), True))
         else:
             questions.append(ClauseQuestion("object" if count == 1 else "count", _counted(count, name), True))
@@ -57,10 +57,7 @@ def clause_questions(metadata: Mapping[str, Any]) -> list[ClauseQuestion]:
 
 
 def is_fulfilled(questions: Sequence[ClauseQuestion], answers: Sequence[bool | None]) -> bool | None:
-    """Return whether all answers are the expected ones; None where an unknown answer decides.
-
-    One wrong answer makes the image wrong whatever the unknown ones would have been.
-    """
+    """Return True if all answers are the expected ones, False if any is wrong, None if it depends on an unknown one."""
     if any(
         answer is not None and answer != question.expected for question, answer in zip(questions, answers, strict=True)
     ):
@@ -81,7 +78,7 @@ def _number(count: int) -> str:
 
 
 def _with_article(name: str) -> str:
-    """Return "a bench", "an apple", and "skis" as it is: a plural takes no article."""
+    """Return "a bench", "an apple" or "skis": plurals take no article."""
     return name if name in _ALWAYS_PLURAL else f"{'an' if name[0].lower() in _VOWELS else 'a'} {name}"
 
 

@@ -1,6 +1,6 @@
-"""Reads the prompt files of GenEval, GenAI-Bench and DrawBench in their published formats.
+"""Parses the prompt files of GenEval, GenAI-Bench and DrawBench in their published formats.
 
-Every problem found is named with file and line, all of them in one error.
+All problems in a file are reported in one error, each with its line.
 """
 
 import csv
@@ -26,7 +26,7 @@ _MAX_PROBLEMS_SHOWN = 20
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationPrompt:
-    """A prompt of a benchmark; `prompt_id` depends on its place in the benchmark's file alone."""
+    """A prompt of a benchmark; `prompt_id` depends only on its position in the benchmark's file."""
 
     benchmark: str
     prompt_id: str
@@ -45,28 +45,30 @@ class EvaluationPrompt:
 
 
 class _Problems:
+    """Collects the problems of one file."""
+
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._found: list[str] = []
+        self._messages: list[str] = []
 
-    def add(self, line: int, what: str) -> None:
-        self._found.append(f"{self.path}:{line}: {what}")
+    def add(self, line: int, message: str) -> None:
+        self._messages.append(f"{self.path}:{line}: {message}")
 
     def raise_if_any(self, expected: str) -> None:
-        if not self._found:
+        if not self._messages:
             return
-        shown = self._found[:_MAX_PROBLEMS_SHOWN]
-        more = len(self._found) - len(shown)
-        tail = [f"... and {more} more"] if more else []
-        raise ThroughlineError("\n".join([*shown, *tail, f"expected {expected}; mend the file and run again"]))
+        shown = self._messages[:_MAX_PROBLEMS_SHOWN]
+        num_more = len(self._messages) - len(shown)
+        tail = [f"... and {num_more} more"] if num_more else []
+        raise ThroughlineError("\n".join([*shown, *tail, f"expected {expected}; fix the file and run again"]))
 
 
 def scan_prompt_file(path: Path, num_prompts: int | None = None) -> PromptFile:
-    """Pin a file as it is now; reads it once. Raises ThroughlineError where it can't be read."""
+    """Return a reference that pins the file's current content. Raises ThroughlineError if it cannot be read."""
     try:
         return PromptFile(path=str(path.absolute()), sha256=file_sha256(path), num_prompts=num_prompts)
     except OSError as error:
-        raise ThroughlineError(f"{path}: prompt file can't be read ({error.strerror}); give its path") from error
+        raise ThroughlineError(f"{path}: prompt file cannot be read ({error.strerror}); check its path") from error
 
 
 def _read_text(path: Path) -> str:
@@ -80,7 +82,7 @@ def _read_text(path: Path) -> str:
 def parse_geneval(path: Path) -> list[EvaluationPrompt]:
     """Read GenEval's ``evaluation_metadata.jsonl``: one object per line with tag, include, exclude and prompt.
 
-    `skills` is the task tag; `metadata` holds the include and exclude clauses as they stand in the file.
+    `skills` is the task tag; `metadata` holds the include and exclude clauses unchanged.
     """
     problems = _Problems(path)
     prompts: list[EvaluationPrompt] = []
@@ -92,10 +94,10 @@ def parse_geneval(path: Path) -> list[EvaluationPrompt]:
         except json.JSONDecodeError as error:
             problems.add(number, f"not JSON ({error.msg} at column {error.colno})")
             continue
-        found = _geneval_problems(row)
-        for what in found:
-            problems.add(number, what)
-        if not found:
+        messages = _geneval_problems(row)
+        for message in messages:
+            problems.add(number, message)
+        if not messages:
             prompts.append(
                 EvaluationPrompt(
                     benchmark="geneval",
@@ -114,58 +116,58 @@ def parse_geneval(path: Path) -> list[EvaluationPrompt]:
 def _geneval_problems(row: Any) -> list[str]:
     if not isinstance(row, dict):
         return [f"expected an object, found {type(row).__name__}"]
-    found = []
+    messages = []
     if row.get("tag") not in GENEVAL_TAGS:
-        found.append(f"tag {row.get('tag')!r} is none of {', '.join(GENEVAL_TAGS)}")
+        messages.append(f"tag {row.get('tag')!r} is none of {', '.join(GENEVAL_TAGS)}")
     if not isinstance(row.get("prompt"), str) or not row["prompt"].strip():
-        found.append("prompt is missing or empty")
+        messages.append("prompt is missing or empty")
     include, exclude = row.get("include"), row.get("exclude", [])
     if not isinstance(include, list) or not include:
-        found.append("include is missing or empty")
+        messages.append("include is missing or empty")
         include = []
     if not isinstance(exclude, list):
-        found.append("exclude is not a list")
+        messages.append("exclude is not a list")
         exclude = []
     for index, clause in enumerate(include):
-        found += [f"include[{index}]: {what}" for what in _clause_problems(clause, index)]
+        messages += [f"include[{index}]: {message}" for message in _clause_problems(clause, index)]
     for index, clause in enumerate(exclude):
-        found += [f"exclude[{index}]: {what}" for what in _clause_problems(clause, 0)]
-    return found
+        messages += [f"exclude[{index}]: {message}" for message in _clause_problems(clause, 0)]
+    return messages
 
 
 def _clause_problems(clause: Any, num_earlier: int) -> list[str]:
     if not isinstance(clause, dict):
         return [f"expected an object, found {type(clause).__name__}"]
-    found = []
+    messages = []
     if not isinstance(clause.get("class"), str) or not clause["class"].strip():
-        found.append("class is missing or empty")
+        messages.append("class is missing or empty")
     count = clause.get("count")
     if not isinstance(count, int) or isinstance(count, bool) or count < 1:
-        found.append(f"count {count!r} is not a whole number from 1")
+        messages.append(f"count {count!r} is not a positive integer")
     if "color" in clause and clause["color"] not in GENEVAL_COLOURS:
-        found.append(f"color {clause['color']!r} is none of {', '.join(GENEVAL_COLOURS)}")
+        messages.append(f"color {clause['color']!r} is none of {', '.join(GENEVAL_COLOURS)}")
     if "position" in clause:
-        found += _position_problems(clause["position"], num_earlier)
-    return found
+        messages += _position_problems(clause["position"], num_earlier)
+    return messages
 
 
 def _position_problems(position: Any, num_earlier: int) -> list[str]:
     if not isinstance(position, list) or len(position) != 2:
         return [f"position {position!r} is not [relation, index of an earlier clause]"]
     relation, target = position
-    found = []
+    messages = []
     if relation not in GENEVAL_RELATIONS:
-        found.append(f"position relation {relation!r} is none of {', '.join(GENEVAL_RELATIONS)}")
+        messages.append(f"position relation {relation!r} is none of {', '.join(GENEVAL_RELATIONS)}")
     if not isinstance(target, int) or isinstance(target, bool) or not 0 <= target < num_earlier:
-        found.append(f"position refers to clause {target!r}, which does not stand before this one")
-    return found
+        messages.append(f"position refers to clause {target!r}, which is not an earlier clause")
+    return messages
 
 
 def parse_genai_bench(image_path: Path, skills_path: Path) -> list[EvaluationPrompt]:
     """Read GenAI-Bench's ``genai_image.json`` (prompts by id) and ``genai_skills.json`` (ids by skill).
 
-    `skills` holds the skills and the unions "basic" and "advanced" that the second file lists the prompt under, in
-    the order of that file; a few prompts carry none. Human ratings of other models are left behind.
+    `skills` holds the skills, and the unions "basic" and "advanced", that the second file lists for the prompt, in the
+    order of that file; a few prompts have none. Human ratings of other models are ignored.
     """
     text, problems = _read_text(image_path), _Problems(image_path)
     lines = _JsonLines(text)
@@ -177,7 +179,7 @@ def parse_genai_bench(image_path: Path, skills_path: Path) -> list[EvaluationPro
             problems.add(lines.of_key(key), f"entry {key!r}: expected an object, found {type(entry).__name__}")
             continue
         if not key.isdecimal() or entry.get("id", key) != key:
-            problems.add(lines.of_key(key), f"entry {key!r} has id {entry.get('id')!r}; ids are decimal and agree")
+            problems.add(lines.of_key(key), f"entry {key!r} has id {entry.get('id')!r}; ids must be decimal and equal")
         if not isinstance(entry.get("prompt"), str) or not entry["prompt"].strip():
             problems.add(lines.of_key(key), f"entry {key!r}: prompt is missing or empty")
             continue
@@ -196,7 +198,7 @@ def parse_genai_bench(image_path: Path, skills_path: Path) -> list[EvaluationPro
 
 
 class _JsonLines:
-    """Finds the line of a top-level key in a JSON text."""
+    """Finds the line of a key in a JSON text."""
 
     def __init__(self, text: str) -> None:
         self._text = text
@@ -207,16 +209,16 @@ class _JsonLines:
 
 
 def _json_object(text: str, path: Path) -> dict[str, Any]:
-    def refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    def reject_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         result = dict(pairs)
         if len(result) != len(pairs):
             names = [name for name, _ in pairs]
             key = next(name for name in result if names.count(name) > 1)
-            raise ThroughlineError(f"{path}:{_JsonLines(text).of_key(key)}: key {key!r} stands twice in one object")
+            raise ThroughlineError(f"{path}:{_JsonLines(text).of_key(key)}: duplicate key {key!r}")
         return result
 
     try:
-        value = json.loads(text, object_pairs_hook=refuse_duplicates)
+        value = json.loads(text, object_pairs_hook=reject_duplicates)
     except json.JSONDecodeError as error:
         raise ThroughlineError(f"{path}:{error.lineno}: not JSON ({error.msg} at column {error.colno})") from error
     if not isinstance(value, dict):
@@ -241,7 +243,7 @@ def _genai_skills(path: Path, known: set[str]) -> dict[str, set[str]]:
         for value in ids:
             number = int(value) if isinstance(value, int) or (isinstance(value, str) and value.isdecimal()) else None
             if number not in by_number:
-                problems.add(line, f"skill {name!r} names id {value!r}, which is not among the prompts")
+                problems.add(line, f"skill {name!r} lists id {value!r}, which no prompt has")
             else:
                 skills[name].add(by_number[number])
     problems.raise_if_any('{"attribute": [0, 1, ...], ...} with ids of the prompt file')
@@ -249,9 +251,9 @@ def _genai_skills(path: Path, known: set[str]) -> dict[str, set[str]]:
 
 
 def parse_drawbench(path: Path) -> list[EvaluationPrompt]:
-    """Read DrawBench's CSV with the columns Prompts and Category; `skills` is the category, stripped.
+    """Read DrawBench's CSV with the columns Prompts and Category.
 
-    One published category ends in a space.
+    `skills` is the category, stripped because one published category ends in a space.
     """
     problems = _Problems(path)
     prompts: list[EvaluationPrompt] = []

@@ -1,4 +1,4 @@
-"""Owns the prompts that every arm is evaluated on: one table made from the benchmarks' own files."""
+"""Stage `prompt_sets`: the prompts that every arm is evaluated on, in one table."""
 
 import json
 from collections import Counter
@@ -17,9 +17,9 @@ from pipelines.runner.units import StageResult, StageRun
 
 
 def read_prompts(output: StageOutput, benchmark: str | None = None) -> list[EvaluationPrompt]:
-    """Return the prompts of a finished prompt_sets output, in its order; of one benchmark if one is named.
+    """Return the prompts of a finished prompt_sets output, or only those of one benchmark, in table order.
 
-    Raises ThroughlineError where the benchmark has no prompts in it.
+    Raises ThroughlineError if there are none.
     """
     import pyarrow.parquet as pq
 
@@ -38,47 +38,48 @@ def read_prompts(output: StageOutput, benchmark: str | None = None) -> list[Eval
     if not prompts:
         known = ", ".join(sorted({row["benchmark"] for row in rows}))
         raise ThroughlineError(
-            f"prompt_sets {output.data_version}: no prompts of benchmark {benchmark!r}; it holds {known or 'none'}; "
-            "name its file in the configuration of prompt_sets"
+            f"prompt_sets {output.data_version}: no prompts of benchmark {benchmark!r}, only of {known or 'none'}; "
+            "set its file in the configuration of prompt_sets"
         )
     return prompts
 
 
 def choose_evenly(prompts: Sequence[EvaluationPrompt], limit: int | None) -> list[EvaluationPrompt]:
-    """Return at most `limit` prompts in file order, chosen so that every skill is covered as evenly as can be.
+    """Return at most `limit` prompts in file order, chosen to cover all skills as evenly as possible.
 
-    The files are sorted by task, so that their first prompts alone would leave whole tasks out. Each turn takes the
-    first prompt left of the skill that has the fewest so far; what a prompt of several skills adds counts for all.
+    The files are sorted by task, so their first prompts alone would omit whole tasks. Each step takes the next prompt
+    of the skill with the fewest chosen so far; a prompt with several skills counts for all of them.
     """
     if limit is None or limit >= len(prompts):
         return list(prompts)
-    left: dict[str, list[int]] = {}
+    by_skill: dict[str, list[int]] = {}
     for index, prompt in enumerate(prompts):
         for skill in prompt.skills or ("",):
-            left.setdefault(skill, []).append(index)
-    counts = dict.fromkeys(left, 0)
+            by_skill.setdefault(skill, []).append(index)
+    counts = dict.fromkeys(by_skill, 0)
     chosen: set[int] = set()
     while len(chosen) < limit:
-        skill = min((name for name in left if any(index not in chosen for index in left[name])), key=counts.__getitem__)
-        index = next(index for index in left[skill] if index not in chosen)
+        unfinished = (name for name, indices in by_skill.items() if any(index not in chosen for index in indices))
+        skill = min(unfinished, key=counts.__getitem__)
+        index = next(index for index in by_skill[skill] if index not in chosen)
         chosen.add(index)
         for name in prompts[index].skills or ("",):
             counts[name] += 1
     return [prompts[index] for index in sorted(chosen)]
 
 
-def _checked(file: PromptFile) -> tuple[Path, SourceFile]:
+def _verify(file: PromptFile) -> tuple[Path, SourceFile]:
     path = Path(file.path)
     try:
-        found = file_sha256(path)
+        sha256 = file_sha256(path)
     except OSError as error:
-        raise ThroughlineError(f"{path}: prompt file can't be read ({error.strerror}); give its path") from error
-    if found != file.sha256:
+        raise ThroughlineError(f"{path}: prompt file cannot be read ({error.strerror}); check its path") from error
+    if sha256 != file.sha256:
         raise ThroughlineError(
-            f"{path}: SHA-256 {found[:12]}..., expected {file.sha256[:12]}...; "
-            "it is another version of the file, fetch the pinned one or pin this one"
+            f"{path}: SHA-256 {sha256[:12]}..., expected {file.sha256[:12]}...; "
+            "this is another version of the file: use the pinned one or pin this one"
         )
-    return path, SourceFile(name=path.name, sha256=found, num_bytes=path.stat().st_size)
+    return path, SourceFile(name=path.name, sha256=sha256, num_bytes=path.stat().st_size)
 
 
 def _check_count(file: PromptFile, prompts: Sequence[EvaluationPrompt]) -> None:
@@ -95,21 +96,21 @@ def _load(config: PromptSetsConfig) -> tuple[dict[Benchmark, list[EvaluationProm
     prompts: dict[Benchmark, list[EvaluationPrompt]] = {}
     sources: list[SourceFile] = []
     for benchmark in BENCHMARKS:
-        declared, parse = parsers[benchmark]
-        files = [file for file in declared if file is not None]
+        configured, parse = parsers[benchmark]
+        files = [file for file in configured if file is not None]
         if not files:
             continue
-        checked = [_checked(file) for file in files]
-        prompts[benchmark] = parse(*(path for path, _ in checked))
+        verified = [_verify(file) for file in files]
+        prompts[benchmark] = parse(*(path for path, _ in verified))
         _check_count(files[0], prompts[benchmark])
-        sources += [source for _, source in checked]
+        sources += [source for _, source in verified]
     return prompts, sources
 
 
 def produce(run: StageRun[PromptSetsConfig]) -> StageResult:
     """Write ``prompts.parquet``: benchmark, prompt_id, prompt, skills (list), metadata (JSON).
 
-    Raises ThroughlineError with file and line of every malformed prompt, or where a file is not the pinned one.
+    Raises ThroughlineError with file and line of every malformed prompt, or if a file is not the pinned one.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq

@@ -1,4 +1,4 @@
-"""Owns the samples: the images of one arm for the prompts of one benchmark."""
+"""Stage `samples`: the images of one arm for the prompts of one benchmark."""
 
 import hashlib
 import io
@@ -35,43 +35,43 @@ def png_bytes(image: "Image.Image") -> bytes:
     return stream.getvalue()
 
 
-class _RememberingEncoder:
-    """A text encoder that encodes each prompt once per process, and by itself.
+class _CachingEncoder:
+    """A text encoder that encodes each prompt once per process, one at a time.
 
-    By itself, because rounding depends on a text's batch mates: whatever was encoded before, by other arms or before a
-    kill, a prompt's hidden states are the same.
+    Rounding depends on the other texts of a batch. Encoded alone, a prompt has the same hidden states whatever other
+    arms, or the same run before it was killed, encoded earlier.
     """
 
     def __init__(self, encoder: Any, max_num_bytes: int) -> None:
         self._encoder = encoder
         self.max_tokens: int = encoder.max_tokens
         self.truncated: set[str] = set()
-        """Texts that were longer than `max_tokens` and were cut."""
-        self._left = max_num_bytes
-        self._known: dict[str, Any] = {}
+        """Texts that were longer than `max_tokens`."""
+        self._num_bytes_left = max_num_bytes
+        self._cache: dict[str, Any] = {}
 
     def encode(self, texts: Sequence[str]) -> list[Any]:
         """Return the encoded texts, in order."""
         return [self._encode_one(text) for text in texts]
 
     def _encode_one(self, text: str) -> Any:
-        if text in self._known:
-            return self._known[text]
+        if text in self._cache:
+            return self._cache[text]
         (encoded,) = self._encoder.encode([text])
         if encoded.was_truncated:
             self.truncated.add(text)
         num_bytes = encoded.hidden_states.numel() * encoded.hidden_states.element_size()
-        if num_bytes <= self._left:
-            self._left -= num_bytes
-            self._known[text] = encoded
+        if num_bytes <= self._num_bytes_left:
+            self._num_bytes_left -= num_bytes
+            self._cache[text] = encoded
         return encoded
 
 
 @lru_cache(maxsize=1)
-def _text_encoder(model: ModelRef, template_version: str, device: str, max_num_bytes: int) -> _RememberingEncoder:
+def _text_encoder(model: ModelRef, template_version: str, device: str, max_num_bytes: int) -> _CachingEncoder:
     from training.data.feature_source import load_text_encoder
 
-    return _RememberingEncoder(load_text_encoder(model, template_version, device), max_num_bytes)
+    return _CachingEncoder(load_text_encoder(model, template_version, device), max_num_bytes)
 
 
 @lru_cache(maxsize=1)
@@ -81,8 +81,8 @@ def _autoencoder(model: ModelRef, device: str, subfolder: str | None) -> Any:
     return load_autoencoder(model, device, subfolder)
 
 
-def _load_sampler(checkpoint: StageOutput, config: SamplesConfig) -> "tuple[Sampler, _RememberingEncoder]":
-    """Load the checkpoint; encoder, autoencoder and encoded prompts stay for the next request of this process."""
+def _load_sampler(checkpoint: StageOutput, config: SamplesConfig) -> "tuple[Sampler, _CachingEncoder]":
+    """Load the checkpoint; encoder, autoencoder and encoded prompts are cached for later requests in this process."""
     import torch
 
     from training.export.saved_model import read_conditioning
@@ -90,16 +90,15 @@ def _load_sampler(checkpoint: StageOutput, config: SamplesConfig) -> "tuple[Samp
 
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    made_with = read_conditioning(checkpoint)
-    version, subfolder = made_with.template_version, made_with.autoencoder_subfolder
-    encoder = _text_encoder(config.text_encoder, version, config.device, config.prompt_memory_bytes)
+    record = read_conditioning(checkpoint)
+    encoder = _text_encoder(config.text_encoder, record.template_version, config.device, config.prompt_memory_bytes)
     sampler = load_sampler(
         checkpoint,
         config.text_encoder,
         config.autoencoder,
         device=config.device,
         encoder=encoder,
-        decoder=_autoencoder(config.autoencoder, config.device, subfolder),
+        decoder=_autoencoder(config.autoencoder, config.device, record.autoencoder_subfolder),
     )
     return sampler, encoder
 
@@ -107,7 +106,7 @@ def _load_sampler(checkpoint: StageOutput, config: SamplesConfig) -> "tuple[Samp
 def produce(run: StageRun[SamplesConfig]) -> StageResult:
     """Write ``images/<prompt_id>-<k>.png`` and ``samples.parquet`` (prompt_id, sample_index, path, sha256, prompt).
 
-    Inputs: the checkpoint of the arm's strategy, prompt_sets. Rows are images: prompts x images per prompt.
+    Inputs: the checkpoint of the arm's strategy, prompt_sets. The rows counted are images: prompts x images per prompt.
     """
     arm_name, benchmark = parse_partition(run.partition)
     try:
@@ -125,13 +124,13 @@ def produce(run: StageRun[SamplesConfig]) -> StageResult:
     per_prompt = config.images_per_prompt[benchmark]
     size = config.prompts_per_unit
     units = [(f"{start // size:05d}", prompts[start : start + size]) for start in range(0, len(prompts), size)]
-    todo = [(name, chunk) for name, chunk in units if not run.is_finished(name)]
-    num_done = (len(prompts) - sum(len(chunk) for _, chunk in todo)) * per_prompt
-    if todo:
+    pending = [(name, chunk) for name, chunk in units if not run.is_finished(name)]
+    num_done = (len(prompts) - sum(len(chunk) for _, chunk in pending)) * per_prompt
+    if pending:
         sampler, encoder = _load_sampler(checkpoint, config)
         settings = config.sampler.model_copy(update={"gate_shift": arm.gate_shift})
         with run.progress(len(prompts) * per_prompt, "images", initial=num_done) as progress:
-            for name, chunk in todo:
+            for name, chunk in pending:
                 with run.unit(name) as unit:
                     images = _sample(sampler, chunk, per_prompt, config.seed, settings)
                     rows = []
@@ -145,7 +144,7 @@ def produce(run: StageRun[SamplesConfig]) -> StageResult:
                     truncated = [prompt.prompt_id for prompt in chunk if prompt.prompt in encoder.truncated]
                     unit.notes["truncated"] = truncated
                 progress.advance(len(rows))
-        _warn_of_truncated(run, encoder.max_tokens)
+        _warn_about_truncated(run, encoder.max_tokens)
     rows = [row for unit in _sampled_units(run) for row in unit.notes["rows"]]
     if not run.is_finished("table"):
         _write_table(run, rows)
@@ -163,16 +162,16 @@ def _sampled_units(run: StageRun[SamplesConfig]) -> list[FinishedUnit]:
 
 
 def _truncated(run: StageRun[SamplesConfig]) -> list[str]:
-    """Ids of the prompts that were cut."""
+    """Return the ids of the prompts that were truncated."""
     return [prompt_id for unit in _sampled_units(run) for prompt_id in unit.notes["truncated"]]
 
 
-def _warn_of_truncated(run: StageRun[SamplesConfig], max_tokens: int) -> None:
+def _warn_about_truncated(run: StageRun[SamplesConfig], max_tokens: int) -> None:
     truncated = _truncated(run)
     if truncated:
         logger.warning(
-            "%s: %d prompts, such as %s, are longer in their template than the %d tokens that the text encoder reads, "
-            "and were drawn without their ends; shorten them in the benchmark's file",
+            "%s: %d prompts, such as %s, are longer than the text encoder's %d tokens with their template, and were "
+            "truncated; shorten them in the benchmark's file",
             run.label, len(truncated), truncated[0], max_tokens,
         )  # fmt: skip
 
@@ -180,9 +179,9 @@ def _warn_of_truncated(run: StageRun[SamplesConfig], max_tokens: int) -> None:
 def _sample(
     sampler: "Sampler", prompts: Sequence[EvaluationPrompt], per_prompt: int, seed: int, settings: SamplerConfig
 ) -> list[tuple[EvaluationPrompt, int, "Image.Image"]]:
-    wanted = [(prompt, index) for prompt in prompts for index in range(per_prompt)]
-    images = sampler.generate([prompt.prompt for prompt, _ in wanted], [index for _, index in wanted], seed, settings)
-    return [(prompt, index, image) for (prompt, index), image in zip(wanted, images, strict=True)]
+    items = [(prompt, index) for prompt in prompts for index in range(per_prompt)]
+    images = sampler.generate([prompt.prompt for prompt, _ in items], [index for _, index in items], seed, settings)
+    return [(prompt, index, image) for (prompt, index), image in zip(items, images, strict=True)]
 
 
 def _row(prompt: EvaluationPrompt, sample_index: int, path: str, data: bytes) -> dict[str, Any]:

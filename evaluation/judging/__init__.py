@@ -1,1 +1,1 @@
-"""Judge models: questions, answers, the stage `scores`, and calibration against known pairs."""
+"""Judge models: questions and answers, and the stages `scores` and `judge_calibration`."""

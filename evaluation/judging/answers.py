@@ -1,7 +1,7 @@
-"""Reads what judge models answer: the Yes/No of VQAScore and the ratings of UnifiedReward.
+"""Parses the answers of judge models: the Yes/No of VQAScore and the ratings of UnifiedReward.
 
-Every answer gets a status word. Nothing is guessed from a malformed answer, and nothing malformed is dropped: the
-caller counts it under its status.
+Every answer gets a status. Nothing is guessed from a malformed answer, and none is dropped silently: the caller counts
+it under its status.
 """
 
 import math
@@ -16,37 +16,36 @@ MISSING = "missing"
 NOT_A_NUMBER = "not_a_number"
 OUT_OF_RANGE = "out_of_range"
 AMBIGUOUS = "ambiguous"
-CUT = "cut"
-STATUSES = (OK, MISSING, NOT_A_NUMBER, OUT_OF_RANGE, AMBIGUOUS, CUT)
+TRUNCATED = "cut"
+STATUSES = (OK, MISSING, NOT_A_NUMBER, OUT_OF_RANGE, AMBIGUOUS, TRUNCATED)
 RATING_RANGE = (1.0, 5.0)
 
-# A probability recomputed from a logarithm may pass 1 by rounding, not by more.
-_LOGPROB_SLACK = 1e-3
+_LOGPROB_TOLERANCE = 1e-3
+"""Rounding may put a log-probability above 0 by this much at most."""
 
-
-_IMPOSSIBLE_LOGPROB = -1e9
-"""Stands for log 0, which neither JSON nor a table's reader takes."""
+_LOG_ZERO = -1e9
+"""Replaces log 0, which JSON cannot represent."""
 
 
 @dataclass(frozen=True)
-class YesNo:
-    """A judge's answer to a Yes/No question: log-probabilities at the first answer token, and what the text says."""
+class YesNoAnswer:
+    """A judge's answer to a Yes/No question: log-probabilities at the first answer token, and the answer as text."""
 
     status: str
-    """Of the log-probability of "Yes", on which the score rests."""
+    """Status of the log-probability of "Yes", on which the score depends."""
     logprob_yes: float | None
     logprob_no: float | None
-    said: str
-    """"yes", "no" or "other"."""
+    text_answer: str
+    """First word of the text: "yes", "no" or "other"."""
 
     @property
     def probability_yes(self) -> float | None:
-        """P("Yes") over the whole vocabulary: VQAScore as published."""
+        """P("Yes") over the whole vocabulary, which is the published VQAScore."""
         return None if self.logprob_yes is None else min(math.exp(self.logprob_yes), 1.0)
 
     @property
     def share_yes(self) -> float | None:
-        """P("Yes") / (P("Yes") + P("No")), from the logarithms, so that tiny probabilities keep their ratio."""
+        """P("Yes") / (P("Yes") + P("No")), computed in log space so that tiny probabilities do not underflow."""
         if self.logprob_yes is None or self.logprob_no is None:
             return None
         difference = self.logprob_no - self.logprob_yes
@@ -56,47 +55,48 @@ class YesNo:
 
     @property
     def verdict(self) -> bool | None:
-        """Whether Yes is likelier than No; a tie is a No.
+        """True if Yes is more likely than No; a tie is a No; None if neither probability is known.
 
-        An endpoint that tells its likeliest tokens alone may leave one of the two words out: the other is likelier.
+        An endpoint that returns only its most likely tokens may leave out one of the two words: the other is more
+        likely.
         """
         if self.logprob_yes is None:
             return None if self.logprob_no is None else False
         return self.logprob_no is None or self.logprob_yes > self.logprob_no
 
 
-def read_yes_no(text: str, logprobs: Mapping[str, float]) -> YesNo:
-    """Return the reading of a Yes/No answer: its text and the log-probabilities of "Yes" and "No".
+def parse_yes_no(text: str, logprobs: Mapping[str, float]) -> YesNoAnswer:
+    """Parse a Yes/No answer from its text and the log-probabilities of "Yes" and "No".
 
-    A probability of zero may come as -inf and is kept as a number. A missing, NaN or positive log-probability of
-    "Yes" gives a status other than "ok", and no score.
+    -inf, the logarithm of probability zero, is valid. A missing, NaN or positive log-probability of "Yes" gives a
+    status other than "ok", and no score.
     """
-    status, yes = _read_logprob(logprobs.get(YES))
-    _, no = _read_logprob(logprobs.get(NO))
-    word = re.match(r"\W*(\w+)", text)
-    said = word.group(1).lower() if word else ""
-    return YesNo(status, yes, no, said if said in ("yes", "no") else "other")
+    status, yes = _parse_logprob(logprobs.get(YES))
+    _, no = _parse_logprob(logprobs.get(NO))
+    match = re.match(r"\W*(\w+)", text)
+    word = match.group(1).lower() if match else ""
+    return YesNoAnswer(status, yes, no, word if word in ("yes", "no") else "other")
 
 
-def _read_logprob(value: float | None) -> tuple[str, float | None]:
+def _parse_logprob(value: float | None) -> tuple[str, float | None]:
     if value is None:
         return MISSING, None
     if math.isnan(value):
         return NOT_A_NUMBER, None
-    if value > _LOGPROB_SLACK:
+    if value > _LOGPROB_TOLERANCE:
         return OUT_OF_RANGE, None
-    return OK, max(float(value), _IMPOSSIBLE_LOGPROB)
+    return OK, max(float(value), _LOG_ZERO)
 
 
 @dataclass(frozen=True)
 class Rating:
-    """One axis of a rating: its value where the status is "ok", else None."""
+    """The rating on one axis: its value if the status is "ok", else None."""
 
     status: str
     value: float | None
 
 
-# "Style Score (1-5): 2.69", with bold marks, other separators, another dash, or "/5" behind; and the label alone.
+# "Style Score (1-5): 2.69", also with bold marks, other separators or dashes, a trailing "/5", or without a value.
 _LABEL = (
     r"(?im)^[^\S\n]*(?:[-*•>#]+[^\S\n]*)*[*_`]*{axis}(?:[^\S\n]+score)?[*_`]*(?:[^\S\n]*[(\[][^)\]\n]*[)\]])?[*_`]*"
 )
@@ -106,33 +106,33 @@ _VALUE = re.compile(
 )
 
 
-def read_ratings(text: str, *, is_cut: bool = False) -> dict[str, Rating]:
+def parse_ratings(text: str, *, is_truncated: bool = False) -> dict[str, Rating]:
     """Return a rating for each axis of `RATING_AXES`, from an answer in UnifiedReward's format.
 
-    "missing": no line for the axis, or nothing behind its label. "not_a_number": something that is no number (NaN,
-    N/A, X). "out_of_range": a number outside 1 to 5; it is never clipped. "ambiguous": several lines for the axis
-    that disagree. "cut": the axis stands in the last line of an answer that ended at the token limit (`is_cut`), where
+    "missing": no line for the axis, or nothing after its label. "not_a_number": anything but a number (NaN, N/A, X).
+    "out_of_range": a number outside 1 to 5; it is never clipped. "ambiguous": several lines for the axis that
+    disagree. "cut": the axis is in the last line of an answer that ended at the token limit (`is_truncated`), where
     2.69 may have become 2. Lines may come in any order, with Markdown around them and prose between them.
     """
-    if not is_cut:
-        return {axis: _read_axis(text, axis) for axis in RATING_AXES}
-    whole_lines, _, last_line = text.rpartition("\n")
-    ratings = {axis: _read_axis(whole_lines, axis) for axis in RATING_AXES}
-    touched = {axis for axis in RATING_AXES if _read_axis(last_line, axis).status != MISSING}
-    return {axis: Rating(CUT, None) if axis in touched else rating for axis, rating in ratings.items()}
+    if not is_truncated:
+        return {axis: _parse_axis(text, axis) for axis in RATING_AXES}
+    complete_lines, _, last_line = text.rpartition("\n")
+    ratings = {axis: _parse_axis(complete_lines, axis) for axis in RATING_AXES}
+    truncated = {axis for axis in RATING_AXES if _parse_axis(last_line, axis).status != MISSING}
+    return {axis: Rating(TRUNCATED, None) if axis in truncated else rating for axis, rating in ratings.items()}
 
 
-def _read_axis(text: str, axis: str) -> Rating:
+def _parse_axis(text: str, axis: str) -> Rating:
     pattern = re.compile(_LABEL.format(axis=axis) + _SEPARATOR + r"(?P<rest>[^\n]*)")
-    found = {_read_value(match.group("rest")) for match in pattern.finditer(text)}
-    if not found:
+    ratings = {_parse_value(match.group("rest")) for match in pattern.finditer(text)}
+    if not ratings:
         return Rating(MISSING, None)
-    if len(found) > 1:
+    if len(ratings) > 1:
         return Rating(AMBIGUOUS, None)
-    return found.pop()
+    return ratings.pop()
 
 
-def _read_value(rest: str) -> Rating:
+def _parse_value(rest: str) -> Rating:
     rest = rest.strip().strip("*_`[]()").strip()
     if not rest:
         return Rating(MISSING, None)

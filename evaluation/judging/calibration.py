@@ -1,6 +1,6 @@
-"""Owns the trial of the judge on real pictures: does it say Yes to a picture's own caption, and No to another's?
+"""Stage `judge_calibration`: how well the judge tells a training image's own caption from another image's.
 
-The captions are a model's work, so this measures agreement with the captioner and discrimination, not truth.
+The captions come from a model, so this measures agreement with the captioner and discrimination, not truth.
 """
 
 import sys
@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from evaluation.config import JudgeCalibrationConfig
-from evaluation.judging.answers import OK, read_yes_no
+from evaluation.judging.answers import OK, parse_yes_no
+from evaluation.judging.caption_tables import caption_tables, even_indices
 from evaluation.judging.checks import CALIBRATION
 from evaluation.judging.judges import ANSWER_FAILED
-from evaluation.report.caption_tables import caption_tables, evenly
 from pipelines.core.digest import digest_json
 from pipelines.core.errors import ThroughlineError
 from pipelines.core.manifest import DROPPED_NAME
@@ -32,8 +32,8 @@ OTHER = "other"
 
 
 @dataclass(frozen=True)
-class _Pair:
-    """A picture, its own caption, and another picture's."""
+class _CaptionPair:
+    """An image, its own caption, and the caption of another image."""
 
     sample_key: str
     image_bytes: bytes
@@ -53,29 +53,29 @@ class _Pair:
         ]
 
 
-def choose_pairs(captions: Mapping[str, str], wanted: int) -> list[tuple[str, str]]:
-    """Return (sample_key, key of the other caption) of at most `wanted` pictures, by the digest of their keys.
+def choose_pairs(captions: Mapping[str, str], limit: int) -> list[tuple[str, str]]:
+    """Return (sample_key, key of the other caption) of at most `limit` images, chosen by the digest of their keys.
 
-    The other caption is that of the next chosen picture which is captioned differently. Raises ThroughlineError where
-    all captions are the same.
+    The other caption is that of the next chosen image with a different caption. Raises ThroughlineError if all captions
+    are equal.
     """
-    keys = sorted(captions, key=digest_json)[:wanted]
+    keys = sorted(captions, key=digest_json)[:limit]
     pairs = []
-    for place, key in enumerate(keys):
-        others = keys[place + 1 :] + keys[:place]
+    for index, key in enumerate(keys):
+        others = keys[index + 1 :] + keys[:index]
         other = next((other for other in others if captions[other] != captions[key]), None)
         if other is None:
             raise ThroughlineError(
-                f"judge_calibration: all {len(keys)} chosen captions are the same; look at the captions first"
+                f"judge_calibration: all {len(keys)} chosen captions are the same; check the captions first"
             )
         pairs.append((key, other))
     return pairs
 
 
-def _pairs(run: StageRun[JudgeCalibrationConfig]) -> list[_Pair]:
-    """Choose pictures from tables spread evenly over all parts; no more than `_MAX_TABLES` are read."""
+def _pairs(run: StageRun[JudgeCalibrationConfig]) -> list[_CaptionPair]:
+    """Choose images from at most `_MAX_TABLES` tables, spread evenly over all parts."""
     tables = caption_tables(run.inputs.get("images", ()), run.inputs.get("captions", ()))
-    tables = [tables[index] for index in evenly(len(tables), _MAX_TABLES)]
+    tables = [tables[index] for index in even_indices(len(tables), _MAX_TABLES)]
     withdrawn = read_keys(run.config.withdrawn)
     by_table = [
         {key: text for key, text in table.captions().items() if text.strip() and key not in withdrawn}
@@ -85,19 +85,19 @@ def _pairs(run: StageRun[JudgeCalibrationConfig]) -> list[_Pair]:
     if not captions:
         raise ThroughlineError("judge_calibration: no captions among the inputs; run captions first")
     chosen = choose_pairs(captions, run.config.num_images)
-    pictures: dict[str, tuple[str, bytes]] = {}
+    images: dict[str, tuple[str, bytes]] = {}
     for table, texts in zip(tables, by_table, strict=True):
-        pictures |= table.pictures({key for key, _ in chosen if key in texts})
-    return [_Pair(key, pictures[key][1], captions[key], other, captions[other]) for key, other in chosen]
+        images |= table.images({key for key, _ in chosen if key in texts})
+    return [_CaptionPair(key, images[key][1], captions[key], other, captions[other]) for key, other in chosen]
 
 
-def _write_unit(unit: Unit, pairs: Sequence[_Pair], answers: Sequence[VisionAnswer]) -> None:
-    waiting, rows = iter(answers), []
+def _write_unit(unit: Unit, pairs: Sequence[_CaptionPair], answers: Sequence[VisionAnswer]) -> None:
+    remaining, rows = iter(answers), []
     for pair in pairs:
         for kind, key, statement in ((OWN, pair.sample_key, pair.own), (OTHER, pair.other_key, pair.other)):
-            answer = next(waiting)
-            found = read_yes_no(answer.text, answer.logprobs)
-            status = ANSWER_FAILED if answer.error is not None else found.status
+            answer = next(remaining)
+            yes_no = parse_yes_no(answer.text, answer.logprobs)
+            status = ANSWER_FAILED if answer.error is not None else yes_no.status
             if status != OK:
                 unit.drop(f"{pair.sample_key}|{kind}", status, (answer.error or answer.text)[:200])
                 continue
@@ -108,8 +108,8 @@ def _write_unit(unit: Unit, pairs: Sequence[_Pair], answers: Sequence[VisionAnsw
                     "statement_key": key,
                     "statement": statement,
                     "raw_answer": answer.text,
-                    "probability_yes": found.probability_yes,
-                    "verdict": found.verdict,
+                    "probability_yes": yes_no.probability_yes,
+                    "verdict": yes_no.verdict,
                 }
             )
     unit.account(rows_in=2 * len(pairs), rows_out=len(rows))
@@ -117,7 +117,7 @@ def _write_unit(unit: Unit, pairs: Sequence[_Pair], answers: Sequence[VisionAnsw
 
 
 def area_under_roc(positives: Sequence[float], negatives: Sequence[float]) -> float | None:
-    """Return the share of (positive, negative) pairs in which the positive is larger; a tie counts half."""
+    """Return the share of (positive, negative) pairs in which the positive is larger; ties count half."""
     if not positives or not negatives:
         return None
     wins = sum((p > n) + 0.5 * (p == n) for p in positives for n in negatives)
@@ -126,7 +126,7 @@ def area_under_roc(positives: Sequence[float], negatives: Sequence[float]) -> fl
 
 def _summary(rows: Sequence[Mapping[str, Any]], num_images: int) -> dict[str, Any]:
     by_kind = {kind: [row["probability_yes"] for row in rows if row["kind"] == kind] for kind in (OWN, OTHER)}
-    right = [row["verdict"] == (row["kind"] == OWN) for row in rows]
+    correct = [row["verdict"] == (row["kind"] == OWN) for row in rows]
     auc = area_under_roc(by_kind[OWN], by_kind[OTHER])
 
     def mean(values: Sequence[float]) -> float | None:
@@ -135,7 +135,7 @@ def _summary(rows: Sequence[Mapping[str, Any]], num_images: int) -> dict[str, An
     return {
         "num_images": num_images,
         "num_answers": len(rows),
-        "accuracy": mean(right),
+        "accuracy": mean(correct),
         "accuracy_own": mean([row["verdict"] for row in rows if row["kind"] == OWN]),
         "accuracy_other": mean([not row["verdict"] for row in rows if row["kind"] == OTHER]),
         "auc": round(auc, 6) if auc is not None else None,
@@ -145,9 +145,9 @@ def _summary(rows: Sequence[Mapping[str, Any]], num_images: int) -> dict[str, An
 
 
 def produce(run: StageRun[JudgeCalibrationConfig]) -> StageResult:
-    """Write ``calibration.parquet``: one row per question that could be read.
+    """Write ``calibration.parquet``: one row per question with a readable answer.
 
-    Inputs: images and captions (all parts). Rows are questions: two per chosen picture.
+    Inputs: images and captions (all parts). The rows counted are questions: two per chosen image.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -156,18 +156,18 @@ def produce(run: StageRun[JudgeCalibrationConfig]) -> StageResult:
     pairs = _pairs(run)
     size = config.images_per_unit
     chunks = {f"{start // size:05d}": pairs[start : start + size] for start in range(0, len(pairs), size)}
-    todo = {name: chunk for name, chunk in chunks.items() if not run.is_finished(name)}
-    if todo:
+    pending = {name: chunk for name, chunk in chunks.items() if not run.is_finished(name)}
+    if pending:
         pool = engine_pool(config.judge, config.pool)
-        print(f"{run.label}: asking {config.judge.model.id}", file=sys.stderr, flush=True)
+        print(f"{run.label}: starting {config.judge.model.id}", file=sys.stderr, flush=True)
         pool.start()
-        batches = ((name, [ask for pair in chunk for ask in pair.requests()]) for name, chunk in todo.items())
-        num_done = len(pairs) - sum(len(chunk) for chunk in todo.values())
+        batches = ((name, [item for pair in chunk for item in pair.requests()]) for name, chunk in pending.items())
+        num_done = len(pairs) - sum(len(chunk) for chunk in pending.values())
         with run.progress(len(pairs), "images", initial=num_done) as progress:
             for name, answers in pool.answer(batches):
                 with run.unit(name) as unit:
-                    _write_unit(unit, todo[name], answers)
-                progress.advance(len(todo[name]))
+                    _write_unit(unit, pending[name], answers)
+                progress.advance(len(pending[name]))
     rows = [row for unit in run.finished_units() if unit.name != "table" for row in unit.notes["rows"]]
     if not run.is_finished("table"):
         schema = pa.schema(

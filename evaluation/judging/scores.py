@@ -1,4 +1,4 @@
-"""Owns the scores: a judge model's answers about the samples of one arm and benchmark, and the numbers made of them."""
+"""Stage `scores`: a judge model's answers about the samples of one arm and benchmark, and the scores made of them."""
 
 import sys
 from collections import Counter
@@ -14,13 +14,13 @@ from evaluation.judging.checks import SCORE_CHECKS
 from evaluation.judging.cost import scores_cost
 from evaluation.judging.judges import (
     METRICS,
-    Question,
+    JudgeQuestion,
     Score,
     answer_row,
     is_usable,
-    questions_for,
-    scores_of,
-    wanted_words,
+    judge_questions,
+    logprob_words,
+    score_image,
 )
 from pipelines.core.errors import ThroughlineError
 from pipelines.runner.outputs import StageOutput
@@ -40,14 +40,14 @@ def _read_images(samples: StageOutput) -> list[dict[str, Any]]:
 
 @dataclass(frozen=True)
 class _Batch:
-    """The images of one unit, with the questions about each."""
+    """The images of one unit, with the questions about each of them."""
 
     name: str
     images: Sequence[Mapping[str, Any]]
-    questions: Sequence[Sequence[Question]]
+    questions: Sequence[Sequence[JudgeQuestion]]
 
     def requests(self, samples: StageOutput, max_rating_tokens: int) -> list[VisionRequest]:
-        """Return one request per question; the images are read when the engine is ready for them."""
+        """Return one request per question. Reads the images, so call it only when the engine is ready for them."""
         requests: list[VisionRequest] = []
         for image, questions in zip(self.images, self.questions, strict=True):
             image_bytes = samples.path(image["path"]).read_bytes()
@@ -55,8 +55,8 @@ class _Batch:
                 VisionRequest(
                     image_bytes=image_bytes,
                     text=question.text,
-                    max_tokens=1 if question.wants_yes_no else max_rating_tokens,
-                    want_logprobs_of=wanted_words(question),
+                    max_tokens=1 if question.is_yes_no else max_rating_tokens,
+                    want_logprobs_of=logprob_words(question),
                 )
                 for question in questions
             ]
@@ -70,28 +70,28 @@ def _write_unit(
     prompts: Mapping[str, EvaluationPrompt],
     config: ScoresConfig,
 ) -> None:
-    """Note a unit's answers and scores, and drop with a reason what gives no score."""
-    waiting = iter(answers)
+    """Record a unit's answers and scores; a score that cannot be read is dropped with a reason."""
+    remaining = iter(answers)
     answer_rows, score_rows, num_unscored = [], [], 0
     for image, questions in zip(batch.images, batch.questions, strict=True):
         prompt = prompts[image["prompt_id"]]
-        given = [next(waiting) for _ in questions]
-        answer_rows += [answer_row(image, question, answer) for question, answer in zip(questions, given, strict=True)]
-        for score in scores_of(prompt, questions, given):
+        own = [next(remaining) for _ in questions]
+        answer_rows += [answer_row(image, question, answer) for question, answer in zip(questions, own, strict=True)]
+        for score in score_image(prompt, questions, own):
             if is_usable(score):
                 score_rows.append(_score_row(image, prompt, score))
             else:
                 num_unscored += 1
                 key = f"{image['prompt_id']}-{image['sample_index']}|{score.metric}"
-                unit.drop(key, score.status, (given[0].error or given[0].text)[:200])
-    num_wanted = len(score_rows) + num_unscored
-    if num_unscored > config.max_unscored_share * num_wanted:
+                unit.drop(key, score.status, (own[0].error or own[0].text)[:200])
+    num_expected = len(score_rows) + num_unscored
+    if num_unscored > config.max_unscored_share * num_expected:
         raise ThroughlineError(
-            f"scores, unit {unit.name}: {num_unscored} of {num_wanted} scores can't be read from the judge's answers, "
-            f"at most {config.max_unscored_share:.0%} may be; look at the judge ({config.judge.model.id}), "
-            "or raise max_unscored_share"
+            f"scores, unit {unit.name}: {num_unscored} of {num_expected} scores cannot be read from the judge's "
+            f"answers, allowed are {config.max_unscored_share:.0%}; check the judge ({config.judge.model.id}) or "
+            "raise max_unscored_share"
         )
-    unit.account(rows_in=num_wanted, rows_out=len(score_rows))
+    unit.account(rows_in=num_expected, rows_out=len(score_rows))
     unit.notes |= {"answers": answer_rows, "scores": score_rows}
 
 
@@ -146,40 +146,42 @@ def _summary(config: ScoresConfig, benchmark: str, answers: Sequence[Any], score
 def produce(run: StageRun[ScoresConfig]) -> StageResult:
     """Write ``answers.parquet`` (every raw answer) and ``scores.parquet`` (every score that could be read).
 
-    Inputs: samples of the partition's arm and benchmark, prompt_sets. Rows are scores: images x metrics of the
-    benchmark; a score that can't be read is dropped with its status as the reason.
+    Inputs: samples of the partition's arm and benchmark, prompt_sets. The rows counted are scores (images x metrics of
+    the benchmark); a score that cannot be read is dropped with its status as the reason.
     """
     config = run.config
     _, benchmark = parse_partition(run.partition)
     samples = run.input("samples")
     if samples.manifest.partition != run.partition:
-        raise ThroughlineError(f"scores {run.partition}: got samples of {samples.manifest.partition}; give its own")
+        raise ThroughlineError(
+            f"scores {run.partition}: got samples of {samples.manifest.partition}, expected those of {run.partition}"
+        )
     prompts = {prompt.prompt_id: prompt for prompt in read_prompts(run.input("prompt_sets"), benchmark)}
     images = _read_images(samples)
     unknown = sorted({image["prompt_id"] for image in images} - set(prompts))
     if unknown:
         raise ThroughlineError(
-            f"scores {run.partition}: samples of {len(unknown)} prompts that prompt_sets lacks ({unknown[0]}, ...); "
+            f"scores {run.partition}: {len(unknown)} prompts of samples are not in prompt_sets ({unknown[0]}, ...); "
             "re-run samples"
         )
-    asked = [questions_for(prompts[image["prompt_id"]]) for image in images]
+    questions = [judge_questions(prompts[image["prompt_id"]]) for image in images]
     size = config.images_per_unit
     batches = [
-        _Batch(f"{start // size:05d}", images[start : start + size], asked[start : start + size])
+        _Batch(f"{start // size:05d}", images[start : start + size], questions[start : start + size])
         for start in range(0, len(images), size)
     ]
-    todo = {batch.name: batch for batch in batches if not run.is_finished(batch.name)}
-    if todo:
+    pending = {batch.name: batch for batch in batches if not run.is_finished(batch.name)}
+    if pending:
         pool = engine_pool(config.judge, config.pool)
-        print(f"{run.label}: asking {config.judge.model.id}", file=sys.stderr, flush=True)
+        print(f"{run.label}: starting {config.judge.model.id}", file=sys.stderr, flush=True)
         pool.start()
-        num_done = len(images) - sum(len(batch.images) for batch in todo.values())
-        requests = ((name, batch.requests(samples, config.max_rating_tokens)) for name, batch in todo.items())
+        num_done = len(images) - sum(len(batch.images) for batch in pending.values())
+        requests = ((name, batch.requests(samples, config.max_rating_tokens)) for name, batch in pending.items())
         with run.progress(len(images), "images", initial=num_done) as progress:
             for name, answers in pool.answer(requests):
                 with run.unit(name) as unit:
-                    _write_unit(unit, todo[name], answers, prompts, config)
-                progress.advance(len(todo[name].images))
+                    _write_unit(unit, pending[name], answers, prompts, config)
+                progress.advance(len(pending[name].images))
     finished = [unit for unit in run.finished_units() if unit.name != "tables"]
     answers = [row for unit in finished for row in unit.notes["answers"]]
     scores = [row for unit in finished for row in unit.notes["scores"]]

@@ -1,1 +1,1 @@
-"""Stage `report`: one HTML file that opens offline, with its charts and its lineage."""
+"""Stage `report`: one HTML file that opens offline."""

@@ -1,4 +1,4 @@
-"""Gathers what the report shows from finished outputs: counts, curves, pictures, grids. Knows nothing of HTML."""
+"""Collects the report's contents from finished outputs: counts, curves, images, grids. HTML is up to the template."""
 
 import base64
 import io
@@ -9,14 +9,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from evaluation.config import Benchmark, parse_partition
-from evaluation.report.caption_tables import caption_tables, evenly
+from evaluation.judging.caption_tables import caption_tables, even_indices
 from evaluation.report.lineage import Lineage
 from pipelines.core.manifest import EARLIER
 from pipelines.dataset.dataset import left_out_as_withdrawn
 from pipelines.runner.outputs import StageOutput
 from pipelines.runner.stage import Stage
 
-_PICTURE_QUALITY = 82
+_WEBP_QUALITY = 82
 
 
 @dataclass(frozen=True)
@@ -57,8 +57,8 @@ def funnel(lineage: Lineage, stages: Mapping[str, Stage[Any]]) -> list[FunnelSte
     return steps
 
 
-def picture_uri(image_bytes: bytes, size_px: int) -> str:
-    """Return an encoded picture as a data URI, scaled to fit a square of `size_px`."""
+def image_data_uri(image_bytes: bytes, size_px: int) -> str:
+    """Return an encoded image as a WebP data URI, scaled down to fit a square of `size_px`."""
     from PIL import Image
 
     with Image.open(io.BytesIO(image_bytes)) as image:
@@ -66,13 +66,13 @@ def picture_uri(image_bytes: bytes, size_px: int) -> str:
         if max(small.size) > size_px:
             small.thumbnail((size_px, size_px), Image.Resampling.LANCZOS)
         stream = io.BytesIO()
-        small.save(stream, "WEBP", quality=_PICTURE_QUALITY, method=4)
+        small.save(stream, "WEBP", quality=_WEBP_QUALITY, method=4)
     return "data:image/webp;base64," + base64.b64encode(stream.getvalue()).decode()
 
 
 @dataclass(frozen=True)
-class CaptionedPicture:
-    """A training picture with the text it came with and the one it got."""
+class CaptionedImage:
+    """A training image with its alt-text and its caption."""
 
     sample_key: str
     alt_text: str
@@ -80,29 +80,28 @@ class CaptionedPicture:
     uri: str
 
 
-def sample_captions(lineage: Lineage, wanted: int, size_px: int) -> list[CaptionedPicture]:
-    """Return captions with their pictures, spread evenly over parts, their tables, and the sample keys in a table.
+def sample_captions(lineage: Lineage, limit: int, size_px: int) -> list[CaptionedImage]:
+    """Return at most `limit` captions with their images, spread evenly over parts, tables and sample keys.
 
-    Reads no more tables than captions are wanted, however many there are. Rows that the data set left out as withdrawn
-    are not shown.
+    Reads at most `limit` tables. Rows that the data set dropped as withdrawn are not shown.
     """
     withdrawn = left_out_as_withdrawn(lineage.get("dataset", ()))
     tables = caption_tables(lineage.get("images", ()), lineage.get("captions", ()))
-    chosen = [tables[index] for index in evenly(len(tables), wanted)]
-    shown: list[CaptionedPicture] = []
-    for place, table in enumerate(chosen):
-        share = wanted * (place + 1) // len(chosen) - wanted * place // len(chosen)
+    chosen = [tables[index] for index in even_indices(len(tables), limit)]
+    shown: list[CaptionedImage] = []
+    for number, table in enumerate(chosen):
+        count = limit * (number + 1) // len(chosen) - limit * number // len(chosen)
         captions = {key: text for key, text in table.captions().items() if key not in withdrawn}
         keys = sorted(captions)
-        pictures = table.pictures({keys[index] for index in evenly(len(keys), share)})
-        for key, (alt_text, image_bytes) in sorted(pictures.items()):
-            shown.append(CaptionedPicture(key, alt_text, captions[key], picture_uri(image_bytes, size_px)))
+        images = table.images({keys[index] for index in even_indices(len(keys), count)})
+        for key, (alt_text, image_bytes) in sorted(images.items()):
+            shown.append(CaptionedImage(key, alt_text, captions[key], image_data_uri(image_bytes, size_px)))
     return shown
 
 
 @dataclass(frozen=True)
 class LossCurve:
-    """A strategy's training losses by step, and its validation losses where there are any."""
+    """A strategy's training losses by step, and its validation losses if it has any."""
 
     strategy: str
     steps: Sequence[int]
@@ -119,7 +118,7 @@ def loss_curves(lineage: Lineage) -> list[LossCurve]:
     for output in lineage.get("checkpoint", ()):
         rows = [json.loads(line) for line in output.path("metrics.jsonl").read_text().splitlines()]
         validation = [(row["step"], row["validation_loss"]) for row in rows if row.get("validation_loss") is not None]
-        rows = [row for row in rows if row["loss"] is not None]  # a step left out may have none
+        rows = [row for row in rows if row["loss"] is not None]  # a skipped step may have none
         curves.append(
             LossCurve(
                 output.manifest.partition or "",
@@ -131,8 +130,8 @@ def loss_curves(lineage: Lineage) -> list[LossCurve]:
     return sorted(curves, key=lambda curve: order.index(curve.strategy) if curve.strategy in order else len(order))
 
 
-def smoothed(values: Sequence[float], window: int) -> list[float]:
-    """Return the running mean over the last `window` values (fewer at the start)."""
+def running_mean(values: Sequence[float], window: int) -> list[float]:
+    """Return the mean over the last `window` values at each position (fewer at the start)."""
     means, total = [], 0.0
     for index, value in enumerate(values):
         total += value - (values[index - window] if index >= window else 0.0)
@@ -140,16 +139,16 @@ def smoothed(values: Sequence[float], window: int) -> list[float]:
     return means
 
 
-def thinned(values: Sequence[Any], wanted: int = 240) -> list[Any]:
-    """Return at most about `wanted` values evenly spaced, the last one among them."""
-    step = max(1, len(values) // wanted)
-    kept = list(values[::step])
-    return kept if not values or (len(values) - 1) % step == 0 else [*kept, values[-1]]
+def subsample(values: Sequence[Any], target: int = 240) -> list[Any]:
+    """Return about `target` evenly spaced values, including the last one."""
+    step = max(1, len(values) // target)
+    chosen = list(values[::step])
+    return chosen if not values or (len(values) - 1) % step == 0 else [*chosen, values[-1]]
 
 
 @dataclass(frozen=True)
 class GridCell:
-    """A picture of the sample grid, with the judge's scores of it."""
+    """An image of the sample grid, with the judge's scores for it."""
 
     uri: str | None
     scores: Sequence[tuple[str, float]] = ()
@@ -157,7 +156,7 @@ class GridCell:
 
 @dataclass(frozen=True)
 class GridRow:
-    """A prompt with one picture per arm."""
+    """A prompt with one image per arm."""
 
     prompt_id: str
     prompt: str
@@ -174,14 +173,14 @@ class Grid:
     rows: Sequence[GridRow] = field(default_factory=list)
 
 
-def sample_grid(lineage: Lineage, benchmark: Benchmark, arms: Sequence[str], wanted: int, size_px: int) -> Grid:
-    """Return the first sample of some prompts that every arm has: the same prompts in the same rows for all arms."""
+def sample_grid(lineage: Lineage, benchmark: Benchmark, arms: Sequence[str], limit: int, size_px: int) -> Grid:
+    """Return a grid of at most `limit` prompts that all arms have, with the first sample of each arm."""
     import pyarrow.parquet as pq
 
     samples: dict[str, tuple[StageOutput, dict[str, dict[str, Any]]]] = {}
     for output in lineage.get("samples", ()):
-        arm, of_benchmark = parse_partition(output.manifest.partition)
-        if of_benchmark == benchmark:
+        arm, sampled_benchmark = parse_partition(output.manifest.partition)
+        if sampled_benchmark == benchmark:
             rows = pq.read_table(output.path("samples.parquet")).to_pylist()
             samples[arm] = (output, {row["prompt_id"]: row for row in rows if row["sample_index"] == 0})
     shown = [arm for arm in arms if arm in samples]
@@ -190,29 +189,29 @@ def sample_grid(lineage: Lineage, benchmark: Benchmark, arms: Sequence[str], wan
     scores, skills = _scores_of_first_samples(lineage, benchmark)
     common = sorted(set.intersection(*(set(samples[arm][1]) for arm in shown)))
     rows = []
-    for prompt_id in _spread_over_skills(common, skills, wanted):
+    for prompt_id in _spread_over_skills(common, skills, limit):
         cells = []
         for arm in shown:
             output, by_prompt = samples[arm]
-            uri = picture_uri(output.path(by_prompt[prompt_id]["path"]).read_bytes(), size_px)
+            uri = image_data_uri(output.path(by_prompt[prompt_id]["path"]).read_bytes(), size_px)
             cells.append(GridCell(uri, scores.get((arm, prompt_id), ())))
         prompt = samples[shown[0]][1][prompt_id]["prompt"]
         rows.append(GridRow(prompt_id, prompt, skills.get(prompt_id, ()), cells))
     return Grid(benchmark, shown, rows)
 
 
-def _spread_over_skills(prompt_ids: Sequence[str], skills: Mapping[str, Sequence[str]], wanted: int) -> list[str]:
-    """Choose prompts in turn from the groups of equal first skills, and return them in order."""
+def _spread_over_skills(prompt_ids: Sequence[str], skills: Mapping[str, Sequence[str]], limit: int) -> list[str]:
+    """Choose prompts round-robin from groups with the same first two skills, and return them in order."""
     groups: dict[str, list[str]] = {}
     for prompt_id in prompt_ids:
         groups.setdefault(" ".join(skills.get(prompt_id, ())[:2]), []).append(prompt_id)
     queues = [list(group) for group in groups.values()]
-    if len(queues) > wanted:
-        queues = [queues[index] for index in evenly(len(queues), wanted)]
+    if len(queues) > limit:
+        queues = [queues[index] for index in even_indices(len(queues), limit)]
     chosen: list[str] = []
-    while len(chosen) < wanted and any(queues):
+    while len(chosen) < limit and any(queues):
         for queue in queues:
-            if queue and len(chosen) < wanted:
+            if queue and len(chosen) < limit:
                 chosen.append(queue.pop(0))
     return sorted(chosen)
 
@@ -225,8 +224,8 @@ def _scores_of_first_samples(
     scores: dict[tuple[str, str], list[tuple[str, float]]] = {}
     skills: dict[str, tuple[str, ...]] = {}
     for output in lineage.get("scores", ()):
-        arm, of_benchmark = parse_partition(output.manifest.partition)
-        if of_benchmark != benchmark:
+        arm, scored_benchmark = parse_partition(output.manifest.partition)
+        if scored_benchmark != benchmark:
             continue
         for row in pq.read_table(output.path("scores.parquet")).to_pylist():
             skills[row["prompt_id"]] = tuple(row["skills"])
@@ -237,7 +236,7 @@ def _scores_of_first_samples(
 
 @dataclass(frozen=True)
 class ProvenanceRow:
-    """A stage's outputs of one code version, with the models that took part."""
+    """A stage's outputs of one code version, with the models and external files they used."""
 
     stage: str
     code_version: str
@@ -247,11 +246,11 @@ class ProvenanceRow:
     models: Sequence[tuple[str, str]]
     """(model, revision)."""
     sources: Sequence[tuple[str, str]]
-    """(file, SHA-256) of what came from outside the graph."""
+    """(file, SHA-256) of files from outside the graph."""
 
 
 def provenance(lineage: Lineage, max_outputs: int = 24) -> list[ProvenanceRow]:
-    """Return one row per stage and code version, in the order of the graph."""
+    """Return one row per stage and code version, in graph order, with at most `max_outputs` outputs listed."""
     rows = []
     for stage, outputs in lineage.items():
         by_version: dict[str, list[StageOutput]] = {}

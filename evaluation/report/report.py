@@ -1,4 +1,4 @@
-"""Owns the report: one HTML file that opens offline and leads from rows to judged numbers."""
+"""Stage `report`: one HTML file that opens offline and covers the whole run, from rows to scores."""
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 _TEMPLATE = "report.html.j2"
 _FEW_PROMPTS = 10
-"""With fewer prompts a bootstrap interval says little (all equal gives width zero), and nothing is coloured."""
+"""With fewer prompts nothing is coloured: a bootstrap interval says little (equal scores give it zero width)."""
 _BENCHMARK_TITLES = {"geneval": "GenEval", "genai_bench": "GenAI-Bench", "drawbench": "DrawBench"}
 _METRIC_TITLES = {
     "geneval": "GenEval by judge",
@@ -42,11 +42,12 @@ _ARM_TITLES = {
 
 
 def arm_title(arm: str) -> str:
-    """Return an arm's name for people; its short code stands in the paper's tables."""
+    """Return an arm's display name."""
     return _ARM_TITLES.get(arm, ("", arm))[1]
 
 
 def arm_code(arm: str) -> str:
+    """Return an arm's short code in the paper's tables."""
     return _ARM_TITLES.get(arm, ("", arm))[0]
 
 
@@ -55,7 +56,7 @@ def _colour(arm: str) -> int:
 
 
 def show(value: float | None, digits: int = 1, *, signed: bool = False) -> str:
-    """Return a number with a true minus sign, or a dash where there is none."""
+    """Return a number with a typographic minus sign, or a dash for None."""
     if value is None:
         return "–"
     text = f"{value:+.{digits}f}" if signed else f"{value:.{digits}f}"
@@ -65,12 +66,12 @@ def show(value: float | None, digits: int = 1, *, signed: bool = False) -> str:
 
 
 def grouped(value: int | None) -> str:
-    """Return a count with thin spaces between thousands."""
+    """Return a count with thin spaces between groups of thousands."""
     return "–" if value is None else f"{value:,}".replace(",", "\u202f")
 
 
 def _score_caption(scores: Sequence[tuple[str, float]]) -> str:
-    """Return what stands under a picture of the sample grid."""
+    """Return the caption of an image in the sample grid."""
     values = dict(scores)
     if "geneval_vqa" in values:
         return "✓ all clauses" if values["geneval_vqa"] == 1 else "✗"
@@ -80,42 +81,42 @@ def _score_caption(scores: Sequence[tuple[str, float]]) -> str:
 
 
 def _interval_charts(results: Mapping[str, Any]) -> list[str]:
-    from evaluation.report.charts import Estimate, inline_svg, interval_chart
+    from evaluation.analysis.charts import IntervalRow, inline_svg, interval_chart
 
     charts = []
     for name in ("geneval", "genai", "unified_style"):
-        estimates = []
+        rows = []
         for row in results["table_1"]:
             cell = row[name]
             value = (cell["value"], cell["low"], cell["high"]) if cell else None
-            estimates.append(Estimate(arm_title(row["arm"]), value, _colour(row["arm"])))
-        if any(item.value for item in estimates):
+            rows.append(IntervalRow(arm_title(row["arm"]), value, _colour(row["arm"])))
+        if any(item.value for item in rows):
             title = _METRIC_TITLES[name]
-            charts.append(inline_svg([interval_chart(estimates, title=title, width=352)], f"{title} by arm"))
+            charts.append(inline_svg([interval_chart(rows, title=title, width=352)], f"{title} by arm"))
     return charts
 
 
 def _window(curves: Sequence["LossCurve"]) -> int:
-    """Return over how many steps losses are averaged for the eye."""
+    """Return the number of steps over which loss curves are smoothed."""
     return max(1, len(curves[0].losses) // 20) if curves else 1
 
 
 def _loss_charts(curves: Sequence["LossCurve"]) -> list[str]:
-    """Draw the losses, and their differences from the first strategy's, which saw the same samples and noise."""
-    from evaluation.report.charts import Series, inline_svg, line_chart
-    from evaluation.report.data import smoothed, thinned
+    """Draw the losses, and their differences from those of the first strategy."""
+    from evaluation.analysis.charts import Series, inline_svg, line_chart
+    from evaluation.report.data import running_mean, subsample
 
     if not curves:
         return []
     window = _window(curves)
     lines, differences = [], []
     for curve in curves:
-        steps, losses = thinned(curve.steps), thinned(smoothed(curve.losses, window))
+        steps, losses = subsample(curve.steps), subsample(running_mean(curve.losses, window))
         lines.append(Series(arm_title(curve.strategy), steps, losses, _colour(curve.strategy)))
         if curve is not curves[0] and list(curve.steps) == list(curves[0].steps):
             gaps = [a - b for a, b in zip(curve.losses, curves[0].losses, strict=True)]
             differences.append(
-                Series(arm_title(curve.strategy), steps, thinned(smoothed(gaps, window)), _colour(curve.strategy))
+                Series(arm_title(curve.strategy), steps, subsample(running_mean(gaps, window)), _colour(curve.strategy))
             )
     tail = sorted(value for line in lines for value in line.ys[len(line.ys) // 8 :])
     head = max(tail) * 1.6 if tail else None
@@ -133,8 +134,8 @@ def _fusion_charts(analyses: Sequence[StageOutput]) -> list[dict[str, Any]]:
     import numpy as np
     import pyarrow.parquet as pq
 
-    from evaluation.analysis.fusion_analysis import draw
-    from evaluation.report.charts import inline_svg
+    from evaluation.analysis.charts import inline_svg
+    from evaluation.analysis.fusion_analysis import weight_panels
     from training.config import Strategy
 
     order = [strategy.value for strategy in Strategy]
@@ -146,36 +147,37 @@ def _fusion_charts(analyses: Sequence[StageOutput]) -> list[dict[str, Any]]:
         summary = output.manifest.summary
         shape = (summary["num_blocks"], len(times), summary["num_layers"])
         weights = np.asarray(table["weight"].to_numpy(), dtype=np.float64).reshape(shape)
-        svg = inline_svg(draw(weights, times, strategy, _colour(strategy.value)), f"fusion of {strategy}")
+        panels = weight_panels(weights, times, strategy, _colour(strategy.value))
+        svg = inline_svg(panels, f"fusion of {strategy}")
         charts.append({"strategy": strategy.value, "svg": svg, "summary": summary})
     return charts
 
 
 def _trajectories(analyses: Sequence[StageOutput]) -> list[dict[str, Any]]:
-    """Return the comparisons of gate times by strategy, drawn, with their columns for people."""
-    from evaluation.analysis.trajectory_analysis import draw, trajectory_title
-    from evaluation.report.charts import inline_svg
+    """Return each strategy's comparison of gate times, with its charts."""
+    from evaluation.analysis.charts import inline_svg
+    from evaluation.analysis.trajectory_analysis import trajectory_panels, trajectory_title
 
     shown = []
     for output in analyses:
         strategy = output.manifest.partition or ""
-        found = json.loads(output.path("times.json").read_bytes())
+        comparison = json.loads(output.path("times.json").read_bytes())
+        differences = comparison["mean_absolute_difference"]
+        panels = trajectory_panels(comparison, strategy)
         shown.append(
             {
                 "strategy": strategy,
-                "svg": inline_svg(draw(found, strategy), f"times that the gates of {strategy} see"),
-                "num_samples": found["num_samples"],
-                "num_steps": found["num_steps"],
-                "differences": {
-                    trajectory_title(name): value for name, value in found["mean_absolute_difference"].items()
-                },
+                "svg": inline_svg(panels, f"times that the gates of {strategy} see"),
+                "num_samples": comparison["num_samples"],
+                "num_steps": comparison["num_steps"],
+                "differences": {trajectory_title(name): value for name, value in differences.items()},
             }
         )
     return shown
 
 
 def _facts(lineage: Mapping[str, Sequence[StageOutput]], results: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the counts of the first screen."""
+    """Return the counts in the report's header."""
     checkpoints = [item.manifest.summary for item in lineage.get("checkpoint", ())]
     dataset = next((item for item in lineage.get("dataset", ())), None)
     captioners = {model.id for item in lineage.get("captions", ()) for model in item.manifest.models}
@@ -199,10 +201,10 @@ def _facts(lineage: Mapping[str, Sequence[StageOutput]], results: Mapping[str, A
 
 
 def render(config: ReportConfig, results_output: StageOutput, lineage: Mapping[str, Sequence[StageOutput]]) -> str:
-    """Return the report as HTML: a function of finished outputs alone, without times, hosts or paths."""
+    """Return the report as HTML. It depends on finished outputs only and contains no times, hosts or paths."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-    from evaluation.report import charts
+    from evaluation.analysis import charts
     from evaluation.report import data as report_data
 
     results = json.loads(results_output.path("results.json").read_bytes())
@@ -251,7 +253,7 @@ def render(config: ReportConfig, results_output: StageOutput, lineage: Mapping[s
 
 
 def _judges_of(results: dict[str, Any], benchmarks: Iterable[str]) -> list[dict[str, str]]:
-    """Return the judges of some benchmarks, each with the benchmarks it judged where they had more than one."""
+    """Return the judges of some benchmarks; if there are several, each with the benchmarks it judged."""
     by_judge: dict[tuple[str, str], list[str]] = {}
     for benchmark in benchmarks:
         if judge := results["judges"].get(benchmark):
@@ -265,9 +267,8 @@ def _judges_of(results: dict[str, Any], benchmarks: Iterable[str]) -> list[dict[
 def produce(run: StageRun[ReportConfig]) -> StageResult:
     """Write ``report.html``.
 
-    Input: results; all that they were made from is found through the manifests. judge_calibration and
-    trajectory_analysis are shown where they are among the inputs. Raises ThroughlineError where something upstream is
-    lost, or the file would be too large.
+    Input: results, whose upstream outputs are found through the manifests; judge_calibration and trajectory_analysis
+    are optional. Raises ThroughlineError if an upstream output is missing, or the file would be too large.
     """
     results = run.input("results")
     order = [load_stage(module).name for module in run.config.stages]
@@ -275,8 +276,8 @@ def produce(run: StageRun[ReportConfig]) -> StageResult:
     html = render(run.config, results, lineage).encode()
     if len(html) > run.config.max_num_bytes:
         raise ThroughlineError(
-            f"report: {len(html)} bytes, at most {run.config.max_num_bytes} may be; lower thumbnail_px, num_captions "
-            "or num_grid_prompts"
+            f"report: {len(html)} bytes, allowed are {run.config.max_num_bytes}; lower thumbnail_px, num_captions or "
+            "num_grid_prompts"
         )
     with run.unit("report") as unit:
         unit.write("report.html", html)

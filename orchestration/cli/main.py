@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from orchestration.cli import estimate as estimate_command
 from orchestration.cli import subset as subset_command
 from orchestration.cli import trace as trace_command
-from pipelines.core.errors import ThroughlineError, in_plain_words
+from pipelines.core.errors import ThroughlineError, os_error_message
 
 if TYPE_CHECKING:
     from orchestration.graph.execution import Execution
@@ -424,8 +424,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         if error.filename is None:
             raise  # nothing that the user named, so most likely a mistake in here
         sys.exit(
-            f"error: {os.fsdecode(error.filename)}: {in_plain_words(error)}; mend that and run the same command again: "
-            "what is finished is kept"
+            f"error: {os.fsdecode(error.filename)}: {os_error_message(error)}; mend that and run the same command "
+            "again: what is finished is kept"
         )
     sys.exit(status)
 

@@ -177,12 +177,12 @@ def _subsets_on_ray(
     """Run a stage for each part in a thread, which waits for the node that does the work."""
     from concurrent.futures import ThreadPoolExecutor, as_completed
 
-    from pipelines.cluster.units import start_ray
+    from pipelines.cluster.units import join_ray_for_units
     from pipelines.core.progress import Progress
     from pipelines.laion import subset as laion_subset
     from pipelines.laion.index import entry_of
 
-    start_ray(rules.workers)  # once for all threads
+    join_ray_for_units(rules.workers)  # once for all threads
     finished = {}
     total = rows_done + sum(part.num_rows for part in parts)
     pool = ThreadPoolExecutor(min(len(parts), _RAY_THREADS))

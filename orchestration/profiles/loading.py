@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from orchestration.profiles.library import PROFILES
 from orchestration.profiles.profile import Profile
-from pipelines.core.errors import ThroughlineError, in_plain_words, problem_in_words
+from pipelines.core.errors import ThroughlineError, os_error_message, problem_in_words
 
 
 def load_profile(name: str, home: Path, changes: Sequence[str] = ()) -> Profile:
@@ -49,7 +49,7 @@ def _read_profile_file(name: str) -> tuple[str, dict[str, Any]]:
         content = tomllib.loads(text) if path.suffix == ".toml" else json.loads(text)
     except OSError as error:
         raise ThroughlineError(
-            f"{path}: can't be read as a profile: {in_plain_words(error)}; name another file, or one of {known}"
+            f"{path}: can't be read as a profile: {os_error_message(error)}; name another file, or one of {known}"
         ) from error
     except ValueError as error:
         raise ThroughlineError(f"{path}: can't be read as a profile ({error}); fix that line") from error

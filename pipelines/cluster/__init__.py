@@ -1,1 +1,1 @@
-"""Ray for the data stages: one way to start or join a cluster, and units of work spread over its nodes."""
+"""Ray for the data stages: starting or joining a cluster, and distributing units of work over its nodes."""

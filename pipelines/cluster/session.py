@@ -1,4 +1,4 @@
-"""Ray, started on this machine or joined elsewhere: the one place that says how, for data stages and engines alike."""
+"""Starts Ray on this machine or joins a cluster, for data stages and inference engines alike."""
 
 import logging
 import os
@@ -14,17 +14,17 @@ RAY_ENVIRONMENT: Mapping[str, str] = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_worker_register_timeout_seconds": "300",
 }
-"""For the process that starts or joins Ray: no usage report; GPUs stay visible to actors that reserve none; a worker
-may take its time to come up on a busy machine (Ray's own 60 s were too short beside a few other jobs)."""
+"""For the process that starts or joins Ray: no usage report; GPUs stay visible to actors that reserve none; workers
+get more time to start (Ray's default of 60 s was too short on a machine with a few other jobs)."""
 _START_ATTEMPTS = 3
 _SOURCE_ROOT = Path(__file__).resolve().parents[2]
 
 
 def join_ray(address: str, packages: Sequence[str], *, num_cpus: int, object_store_memory_bytes: int) -> bool:
-    """Start Ray on this machine (`LOCAL_RAY`) or join a cluster; return False where this process already had.
+    """Start Ray on this machine (`LOCAL_RAY`) or join a cluster; return False if this process already did.
 
-    `packages` are those of this project that workers import: a cluster is sent this process's own. Cores and memory are
-    for a Ray that is started here. Raises ThroughlineError where Ray is not installed, does not start or answers not.
+    `packages` are the packages of this project that workers import; a cluster receives this process's copies. Cores and
+    memory apply to a local Ray. Raises ThroughlineError if Ray is not installed, does not start or does not answer.
     """
     os.environ.update(RAY_ENVIRONMENT)
     try:
@@ -69,22 +69,22 @@ def _start_local(num_cpus: int, object_store_memory_bytes: int) -> None:
                 logging_level=logging.ERROR,
                 configure_logging=False,
             )
-        except Exception as error:  # Ray raises the bare type where its processes are not up within 30 s
+        except Exception as error:  # Ray raises a bare Exception if its processes are not up within 30 s
             ray.shutdown()
             if attempt == _START_ATTEMPTS:
                 raise ThroughlineError(
-                    f"Ray did not start on this machine in {_START_ATTEMPTS} tries ({first_line(error)}); see that it "
-                    "has a core and 2 GiB of memory to spare, then run again: finished shards are kept"
+                    f"Ray did not start on this machine in {_START_ATTEMPTS} attempts ({first_line(error)}); make sure "
+                    "that a core and 2 GiB of memory are free, then run again: finished shards are kept"
                 ) from error
-            logging.getLogger(__name__).warning("Ray did not start (%s); it is tried again", first_line(error))
+            logging.getLogger(__name__).warning("Ray did not start (%s); retrying", first_line(error))
         else:
             return
 
 
 def worker_environment(address: str) -> dict[str, str]:
-    """Return the variables by which a worker finds this project's packages."""
+    """Return the environment variables that let a worker import this project's packages."""
     if address != LOCAL_RAY:
-        return {}  # they were sent to the cluster
-    # A worker starts outside the working folder; an editable install or a bare checkout must be found all the same.
+        return {}  # the cluster received the packages
+    # A worker starts outside the working folder, but must still find an editable install or a plain checkout.
     paths = [str(_SOURCE_ROOT), os.environ.get("PYTHONPATH", "")]
     return {"PYTHONPATH": os.pathsep.join(path for path in paths if path)}

@@ -1,32 +1,30 @@
-"""Spreads independent units of a stage's work over a Ray cluster whose nodes share the folder of outputs.
+"""Distributes a stage's units over a Ray cluster whose nodes share the output folder.
 
-A node computes a unit in a folder of its own beside the run's. From there this process alone, which holds the stage's
-lock, takes it into the run. So a unit counts once, however often it was tried: a worker that was given up for dead and
-still writes does so where nobody looks any more.
+A node computes a unit in a separate folder next to the run's. Only this process, which holds the stage's lock, moves
+finished units into the run. So a unit counts once, however many attempts it took: a worker that was presumed dead but
+is still writing does so in a folder that nobody reads.
 
-Units are tasks without Ray's own retries. One whose worker or node died is sent again from here, so that a unit that
-kills its workers is named; what the application raises ends the stage at once, as it does without Ray.
+Units are tasks without Ray's own retries. This process resubmits a unit whose worker or node died, so that a unit which
+kills its workers can be named. An exception from the application ends the stage at once, as it does without Ray.
 """
 
 import logging
 import math
 import os
-import platform
 import secrets
 import shutil
 import time
-from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from pipelines.cluster.config import WorkersConfig
+from pipelines.cluster.dispatch import Job, dispatch, is_death, task_cause
+from pipelines.cluster.nodes import NodeRequirements, local_versions
 from pipelines.cluster.session import join_ray, worker_environment
 from pipelines.core.config import FrozenConfig
-from pipelines.core.environment import package_versions
 from pipelines.core.errors import ThroughlineError, first_line
 from pipelines.runner.outputs import Inputs, StageOutput
 from pipelines.runner.units import FinishedUnit, StageRun
@@ -36,16 +34,13 @@ ContextT = TypeVar("ContextT")
 ItemT = TypeVar("ItemT")
 ResultT = TypeVar("ResultT")
 
-_PACKAGES = ("numpy", "pillow", "pyarrow")
-"""What the bytes of the data stages depend on: of one version on every node."""
-_TOKEN_FILE = "token"
 _POLL_SECONDS = 10.0
 _PROBE_SECONDS = 120.0
 _OBJECT_STORE_BYTES = 256 << 20
 _log = logging.getLogger(__name__)
 
 
-def start_ray(workers: WorkersConfig) -> None:
+def join_ray_for_units(workers: WorkersConfig) -> None:
     """Start Ray on this machine or join a cluster, unless this process already did."""
     join_ray(
         workers.ray_address or "",
@@ -57,9 +52,10 @@ def start_ray(workers: WorkersConfig) -> None:
 
 @contextmanager
 def ray_tasks(run: StageRun[ConfigT], workers: WorkersConfig) -> "Iterator[RayTasks | None]":
-    """Yield the way to the cluster that `workers` names, or None where it names none: work is done in this process.
+    """Yield access to the cluster that `workers` names, or None if the work is to be done in this process.
 
-    Raises ThroughlineError where a node doesn't see the folder of outputs or has other versions of what makes bytes.
+    Raises ThroughlineError if a node does not see the output folder or has other versions of packages that determine
+    outputs.
     """
     if workers.ray_address is None:
         yield None
@@ -79,25 +75,25 @@ def run_units(
     units: Iterable[tuple[str, ItemT]],
     work: Callable[[StageRun[ConfigT], str, ItemT], None],
 ) -> Iterator[FinishedUnit]:
-    """Yield each of the units, (name, what it is made of), that was not finished before, in the order they finish in.
+    """Run the units, (name, item), that are not finished yet, and yield each in order of completion.
 
-    `work(run, name, item)` makes the unit `name` of the run that it is given. For Ray it is a function of a module, and
-    items can be pickled; they are taken from `units` only as fast as the cluster works them off.
+    `work(run, name, item)` makes the unit `name` of the run it receives. On Ray it must be a function of a module and
+    items must be picklable. `units` is read only as fast as the cluster processes them.
     """
-    waiting = ((name, item) for name, item in units if not run.is_finished(name))
+    unfinished = ((name, item) for name, item in units if not run.is_finished(name))
     if tasks is None:
-        for name, item in waiting:
+        for name, item in unfinished:
             work(run, name, item)
             yield run.finished_unit(name)
         return
-    job = _Job(run.stage_name, run.config, run.partition, _absolute(run.inputs), tasks.folder, work)
-    with closing(tasks.map(_attempt, job, ((name, (name, item)) for name, item in waiting))) as attempts:
+    spec = _RunSpec(run.stage_name, run.config, run.partition, _absolute(run.inputs), tasks.folder, work)
+    with closing(tasks.map(_attempt, spec, ((name, (name, item)) for name, item in unfinished))) as attempts:
         for name, folder in attempts:
             yield run.adopt(name, tasks.folder / folder)
 
 
 def _absolute(inputs: Inputs) -> dict[str, Sequence[StageOutput]]:
-    """Return inputs that a process in another working folder finds."""
+    """Return inputs with absolute folders, for processes with another working folder."""
     return {
         name: [replace(output, folder=output.folder.absolute()) for output in outputs]
         for name, outputs in inputs.items()
@@ -105,8 +101,8 @@ def _absolute(inputs: Inputs) -> dict[str, Sequence[StageOutput]]:
 
 
 @dataclass(frozen=True)
-class _Job(Generic[ConfigT, ItemT]):
-    """What all units of a run have in common."""
+class _RunSpec(Generic[ConfigT, ItemT]):
+    """Arguments common to all units of a run."""
 
     stage_name: str
     config: ConfigT
@@ -116,12 +112,12 @@ class _Job(Generic[ConfigT, ItemT]):
     work: Callable[[StageRun[ConfigT], str, ItemT], None]
 
 
-def _attempt(job: _Job[ConfigT, ItemT], named: tuple[str, ItemT]) -> str:
+def _attempt(spec: _RunSpec[ConfigT, ItemT], named: tuple[str, ItemT]) -> str:
     """Make a unit in a work folder of its own, on any node, and return the folder's name."""
     name, item = named
-    folder = fresh_folder(job.folder, name)
+    folder = fresh_folder(spec.folder, name)
     try:
-        job.work(StageRun(job.stage_name, job.config, job.partition, job.inputs, folder), name, item)
+        spec.work(StageRun(spec.stage_name, spec.config, spec.partition, spec.inputs, folder), name, item)
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
@@ -129,87 +125,31 @@ def _attempt(job: _Job[ConfigT, ItemT], named: tuple[str, ItemT]) -> str:
 
 
 def fresh_folder(parent: Path, name: str) -> Path:
-    """Make a folder that no other attempt at the same work shares."""
+    """Make a folder that is used by this attempt only."""
     folder = parent / f"{name}-{secrets.token_hex(8)}"
     folder.mkdir()
     return folder
 
 
-@dataclass(frozen=True)
-class _Surroundings:
-    """What a node must have: the folder of outputs, recognised by a file in it, and this process's versions."""
-
-    folder: Path
-    token: str
-    versions: dict[str, str]
-
-    def check(self) -> None:
-        """Raise ThroughlineError that names this node where it lacks something."""
-        node = f"node {platform.node()} ({_node_address()})"
-        try:
-            seen = (self.folder / _TOKEN_FILE).read_text() == self.token
-        except OSError:
-            seen = False
-        if not seen:
-            raise ThroughlineError(
-                f"{node} of the Ray cluster does not see {self.folder}; mount the folder of outputs on every node at "
-                "the same path, or set the stage's workers.ray_address to null"
-            )
-        if not os.access(self.folder, os.W_OK):
-            raise ThroughlineError(f"{node} of the Ray cluster may not write {self.folder}; mount it for writing")
-        found = _versions()
-        if found != self.versions:
-            name = next(name for name in _PACKAGES if found.get(name) != self.versions.get(name))
-            raise ThroughlineError(
-                f"{node} of the Ray cluster has {name} {found.get(name, 'not at all')}, this process "
-                f"{self.versions.get(name, 'not at all')}; install the same on every node, or bytes would differ"
-            )
-
-
-@lru_cache
-def _versions() -> dict[str, str]:
-    return {name: version for name, version in package_versions().items() if name in _PACKAGES}
-
-
-def _node_address() -> str:
-    import ray
-
-    return ray.util.get_node_ip_address()
-
-
-def _call(shared: "tuple[_Surroundings, Callable[[Any, Any], Any], Any]", item: Any) -> Any:
-    """Run in a Ray worker. The surroundings are looked at each time: a node may join late, or lose its mount."""
-    surroundings, function, context = shared
-    surroundings.check()
+def _call(shared: tuple[NodeRequirements, Callable[[Any, Any], Any], Any], item: Any) -> Any:
+    """Run in a Ray worker. Requirements are checked on every call: a node may join late, or lose its mount."""
+    requirements, function, context = shared
+    requirements.check()
     return function(context, item)
 
 
-@dataclass
-class _Task:
-    name: str
-    item: Any
-    deaths: int = 0
-
-
 class RayTasks:
-    """Calls functions on the nodes of a cluster: as many at a time as it has room for, again where a worker died."""
+    """Calls functions on the nodes of a cluster, as many at a time as fit, and retries calls whose worker died."""
 
     def __init__(self, label: str, workers: WorkersConfig, folder: Path) -> None:
-        """Join the cluster and look at every node; `folder` is empty, absolute, and the place for what nodes write."""
-        start_ray(workers)
+        """Join the cluster and check every node; `folder` is empty and absolute, and nodes write into it."""
+        join_ray_for_units(workers)
         import ray
 
         self.folder = folder
         self._label = label
         self._workers = workers
         self._ray = ray
-        errors = ray.exceptions
-        self._deaths = (
-            errors.WorkerCrashedError,
-            errors.NodeDiedError,
-            errors.OutOfMemoryError,
-            errors.ObjectLostError,  # what it returned, or was given, went with a node
-        )
         self._environment = {"env_vars": worker_environment(workers.ray_address or "")}
         self._function = ray.remote(_call)
         self._call = self._function.options(
@@ -218,13 +158,13 @@ class RayTasks:
             scheduling_strategy="SPREAD",
             runtime_env=self._environment,
         )
-        self._surroundings = _Surroundings(folder, secrets.token_hex(16), _versions())
-        (folder / _TOKEN_FILE).write_text(self._surroundings.token)
+        self._requirements = NodeRequirements(folder, secrets.token_hex(16), local_versions())
+        self._requirements.write_token()
         self._probe()
 
     @property
     def num_places(self) -> int:
-        """Calls that the living nodes have room for at a time, were nothing else on them."""
+        """Calls that fit on the living nodes at a time if nothing else runs there."""
         return sum(int(cpus // self._workers.cpus_per_unit) for cpus in self._nodes().values())
 
     def _nodes(self) -> dict[str, float]:
@@ -232,10 +172,10 @@ class RayTasks:
         return {node["NodeID"]: node["Resources"].get("CPU", 0.0) for node in self._ray.nodes() if node["Alive"]}
 
     def _probe(self) -> None:
-        """Look at all nodes before the first of them works in vain for an hour."""
+        """Check the requirements on all nodes before any of them works in vain for an hour."""
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-        shared = (self._surroundings, _nothing, None)
+        shared = (self._requirements, _do_nothing, None)
         nodes = [node for node, cpus in self._nodes().items() if cpus >= self._workers.cpus_per_unit]
         if not nodes:
             _log.warning(
@@ -250,67 +190,33 @@ class RayTasks:
             for strategy in strategies
         ]
         done, _ = self._ray.wait(probes, num_returns=len(probes), timeout=_PROBE_SECONDS) if probes else ([], [])
-        for reference in done:  # a node too busy to answer is looked at when its first unit comes
+        for reference in done:  # a node too busy to answer is checked with its first unit
             try:
                 self._ray.get(reference)
             except self._ray.exceptions.RayTaskError as error:
-                raise _cause(error) from error
+                raise task_cause(error) from error
             except self._ray.exceptions.RayError as error:
-                _log.warning("%s: a node of the Ray cluster went away (%s)", self._label, first_line(error))
+                _log.warning("%s: a node left the Ray cluster (%s)", self._label, first_line(error))
 
     def map(
         self, function: Callable[[ContextT, ItemT], ResultT], context: ContextT, items: Iterable[tuple[str, ItemT]]
     ) -> Generator[tuple[str, ResultT], None, None]:
-        """Yield (name, function(context, item)) for each (name, item), in the order they finish in.
+        """Yield (name, function(context, item)) for each (name, item), in order of completion.
 
-        What a call raises is raised here, when all that had finished with it was yielded. Raises ThroughlineError where
-        the workers of one item die too often, or no node has had room for long.
+        An exception from a call is raised here after all results available by then were yielded. Raises
+        ThroughlineError if an item's workers die too often, or no node is large enough for too long.
         """
-        shared = self._ray.put((self._surroundings, function, context))
-        source = iter(items)
-        again: deque[_Task] = deque()
-        under_way: dict[Any, _Task] = {}
-        failure: BaseException | None = None
-        try:
-            while True:
-                if failure is None:
-                    self._hand_out(source, again, under_way, shared)
-                done = self._next_done(under_way, wait=failure is None)
-                if not done:
-                    break
-                for reference in done:
-                    task = under_way.pop(reference)
-                    try:
-                        result = self._ray.get(reference)
-                    except self._ray.exceptions.RayError as error:
-                        failure = failure or self._settle_death(task, error, again)
-                    else:
-                        yield task.name, result
-            if failure is not None:
-                raise failure
-        finally:
-            for reference in under_way:
-                self._ray.cancel(reference, force=True)
+        shared = self._ray.put((self._requirements, function, context))
+        return dispatch(self, ((name, (shared, item)) for name, item in items))
 
-    def _hand_out(
-        self, source: Iterator[tuple[str, Any]], again: deque[_Task], under_way: dict[Any, _Task], shared: Any
-    ) -> None:
-        limit = self._workers.max_units_in_flight or max(1, 2 * self.num_places)
-        while len(under_way) < limit:
-            if again:
-                task = again.popleft()
-            elif (named := next(source, None)) is not None:
-                task = _Task(*named)
-            else:
-                return
-            under_way[self._call.remote(shared, task.item)] = task
+    def num_free(self, in_flight: Mapping[Any, Job]) -> int:
+        return (self._workers.max_units_in_flight or max(1, 2 * self.num_places)) - len(in_flight)
 
-    def _next_done(self, under_way: dict[Any, _Task], *, wait: bool) -> Sequence[Any]:
-        """Return what is done by now, with `wait` at least one; nothing where nothing is under way."""
-        references = list(under_way)
-        if not references:
-            return []
-        if wait:
+    def submit(self, job: Job, in_flight: Mapping[Any, Job]) -> Any:
+        return self._call.remote(*job.payload)
+
+    def wait(self, references: Sequence[Any], *, block: bool) -> Sequence[Any]:
+        if block:
             without_room = time.monotonic()
             poll = min(_POLL_SECONDS, self._workers.room_timeout_seconds)
             while not self._ray.wait(references, num_returns=1, timeout=poll)[0]:
@@ -319,46 +225,35 @@ class RayTasks:
                 elif time.monotonic() - without_room > self._workers.room_timeout_seconds:
                     raise ThroughlineError(
                         f"{self._label}: no node of the Ray cluster has had {self._workers.cpus_per_unit:g} CPUs for a "
-                        f"unit for {self._workers.room_timeout_seconds:g} s; see what is left of the cluster, then run "
+                        f"unit for {self._workers.room_timeout_seconds:g} s; check which nodes are left, then run "
                         "again: finished units are kept"
                     )
         return self._ray.wait(references, num_returns=len(references), timeout=0)[0]
 
-    def _settle_death(self, task: _Task, error: Any, again: deque[_Task]) -> BaseException | None:
-        """Send a task again whose worker died, or return what ends the stage."""
-        cause = _cause(error)
-        if not isinstance(cause, self._deaths):
-            if not isinstance(cause, self._ray.exceptions.RayError):
-                cause.__cause__ = error  # with the traceback of the worker
-                return cause
-            return _because(
-                ThroughlineError(f"{self._label}: the Ray cluster failed at unit {task.name}: {first_line(cause)}"),
-                error,
+    def recover(self, job: Job, error: Exception) -> BaseException | None:
+        cause = task_cause(error)
+        if not isinstance(cause, self._ray.exceptions.RayError):
+            cause.__cause__ = error  # with the traceback of the worker
+            return cause
+        if not is_death(cause) and not isinstance(cause, self._ray.exceptions.ObjectLostError):
+            failure = ThroughlineError(f"{self._label}: the Ray cluster failed at unit {job.name}: {first_line(cause)}")
+            failure.__cause__ = error
+            return failure
+        job.num_deaths += 1
+        if job.num_deaths > self._workers.max_deaths_per_unit:
+            failure = ThroughlineError(
+                f"{self._label}: the worker of unit {job.name} died {job.num_deaths} times ({first_line(cause)}); "
+                "check the nodes' memory and Ray's logs, then run again: finished units are kept"
             )
-        task.deaths += 1
-        if task.deaths > self._workers.max_deaths_per_unit:
-            return _because(
-                ThroughlineError(
-                    f"{self._label}: the worker of unit {task.name} died {task.deaths} times ({first_line(cause)}); "
-                    "see the nodes' memory and Ray's logs, then run again: finished units are kept"
-                ),
-                error,
-            )
-        _log.warning("%s: the worker of unit %s died (%s); it is done again", self._label, task.name, first_line(cause))
-        again.append(task)
+            failure.__cause__ = error
+            return failure
+        _log.warning("%s: the worker of unit %s died (%s); retrying", self._label, job.name, first_line(cause))
         return None
 
-
-def _nothing(context: None, item: None) -> None:
-    """Do what a probe does once its surroundings are in order."""
-
-
-def _cause(error: Any) -> BaseException:
-    """Return what a task raised, as it was raised, or the error of Ray itself."""
-    cause = getattr(error, "cause", None)
-    return cause if isinstance(cause, BaseException) else error
+    def abandon(self, references: Iterable[Any]) -> None:
+        for reference in references:
+            self._ray.cancel(reference, force=True)
 
 
-def _because(error: ThroughlineError, cause: BaseException) -> ThroughlineError:
-    error.__cause__ = cause
-    return error
+def _do_nothing(context: None, item: None) -> None:
+    """Body of a probe: only the requirements are checked."""

@@ -1,1 +1,1 @@
-"""What every room uses: configuration bases, manifests, digests, atomic writes, sample keys, errors, progress."""
+"""Shared contracts: configuration bases, manifests, digests, atomic writes, sample keys, errors and progress."""

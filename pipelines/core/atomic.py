@@ -1,4 +1,4 @@
-"""Durable, atomic file writes (a temporary name, fsync, rename, fsync of the folder), and locks between processes."""
+"""Durable, atomic file writes (temporary name, fsync, rename, fsync of the folder) and locks between processes."""
 
 import fcntl
 import json
@@ -23,10 +23,10 @@ def sync_folder(path: Path) -> None:
 
 @contextmanager
 def atomic_writer(path: Path, suffix: str = ".tmp") -> Iterator[HashingWriter]:
-    """Yield a hashing stream whose bytes appear at `path` whole or not at all.
+    """Yield a hashing stream whose bytes appear at `path` completely or not at all.
 
-    On an exception the temporary file is removed and nothing appears. A kill leaves a file with `suffix`, which the
-    next writer of the same path overwrites; two writers at once need a suffix each.
+    On an exception the temporary file is removed and `path` is untouched. A kill leaves a file with `suffix`, which the
+    next writer of the same path overwrites. Concurrent writers need different suffixes.
     """
     temporary = path.with_name(path.name + suffix)
     try:
@@ -43,20 +43,20 @@ def atomic_writer(path: Path, suffix: str = ".tmp") -> Iterator[HashingWriter]:
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Write `data` to `path` atomically; of several processes that do so at once one wins, and no bytes mix."""
+    """Write `data` to `path` atomically. With concurrent writers, one of them wins and bytes are never mixed."""
     with atomic_writer(path, f".{secrets.token_hex(4)}.tmp") as stream:
         stream.write(data)
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write `value` as readable JSON to `path` atomically; NaN is refused."""
+    """Write `value` as readable JSON to `path` atomically; raises ValueError for NaN."""
     text = json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False)
     write_bytes(path, text.encode() + b"\n")
 
 
 @contextmanager
 def exclusive(path: Path) -> Iterator[None]:
-    """Hold a lock that the operating system lets go when the process dies, however it dies."""
+    """Hold a lock that the operating system releases when the process dies, however it dies."""
     with path.open("a") as stream:
         fcntl.flock(stream, fcntl.LOCK_EX)
         yield

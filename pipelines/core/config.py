@@ -1,4 +1,4 @@
-"""Configuration shared by every stage: what is part of a result's identity, and what only says how it is computed."""
+"""Base classes of configuration, and the distinction between fields that shape a result and execution settings."""
 
 from typing import Any
 
@@ -7,25 +7,25 @@ from pydantic.fields import FieldInfo
 
 
 class FrozenConfig(BaseModel):
-    """Base of every configuration: immutable, strict about unknown names, validated when built."""
+    """Base of every configuration: immutable, rejects unknown fields, validated when built."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, validate_default=True)
 
 
 def execution_field(default: Any = ..., **kwargs: Any) -> Any:
-    """Declare a field that says how or where to compute (workers, ports, paths), never what comes out.
+    """Declare a field that controls how or where to compute (workers, ports, paths) and never changes the result.
 
-    Such fields are recorded in the manifest but stay out of fingerprint and data version, so that another machine or
-    another number of workers meets the same results.
+    Such fields are recorded in the manifest but excluded from fingerprint and data version, so that results are reused
+    on another machine or with another number of workers.
     """
     return Field(default, json_schema_extra={"identity": False}, **kwargs)
 
 
 def added_field(default: Any, **kwargs: Any) -> Any:
-    """Declare a field that came to a configuration when outputs of it existed already.
+    """Declare a field that was added to a configuration after outputs of it already existed.
 
-    At its default, which must mean what happened before, it stays out of fingerprint and data version, so that these
-    outputs are still found.
+    Its default must preserve the previous behaviour. At the default it is excluded from fingerprint and data version,
+    so that existing outputs are still found.
     """
     return Field(default, json_schema_extra={"identity": "unless default"}, **kwargs)
 
@@ -37,8 +37,8 @@ def _is_identity(field: FieldInfo, value: Any) -> bool:
 
 
 def identity_of(value: Any) -> Any:
-    """Return the JSON form of a configuration with every execution field left out, at any depth, and every added field
-    at its default."""
+    """Return the JSON form of a configuration without execution fields, and without added fields at their default, at
+    any depth."""
     if isinstance(value, BaseModel):
         values = {name: (field, getattr(value, name)) for name, field in type(value).model_fields.items()}
         return {name: identity_of(item) for name, (field, item) in values.items() if _is_identity(field, item)}
@@ -62,14 +62,14 @@ class ModelRef(FrozenConfig):
     revision: str = Field(min_length=1)
     """Hub commit, or ``sha256:`` and the folder's digest for a local model."""
     path: str | None = execution_field(None)
-    """Local folder that holds the model; None loads `id` from the hub cache."""
+    """Local folder with the model; None loads `id` from the hub cache."""
 
     @property
     def source(self) -> str:
-        """What `from_pretrained` is given: the local folder, or the hub id."""
+        """Argument for `from_pretrained`: the local folder, or the hub id."""
         return self.path or self.id
 
     @property
     def hub_revision(self) -> str | None:
-        """The revision to pass beside `source`; None for a local folder."""
+        """Revision to pass along with `source`; None for a local folder."""
         return None if self.path else self.revision

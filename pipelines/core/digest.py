@@ -1,4 +1,4 @@
-"""Digests: of JSON values in one canonical form, of files while they are written or read once."""
+"""Digests of JSON values in one canonical form, of files while they are written, and of model folders."""
 
 import hashlib
 import io
@@ -9,11 +9,11 @@ from typing import Any, BinaryIO
 VERSION_HEX_DIGITS = 32
 _READ_BYTES = 1 << 20
 LOCAL_PREFIX = "sha256:"
-"""Begins the revision of a local model: the digest of its files by name and content follows."""
+"""Prefix of a local model's revision; a digest of its file names and contents follows."""
 
 
 def canonical_json(value: Any) -> bytes:
-    """Return `value` as JSON bytes that depend on its content alone: sorted keys, no spaces, no NaN."""
+    """Return `value` as JSON bytes that depend only on its content: sorted keys, no spaces, no NaN."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
 
 
@@ -29,7 +29,7 @@ def file_sha256(path: Path) -> str:
 
 
 def model_files(folder: Path) -> list[Path]:
-    """Return the files of a model folder that are part of the model, sorted: no hidden ones, cards, locks or caches."""
+    """Return the files that make up a model, sorted: no hidden files, model cards, locks or caches."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     return [path for path in files if _belongs_to_model(path.relative_to(folder))]
 
@@ -40,13 +40,13 @@ def _belongs_to_model(relative: Path) -> bool:
 
 
 def local_revision(folder: Path) -> str:
-    """Return the revision by which a local model folder is known, reading all its files."""
+    """Return the revision of a local model folder; reads all its files."""
     digests = {path.relative_to(folder).as_posix(): file_sha256(path) for path in model_files(folder)}
     return LOCAL_PREFIX + digest_json(digests)
 
 
 class HashingWriter(io.RawIOBase):
-    """A write-only stream that hashes what passes through, so that no file is read back to be hashed."""
+    """A write-only stream that hashes its bytes as they are written, so that no file is read back to be hashed."""
 
     def __init__(self, stream: BinaryIO) -> None:
         self._stream = stream

@@ -1,4 +1,4 @@
-"""The one place where environment variables are named, and where a run's surroundings are recorded."""
+"""Owns the names of all environment variables, and records a run's environment."""
 
 import os
 import platform
@@ -13,16 +13,16 @@ from pathlib import Path
 from pipelines.core.manifest import Environment
 
 PROGRESS_JSON = "THROUGHLINE_PROGRESS_JSON"
-"""Set to 1 by a launcher that reads progress as JSON lines from a stage's standard error."""
+"""Launchers that parse progress set it to 1; a stage then writes progress to standard error as JSON lines."""
 HOME = "THROUGHLINE_HOME"
 """Root of outputs and of Dagster's own storage; default ``.throughline`` in the working folder."""
 PROFILE = "THROUGHLINE_PROFILE"
-"""Name of the profile the Dagster definitions are built from; default ``demo``."""
+"""Name of the profile that the Dagster definitions are built from; default ``demo``."""
 POSTGRES_URL = "THROUGHLINE_POSTGRES_URL"
-"""Address of a PostgreSQL for Dagster's runs, events and schedules; unset or empty: SQLite. Holds a password."""
+"""URL of the PostgreSQL for Dagster's runs, events and schedules; SQLite if unset or empty. Contains a password."""
 
 RAY_ADDRESS = "RAY_ADDRESS"
-"""Ray's own: the cluster that ``auto`` stands for."""
+"""Ray's own variable: the cluster that ``auto`` refers to."""
 
 _PACKAGES = (
     "accelerate", "dagster", "diffusers", "numpy", "pillow", "pyarrow", "ray", "safetensors", "tokenizers", "torch",
@@ -31,38 +31,38 @@ _PACKAGES = (
 
 
 def home_folder() -> Path:
-    """Return the folder that holds outputs and history, absolute."""
+    """Return the absolute path of the folder with outputs and history."""
     return Path(os.environ.get(HOME, ".throughline")).absolute()
 
 
 def profile_name() -> str:
-    """Return the profile the definitions are built from."""
+    """Return the name of the profile that the definitions are built from."""
     return os.environ.get(PROFILE, "demo")
 
 
 def postgres_url() -> str | None:
-    """Return the address of the PostgreSQL that keeps Dagster's history, or None; never to be shown as it is."""
+    """Return the URL of the PostgreSQL with Dagster's history, or None. It contains a password: never print it."""
     return os.environ.get(POSTGRES_URL) or None
 
 
 def ray_address() -> str | None:
-    """Return the Ray cluster that the environment names, or None."""
+    """Return the Ray cluster address from the environment, or None."""
     return os.environ.get(RAY_ADDRESS) or None
 
 
 def ray_folder() -> Path:
-    """Return the folder where Ray says which cluster was started last on this machine."""
+    """Return the folder in which Ray records the cluster last started on this machine."""
     return Path(os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp") / "ray"
 
 
 def local_rank() -> int:
-    """Return the number of this process among those that a launcher started on this machine; 0 without one."""
+    """Return the rank of this process among those that a launcher started on this machine; 0 without a launcher."""
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 
 @lru_cache
 def package_versions() -> dict[str, str]:
-    """Return the versions of the installed packages that results may depend on."""
+    """Return the installed versions of the packages that results may depend on."""
     versions = {}
     for name in _PACKAGES:
         try:
@@ -74,7 +74,7 @@ def package_versions() -> dict[str, str]:
 
 @lru_cache
 def git_commit() -> str | None:
-    """Return the commit of the source tree with ``+dirty`` where it was changed, or None outside a repository."""
+    """Return the commit of the source tree, with ``+dirty`` if it has changes; None outside a repository."""
     root = Path(__file__).resolve().parents[2]
     command = ["git", "-C", str(root), "describe", "--always", "--abbrev=40", "--dirty=+dirty", "--match="]
     try:
@@ -85,7 +85,7 @@ def git_commit() -> str | None:
 
 
 def accelerator() -> str:
-    """Name the accelerator in use, without importing torch for it: a process that loaded none used the CPU."""
+    """Return the accelerator in use. Never imports torch: a process that has not loaded it used the CPU."""
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized():
         return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name(0)}"
@@ -93,7 +93,7 @@ def accelerator() -> str:
 
 
 class Clock:
-    """Started when built; turns into the environment record when the work is done."""
+    """Measures from its construction to `environment`, which returns the record of the run's environment."""
 
     def __init__(self) -> None:
         self._started = datetime.now(UTC)

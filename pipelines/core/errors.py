@@ -1,4 +1,4 @@
-"""The one exception type that reaches users as a sentence, and how others are quoted in it."""
+"""The exception whose message is shown to users, and the wording of other errors inside such messages."""
 
 import errno
 import json
@@ -13,31 +13,32 @@ class ThroughlineError(Exception):
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first words of an error's message, or the name of its type."""
+    """Return the first non-empty line of an error's message, or the name of its type."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def problem_in_words(problem: Mapping[str, Any]) -> str:
-    """Return what a pydantic error says of one field, its name left out, with the value found where that is short."""
-    said, found = str(problem["msg"]).removeprefix("Value error, "), problem.get("input")
-    tells = problem["type"] in ("value_error", "extra_forbidden", "missing")  # its own sentence, or no value to blame
-    if tells or not isinstance(found, (str, int, float, NoneType)):
-        return said
-    return f"{said}, found {json.dumps(found, ensure_ascii=False)}"
+    """Return the message of one pydantic error without its field name, with the invalid value if that is short."""
+    message, value = str(problem["msg"]).removeprefix("Value error, "), problem.get("input")
+    is_complete = problem["type"] in ("value_error", "extra_forbidden", "missing")  # our own wording, or no value
+    if is_complete or not isinstance(value, (str, int, float, NoneType)):
+        return message
+    return f"{message}, found {json.dumps(value, ensure_ascii=False)}"
 
 
-_IN_WORDS = {
+_OS_ERROR_MESSAGES = {
     errno.ENOENT: "no such file or folder",
-    errno.ENOTDIR: "a file stands where its path needs a folder",
-    errno.EEXIST: "it is there already, and is not what was expected",
+    errno.ENOTDIR: "a parent of this path is a file, not a folder",
+    errno.EEXIST: "already exists and is not what was expected",
     errno.EISDIR: "expected a file, found a folder",
     errno.EACCES: "no permission",
     errno.EPERM: "no permission",
-    errno.EROFS: "its disk can only be read",
-    errno.ENOSPC: "its disk is full",
+    errno.EROFS: "the disk is read-only",
+    errno.ENOSPC: "the disk is full",
 }
 
 
-def in_plain_words(error: OSError) -> str:
-    """Return what the system refused, without the file's name and the number of the error."""
-    return _IN_WORDS.get(error.errno or 0) or (os.strerror(error.errno) if error.errno else first_line(error))
+def os_error_message(error: OSError) -> str:
+    """Return the reason for an operating-system error, without file name and error number."""
+    known = _OS_ERROR_MESSAGES.get(error.errno or 0)
+    return known or (os.strerror(error.errno) if error.errno else first_line(error))

@@ -1,4 +1,4 @@
-"""The manifest: the JSON file, written last, that says what a stage produced and from what."""
+"""The manifest: the JSON file, written last, that records a stage's output and its inputs."""
 
 import json
 from pathlib import Path
@@ -13,7 +13,7 @@ from pipelines.core.errors import ThroughlineError
 MANIFEST_NAME = "manifest.json"
 DROPPED_NAME = "dropped.parquet"
 EARLIER = "earlier"
-"""Name of the input by which a stage starts from an earlier output of its own: what it makes takes that one's place."""
+"""Name of the input that holds the stage's own earlier output; the new output replaces it."""
 
 
 class _Record(BaseModel):
@@ -21,7 +21,7 @@ class _Record(BaseModel):
 
 
 class FileEntry(_Record):
-    """One file of an output: `path` relative to the manifest, whole-file digest, and rows where rows make sense."""
+    """One file of an output: `path` relative to the manifest, digest of the whole file, and row count of a table."""
 
     path: str
     sha256: str
@@ -30,7 +30,7 @@ class FileEntry(_Record):
 
 
 class SourceFile(_Record):
-    """A file that came from outside the graph: where it lay, and the digest it had when it was read."""
+    """A file from outside the graph: its location, and its digest when it was read."""
 
     name: str
     sha256: str
@@ -38,10 +38,10 @@ class SourceFile(_Record):
 
 
 class InputRef(_Record):
-    """An input of a stage, named by content: its folder is ``<output root>/<stage>/<data_version>``.
+    """An input of a stage, identified by content: its folder is ``<output root>/<stage>/<data_version>``.
 
-    Where `file` is named, that file alone is the input: `data_version` is its SHA-256, and it lies in whichever outputs
-    of the stage hold it (`pipelines.runner.outputs` finds them).
+    With `file`, the input is that one file: `data_version` is its SHA-256, and any output of the stage that contains it
+    will do (`pipelines.runner.outputs` finds them).
     """
 
     stage: str
@@ -51,7 +51,7 @@ class InputRef(_Record):
 
 
 class Conservation(_Record):
-    """rows_in = rows_out + sum of dropped by reason; the dropped keys stand in ``dropped.parquet``."""
+    """rows_in = rows_out + sum of dropped by reason; ``dropped.parquet`` lists the dropped keys."""
 
     rows_in: int
     rows_out: int
@@ -63,7 +63,7 @@ class Conservation(_Record):
 
 
 class ModelRecord(_Record):
-    """A model that took part, by hub id or local name, and the revision that was loaded."""
+    """A model that was used: hub id or local name, and the revision that was loaded."""
 
     role: str
     id: str
@@ -71,7 +71,7 @@ class ModelRecord(_Record):
 
 
 class Environment(_Record):
-    """Where and with what it ran; recorded, and left out of the data version."""
+    """Machine, software and time of a run; recorded, but not part of the data version."""
 
     git_commit: str | None
     python: str
@@ -84,11 +84,11 @@ class Environment(_Record):
 
 
 class Manifest(_Record):
-    """What a stage produced, from what, and how.
+    """Record of a stage's output, its inputs and its configuration.
 
-    `data_version` is the digest of everything but `environment`, `measurements` and `execution`: two machines that
-    produce the same bytes from the same inputs agree on it. `fingerprint` is the digest of all that the stage was
-    computed from, known before it runs.
+    `data_version` is the digest of everything except `environment`, `measurements` and `execution`: two machines that
+    produce the same bytes from the same inputs agree on it. `fingerprint` is the digest of everything that determines
+    the output, known before the stage runs.
     """
 
     format: int = 1
@@ -104,11 +104,11 @@ class Manifest(_Record):
     conservation: Conservation | None = None
     seeds: dict[str, int] = Field(default_factory=dict)
     summary: dict[str, Any] = Field(default_factory=dict)
-    """Results worth reading without opening a file; the same whenever the stage is run again."""
+    """Key results, readable without opening a file; identical on every run."""
     execution: dict[str, Any] = Field(default_factory=dict)
     """Configuration that does not change the result: workers, paths, ports."""
     measurements: dict[str, Any] = Field(default_factory=dict)
-    """What differs from run to run: rates, seconds, memory."""
+    """Values that differ from run to run: rates, seconds, memory."""
     environment: Environment | None = None
     data_version: str = ""
 
@@ -122,7 +122,7 @@ class Manifest(_Record):
         return self.model_copy(update={"data_version": self.content_digest()})
 
     def file(self, path: str) -> FileEntry:
-        """Return the entry of `path`; raises ThroughlineError where the output has no such file."""
+        """Return the entry of `path`; raises ThroughlineError if the output has no such file."""
         for entry in self.files:
             if entry.path == path:
                 return entry
@@ -135,9 +135,9 @@ class Manifest(_Record):
 
 
 def read_manifest(path: Path) -> Manifest:
-    """Read a manifest and check that its content still has the digest it states.
+    """Read a manifest and verify its digest.
 
-    Raises ThroughlineError where the file is missing, is not a manifest, or was altered.
+    Raises ThroughlineError if the file is missing, is not a manifest, or was altered.
     """
     try:
         data = path.read_bytes()
@@ -147,26 +147,26 @@ def read_manifest(path: Path) -> Manifest:
 
 
 def parse_manifest(data: bytes, name: str) -> Manifest:
-    """Return the manifest that `data` is, checked as `read_manifest` does; `name` is how errors speak of it."""
+    """Parse a manifest and verify its digest as `read_manifest` does; error messages call it `name`."""
     try:
         manifest = Manifest.model_validate_json(data)
     except (ValidationError, json.JSONDecodeError) as error:
         raise ThroughlineError(
             f"{name}: not a readable manifest ({str(error).splitlines()[0]}); re-run its stage"
         ) from error
-    found = manifest.content_digest()
-    if found != manifest.data_version:
+    digest = manifest.content_digest()
+    if digest != manifest.data_version:
         raise ThroughlineError(
-            f"{name}: content digest {found} differs from its data version {manifest.data_version}; "
+            f"{name}: content digest {digest} differs from its data version {manifest.data_version}; "
             f"the manifest was altered, re-run stage {manifest.stage}"
         )
     return manifest
 
 
 def damaged_files(folder: Path, manifest: Manifest, *, read_bytes: bool) -> list[str]:
-    """Return one sentence for each file of an output that is missing or differs from its manifest entry.
+    """Return a message for each file of an output that is missing or differs from its manifest entry.
 
-    With `read_bytes` every file is read once and its SHA-256 compared; otherwise sizes alone are.
+    Compares the SHA-256 of every file with `read_bytes`, and only sizes without.
     """
     problems = []
     for entry in manifest.files:
@@ -175,8 +175,8 @@ def damaged_files(folder: Path, manifest: Manifest, *, read_bytes: bool) -> list
             problems.append(f"{path}: missing; re-run {manifest.stage} {manifest.partition or ''}".rstrip())
         elif (num_bytes := path.stat().st_size) != entry.num_bytes:
             problems.append(f"{path}: {num_bytes} bytes, manifest says {entry.num_bytes}; re-run {manifest.stage}")
-        elif read_bytes and (found := file_sha256(path)) != entry.sha256:
+        elif read_bytes and (digest := file_sha256(path)) != entry.sha256:
             problems.append(
-                f"{path}: SHA-256 {found[:12]}..., manifest says {entry.sha256[:12]}...; re-run {manifest.stage}"
+                f"{path}: SHA-256 {digest[:12]}..., manifest says {entry.sha256[:12]}...; re-run {manifest.stage}"
             )
     return problems

@@ -1,14 +1,14 @@
-"""The exact words that models are asked: caption prompts by version, the VQAScore question, the UnifiedReward rating.
+"""The exact prompts sent to models: caption prompts by version, the VQAScore question, the UnifiedReward rating.
 
-They are contracts, because a model's answers mean nothing apart from the prompt that drew them: captioner, judges and
-the laptop-sized demo models (which are trained on these very words) all read them here. In every protocol the image
-comes first and the text second.
+They are contracts: a model's answer is only meaningful together with its prompt. The captioner, the judges and the
+small demo models, which are trained on these exact words, all take them from here. In every protocol the image comes
+first and the text second.
 """
 
 from collections.abc import Mapping
 from types import MappingProxyType
 
-# A version is never edited: new words get a new version, so that captions name the prompt that made them.
+# Never edit a version; add a new one instead. Captions record the version of their prompt.
 CAPTION_PROMPTS: Mapping[str, str] = MappingProxyType(
     {
         "brief-1": "Describe this image.",
@@ -64,7 +64,7 @@ def unified_reward_answer(alignment: float, coherence: float, style: float) -> s
 
 
 def caption_prompt(version: str) -> str:
-    """Return the caption prompt of `version`; raises ValueError that lists the known versions."""
+    """Return the caption prompt of `version`; raises ValueError, listing the known versions, if there is none."""
     if version not in CAPTION_PROMPTS:
         raise ValueError(f"caption prompt version {version!r} is unknown; known: {', '.join(sorted(CAPTION_PROMPTS))}")
     return CAPTION_PROMPTS[version]

@@ -1,4 +1,4 @@
-"""Progress for people and for the graph: a terminal bar, plain lines elsewhere, JSON lines for a parent process."""
+"""Progress output: a bar on a terminal, plain lines elsewhere, JSON lines for a parent process."""
 
 import json
 import os
@@ -21,10 +21,10 @@ def _duration(seconds: float) -> str:
 
 
 class Progress:
-    """Counts what is done of `total`, and shows rate and time left.
+    """Counts finished items out of `total`, and shows rate and time left.
 
-    `noun` is the plural of what is counted ("images"). `initial` items were done by an earlier run: they count as
-    done and not towards the rate. Use as a context manager, so that the last state is always shown.
+    `noun` is a plural, such as "images". `initial` items were finished by an earlier run: they count as done but not
+    towards the rate. Use as a context manager, so that the final state is always shown.
     """
 
     def __init__(
@@ -39,7 +39,7 @@ class Progress:
         self._shown = 0.0
         self._details: dict[str, float | int | str] = {}
         self.describe: Callable[[], Mapping[str, float | int | str]] | None = None
-        """Gives details when a line is shown, where they cost too much to be made for every item."""
+        """Returns details; called only when a line is shown, for details too costly to compute for every item."""
 
     def __enter__(self) -> "Progress":
         self._show(force=self._json)
@@ -52,7 +52,7 @@ class Progress:
             self._stream.flush()
 
     def advance(self, count: int = 1, **details: float | int | str) -> None:
-        """Count `count` more items; `details` (loss, failures by reason, ...) stand at the end of the line."""
+        """Count `count` more items; `details` (loss, failures by reason, ...) are appended to the line."""
         self.done += count
         self._details.update(details)
         self._show()
@@ -82,7 +82,7 @@ class Progress:
         self._stream.flush()
 
     def _fitted_text(self) -> str:
-        """Return the text cut to the terminal: what wraps is not overwritten by the next. The bar goes first."""
+        """Return the text cut to the terminal width, without the bar if needed: a wrapped line is not overwritten."""
         columns = os.get_terminal_size(self._stream.fileno()).columns or 80
         text = self._text(bar=True)
         return (text if len(text) < columns else self._text())[: columns - 1]

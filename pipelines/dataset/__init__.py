@@ -1,1 +1,1 @@
-"""Stage `dataset`: the table of all samples, training order, near-duplicates, and a resumable sample stream."""
+"""Stage `dataset`: the table of all samples, deduplication, training order, and a resumable sample stream."""

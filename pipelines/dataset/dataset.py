@@ -1,10 +1,11 @@
-"""Stage ``dataset``: rolls all parts up into one table of samples, the one thing that training depends on.
+"""Stage ``dataset``: combines all parts into one table of samples, the only input that training depends on.
 
-The samples stay where they are; here stands which there are, in which shard, and which are held out.
+The table lists each sample, its shard and its split; the samples themselves stay in the shards.
 """
 
 import hashlib
 from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from pipelines.cluster.units import ray_tasks
@@ -30,7 +31,7 @@ _HASH_COLUMNS = ("perceptual_hash", "source_sha256", "source_pixels")
 
 
 def split_of(sample_key: str, config: DatasetConfig) -> str:
-    """Return ``train`` or ``validation``: a function of the key, so that a sample never changes sides."""
+    """Return ``train`` or ``validation``: a function of the key, so that a sample never changes its split."""
     digest = hashlib.blake2b(bytes.fromhex(sample_key), digest_size=8, salt=_salt(config.validation_salt)).digest()
     held_out = int.from_bytes(digest, "little") < config.validation_share * 2**64
     return VALIDATION if held_out else TRAIN
@@ -43,7 +44,7 @@ def _salt(text: str) -> bytes:
 def produce(run: StageRun[DatasetConfig]) -> StageResult:
     parts = _by_part(run.inputs.get("shards", ()), "shards")
     if not parts:
-        raise ThroughlineError("dataset: no shards among its inputs; materialise at least one part first")
+        raise ThroughlineError("dataset: no shards among its inputs; materialize at least one part first")
     for index in run.inputs.get("index", ()):
         _check_parts(index, parts)
     features = {name: _by_part(run.inputs[name], name) for name in ("latents", "text_features") if run.inputs.get(name)}
@@ -61,15 +62,16 @@ def produce(run: StageRun[DatasetConfig]) -> StageResult:
 
 def _check_parts(index: StageOutput, parts: Collection[str]) -> None:
     registered = part_names(index)
-    wrong = sorted(set(registered) ^ set(parts))
-    if wrong:
+    differing = sorted(set(registered) ^ set(parts))
+    if differing:
         raise ThroughlineError(
-            f"dataset: shards of {len(parts)} parts, the index registers {len(registered)}; they differ in {wrong[0]}"
+            f"dataset: shards of {len(parts)} parts, but the index registers {len(registered)}; they differ in "
+            f"{differing[0]}; run all parts of the index"
         )
 
 
 def _by_part(outputs: Sequence[StageOutput], name: str) -> dict[str, StageOutput]:
-    """Return part -> output in the order of parts."""
+    """Return part -> output, sorted by part."""
     by_part: dict[str, StageOutput] = {}
     for output in sorted(outputs, key=lambda item: item.manifest.partition or ""):
         part = output.manifest.partition or ""
@@ -79,60 +81,90 @@ def _by_part(outputs: Sequence[StageOutput], name: str) -> dict[str, StageOutput
     return by_part
 
 
+@dataclass
+class _Samples:
+    """Samples collected from all parts."""
+
+    locations: dict[str, tuple[str, str, int]] = field(default_factory=dict)
+    """Sample key -> (part, shard, index in the shard), of those that are kept."""
+    hashes: dict[str, tuple[str, str, int]] = field(default_factory=dict)
+    """Sample key -> (perceptual hash, source SHA-256, source pixels), if duplicates are to be dropped."""
+    withdrawn: set[str] = field(default_factory=set)
+    num_rows_in: int = 0
+
+
 def _write_samples(
     run: StageRun[DatasetConfig], parts: dict[str, StageOutput], features: dict[str, dict[str, StageOutput]]
 ) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    rows: dict[str, tuple[str, str, int]] = {}
-    hashes: dict[str, tuple[str, str, int]] = {}
-    wants_hashes = run.config.duplicate_images or run.config.near_duplicates is not None
-    rows_in, withdrawn, gone = 0, read_keys(run.config.withdrawn), set[str]()
     with run.unit("samples") as unit, run.progress(len(parts), "parts") as progress:
+        samples = _Samples()
+        withdrawn = read_keys(run.config.withdrawn)
         for part, shards in parts.items():
-            for path in shards.files(".tar"):
-                contents = _checked_contents(path, shards)
-                keys = contents.keys
-                known = {name: _feature_keys(outputs[part], name, path, keys) for name, outputs in features.items()}
-                rows_in += len(keys)
-                for index, key in enumerate(keys):
-                    lacking = next((name for name, present in known.items() if key not in present), None)
-                    if key in withdrawn:
-                        unit.drop(key, WITHDRAWN, f"{path.name} of part {part}")
-                        gone.add(key)
-                    elif lacking:
-                        unit.drop(key, f"{lacking}_missing", f"{path.name} of part {part}")
-                    elif key in rows:
-                        first_part, first_shard, _ = rows[key]
-                        detail = f"{path.name} of part {part}, first in {first_shard} of part {first_part}"
-                        unit.drop(key, "duplicate_key", detail)
-                    else:
-                        rows[key] = (part, path.name, index)
-                if wants_hashes:
-                    hashes |= zip(keys, _hashes(contents, path), strict=True)
-            progress.advance(samples=len(rows))
-        if wants_hashes:
-            _drop_alike(run, unit, rows, hashes, gone)
-        sample_keys = sorted(rows)
+            features_of_part = {name: outputs[part] for name, outputs in features.items()}
+            _collect_part(run.config, unit, samples, shards, features_of_part, withdrawn)
+            progress.advance(samples=len(samples.locations))
+        if _needs_hashes(run.config):
+            _drop_duplicate_images(run, unit, samples)
+        sample_keys = sorted(samples.locations)
+        locations = [samples.locations[key] for key in sample_keys]
         splits = [split_of(key, run.config) for key in sample_keys]
         table = pa.table(
             {
                 "sample_key": pa.array(sample_keys, pa.string()),
-                "part": pa.array([rows[key][0] for key in sample_keys], pa.string()),
-                "shard": pa.array([rows[key][1] for key in sample_keys], pa.string()),
-                "index_in_shard": pa.array([rows[key][2] for key in sample_keys], pa.int32()),
+                "part": pa.array([part for part, _, _ in locations], pa.string()),
+                "shard": pa.array([shard for _, shard, _ in locations], pa.string()),
+                "index_in_shard": pa.array([index for _, _, index in locations], pa.int32()),
                 "split": pa.array(splits, pa.string()),
             }
         )
         with unit.open(SAMPLES_FILE, num_rows=len(sample_keys)) as stream:
             pq.write_table(table, stream, compression="zstd", row_group_size=_ROW_GROUP_ROWS)
-        unit.account(rows_in=rows_in, rows_out=len(sample_keys))
+        unit.account(rows_in=samples.num_rows_in, rows_out=len(sample_keys))
         unit.notes["splits"] = {f"num_{split}": splits.count(split) for split in (TRAIN, VALIDATION)}
 
 
+def _needs_hashes(config: DatasetConfig) -> bool:
+    return config.duplicate_images or config.near_duplicates is not None
+
+
+def _collect_part(
+    config: DatasetConfig,
+    unit: Unit,
+    samples: _Samples,
+    shards: StageOutput,
+    features: dict[str, StageOutput],
+    withdrawn: Collection[str],
+) -> None:
+    """Add the samples of one part; drop those that are withdrawn, lack a feature, or are known from an earlier part."""
+    part = shards.manifest.partition or ""
+    for path in shards.files(".tar"):
+        contents = _checked_contents(path, shards)
+        keys = contents.keys
+        available = {name: _feature_keys(output, name, path, keys) for name, output in features.items()}
+        samples.num_rows_in += len(keys)
+        for index, key in enumerate(keys):
+            missing = next((name for name, present in available.items() if key not in present), None)
+            if key in withdrawn:
+                unit.drop(key, WITHDRAWN, f"{path.name} of part {part}")
+                samples.withdrawn.add(key)
+            elif missing:
+                unit.drop(key, f"{missing}_missing", f"{path.name} of part {part}")
+            elif key in samples.locations:
+                first_part, first_shard, _ = samples.locations[key]
+                unit.drop(
+                    key, "duplicate_key", f"{path.name} of part {part}, first in {first_shard} of part {first_part}"
+                )
+            else:
+                samples.locations[key] = (part, path.name, index)
+        if _needs_hashes(config):
+            samples.hashes |= zip(keys, _hashes(contents, path), strict=True)
+
+
 def left_out_as_withdrawn(datasets: Iterable[StageOutput]) -> frozenset[str]:
-    """Return the sample keys that data sets have dropped as withdrawn."""
+    """Return the sample keys that datasets dropped as withdrawn."""
     import pyarrow.parquet as pq
 
     keys: set[str] = set()
@@ -158,53 +190,48 @@ def _checked_contents(path: Path, shards: StageOutput) -> ShardIndex:
 
 def _hashes(contents: ShardIndex, path: Path) -> Iterator[tuple[str, str, int]]:
     """Yield (perceptual hash, source SHA-256, source pixels) of each sample of a shard."""
-    lacking = [name for name in _HASH_COLUMNS if name not in contents.columns]
-    if lacking:
-        raise ThroughlineError(f"{path}: its index has no {', '.join(lacking)}; re-run images and shards")
+    missing = [name for name in _HASH_COLUMNS if name not in contents.columns]
+    if missing:
+        raise ThroughlineError(f"{path}: its index has no {', '.join(missing)}; re-run images and shards")
     return zip(*(contents.columns[name] for name in _HASH_COLUMNS), strict=True)
 
 
-def _drop_alike(
-    run: StageRun[DatasetConfig],
-    unit: Unit,
-    rows: dict[str, tuple[str, str, int]],
-    hashes: dict[str, tuple[str, str, int]],
-    gone: Collection[str],
-) -> None:
-    """Take samples out of `rows` that are alike another one; the detail of a drop is the winner's key.
+def _drop_duplicate_images(run: StageRun[DatasetConfig], unit: Unit, samples: _Samples) -> None:
+    """Drop samples that duplicate another one; the detail of a drop is the key of the sample that wins.
 
-    Those that are `gone` already win over all others: a picture that was withdrawn does not come back as its copy.
+    Withdrawn samples win over all others, so that a withdrawn image does not survive as its copy.
     """
     import numpy as np
 
     from pipelines.dataset.near_duplicates import winners
 
-    config = run.config
-    best_first = sorted([*gone, *rows], key=lambda key: (key not in gone, -hashes[key][2], key))
+    config, hashes = run.config, samples.hashes
+    candidates = [*samples.withdrawn, *samples.locations]
+    best_first = sorted(candidates, key=lambda key: (key not in samples.withdrawn, -hashes[key][2], key))
     if config.duplicate_images:
         first: dict[str, str] = {}
         for key in best_first:
             winner = first.setdefault(hashes[key][1], key)
-            if winner != key and rows.pop(key, None) is not None:
+            if winner != key and samples.locations.pop(key, None) is not None:
                 unit.drop(key, "duplicate_image", winner)
         best_first = list(first.values())
     if config.near_duplicates is not None:
         packed = np.array([int(hashes[key][0], 16) for key in best_first], dtype=np.uint64)
         with ray_tasks(run, config.workers) as tasks:
             winner_of = winners(packed, config.near_duplicates, tasks)
-        for place, winner_place in enumerate(winner_of.tolist()):
-            if winner_place != place and rows.pop(best_first[place], None) is not None:
-                unit.drop(best_first[place], "near_duplicate", best_first[winner_place])
+        for index, winner_index in enumerate(winner_of.tolist()):
+            if winner_index != index and samples.locations.pop(best_first[index], None) is not None:
+                unit.drop(best_first[index], "near_duplicate", best_first[winner_index])
 
 
 def _feature_keys(output: StageOutput, name: str, shard: Path, keys_of_shard: Sequence[str]) -> set[str]:
-    """Return the keys that have this feature; raises ThroughlineError for keys that the shard doesn't have."""
+    """Return the keys that have this feature; raises ThroughlineError for keys that are not in the shard."""
     path = output.path(f"{name}-{shard.stem.removeprefix('shard-')}.safetensors")
     keys = set(feature_keys(path))
-    strangers = keys.difference(keys_of_shard)
-    if strangers:
+    unknown = keys.difference(keys_of_shard)
+    if unknown:
         raise ThroughlineError(
-            f"{path}: {len(strangers)} sample keys that {shard.name} does not have, such as {min(strangers)}; "
+            f"{path}: {len(unknown)} sample keys that are not in {shard.name}, such as {min(unknown)}; "
             f"re-run {name} for part {output.manifest.partition}"
         )
     return keys

@@ -1,4 +1,4 @@
-"""The sample keys of a feature file, read from its safetensors header without loading any tensor library."""
+"""Reads the sample keys of a feature file without a tensor library."""
 
 import json
 from pathlib import Path
@@ -11,9 +11,9 @@ _LENGTH_BYTES = 8
 
 
 def feature_keys(path: Path) -> list[str]:
-    """Return the sample keys of a safetensors file in its order.
+    """Return the sample keys of a safetensors file, in file order.
 
-    Raises ThroughlineError where the file is not readable or has no ``sample_keys`` of shape (n, 16), uint8.
+    Raises ThroughlineError if the file is not readable or has no ``sample_keys`` of shape (n, 16), uint8.
     """
     try:
         with path.open("rb") as stream:
@@ -25,9 +25,9 @@ def feature_keys(path: Path) -> list[str]:
             stream.seek(_LENGTH_BYTES + header_bytes + start)
             data = stream.read(end - start)
             if len(data) != end - start:
-                raise ValueError("it is cut short")
+                raise ValueError("the file is truncated")
     except (OSError, ValueError, KeyError, TypeError, OverflowError, MemoryError) as error:
         raise ThroughlineError(
             f"{path}: no readable {KEYS_TENSOR} ({error}); re-run the stage that wrote it"
         ) from error
-    return [data[place : place + width].hex() for place in range(0, len(data), width)]
+    return [data[offset : offset + width].hex() for offset in range(0, len(data), width)]

@@ -1,8 +1,8 @@
-"""Near-duplicates among many 64-bit hashes: every pair within a Hamming distance, without comparing all pairs.
+"""Near-duplicates among 64-bit hashes: finds every pair within a Hamming distance without comparing all pairs.
 
 Two hashes that differ in at most d of 64 bits agree in at least b - d of b blocks of bits. So for each choice of b - d
-blocks the hashes are sorted by these bits alone, and only those that agree in them are compared: exact, and near-linear
-while the blocks are wide (Manku, Jain and Das Sarma, "Detecting near-duplicates for web crawling", 2007).
+blocks, the hashes are sorted by these bits, and only those that agree in them are compared. This is exact, and nearly
+linear as long as blocks are wide (Manku, Jain and Das Sarma, "Detecting near-duplicates for web crawling", 2007).
 """
 
 import itertools
@@ -18,45 +18,45 @@ if TYPE_CHECKING:
 _BITS = 64
 _MAX_TABLES = 2_000
 _SORT_COST = 15.0
-"""Time to sort one hash over the time to compare one pair; measured at 10^6 hashes, and only decides the blocks."""
+"""Time to sort one hash relative to the time to compare one pair, measured at 10^6 hashes; used to choose blocks."""
 
 
 def near_pairs(hashes: np.ndarray, distance: int, tasks: "RayTasks | None" = None) -> tuple[np.ndarray, np.ndarray]:
     """Return all pairs (i, j), i < j, int64, of distinct hashes (uint64, (n,)) that differ in at most `distance` bits.
 
-    In the order of i, then j. Hashes that are equal among each other must be made one before: their pairs are too many.
-    With `tasks` the choices of blocks are spread over their cluster.
+    Sorted by i, then j. The hashes must be distinct: equal ones would give too many pairs. With `tasks`, the choices of
+    blocks are distributed over the cluster.
     """
     masks = list(_masks(len(hashes), distance)) if len(hashes) > 1 and distance > 0 else []
     found = [np.zeros(0, dtype=np.uint64)]
     if tasks is None:
-        found += [_pairs_that_agree((hashes, distance), mask) for mask in masks]
+        found += [_matching_pairs((hashes, distance), mask) for mask in masks]
     else:
         named = ((f"blocks {mask:016x}", mask) for mask in masks)
-        found += [pairs for _, pairs in tasks.map(_pairs_that_agree, (hashes, distance), named)]
+        found += [pairs for _, pairs in tasks.map(_matching_pairs, (hashes, distance), named)]
     pairs = np.unique(np.concatenate(found))
     return (pairs >> np.uint64(32)).astype(np.int64), (pairs & np.uint64(0xFFFFFFFF)).astype(np.int64)
 
 
-def _pairs_that_agree(hashes_and_distance: tuple[np.ndarray, int], mask: np.uint64) -> np.ndarray:
-    """Return i << 32 | j, uint64, of the near pairs that agree in all bits of the mask."""
+def _matching_pairs(hashes_and_distance: tuple[np.ndarray, int], mask: np.uint64) -> np.ndarray:
+    """Return i << 32 | j, uint64, for the near pairs that agree in all bits of the mask."""
     hashes, distance = hashes_and_distance
     found = [np.zeros(0, dtype=np.uint64)]
     masked = hashes & mask
     order = np.argsort(masked)
     masked, ordered = masked[order], hashes[order]
-    places, apart = np.arange(len(hashes) - 1), 1
-    while len(places := places[: np.searchsorted(places, len(hashes) - apart)]):
-        places = places[masked[places] == masked[places + apart]]
-        near = places[np.bitwise_count(ordered[places] ^ ordered[places + apart]) <= distance]
-        pair = np.sort(np.stack([order[near], order[near + apart]]), axis=0).astype(np.uint64)
+    starts, offset = np.arange(len(hashes) - 1), 1
+    while len(starts := starts[: np.searchsorted(starts, len(hashes) - offset)]):
+        starts = starts[masked[starts] == masked[starts + offset]]
+        near = starts[np.bitwise_count(ordered[starts] ^ ordered[starts + offset]) <= distance]
+        pair = np.sort(np.stack([order[near], order[near + offset]]), axis=0).astype(np.uint64)
         found.append(pair[0] << np.uint64(32) | pair[1])
-        apart += 1
+        offset += 1
     return np.concatenate(found)
 
 
 def _masks(num_hashes: int, distance: int) -> Iterator[np.uint64]:
-    """Yield the bits of each choice of blocks, for the number of blocks that costs least."""
+    """Yield the bit mask of each choice of blocks, with the cheapest number of blocks."""
 
     def cost(num_blocks: int) -> float:
         num_tables = math.comb(num_blocks, distance)
@@ -72,10 +72,10 @@ def _masks(num_hashes: int, distance: int) -> Iterator[np.uint64]:
 
 
 def winners(hashes: np.ndarray, distance: int, tasks: "RayTasks | None" = None) -> np.ndarray:
-    """Return for each hash (uint64, (n,), best first) the place of its winner, int64; a winner is its own.
+    """Return the index of each hash's winner, int64 (n,), for hashes (uint64, (n,)) sorted best first.
 
-    Stars, not chains: from the best on, each hash that no better winner took becomes a winner and takes all that are
-    within `distance` of it. So every one that loses is within `distance` of its winner, and no two winners are.
+    Forms stars, not chains: from the best hash on, each one not yet claimed becomes its own winner and claims all
+    unclaimed hashes within `distance`. So each hash is within `distance` of its winner, and no two winners are.
     """
     distinct, first, of_hash = np.unique(hashes, return_index=True, return_inverse=True)
     best_first = np.argsort(first)
@@ -84,9 +84,9 @@ def winners(hashes: np.ndarray, distance: int, tasks: "RayTasks | None" = None) 
     better, worse = near_pairs(distinct[best_first], distance, tasks)
     centre = np.arange(len(distinct))
     starts = np.searchsorted(better, np.arange(len(distinct) + 1))
-    for place in np.unique(better).tolist():
-        if centre[place] == place:
-            near = worse[starts[place] : starts[place + 1]]
-            free = near[centre[near] == near]
-            centre[free] = place
+    for index in np.unique(better).tolist():
+        if centre[index] == index:
+            near = worse[starts[index] : starts[index + 1]]
+            unclaimed = near[centre[near] == near]
+            centre[unclaimed] = index
     return first[best_first][centre[rank[of_hash]]]

@@ -1,7 +1,7 @@
-"""Which samples a step consumes: a pure function of data version, seed and place, whatever the processes.
+"""Training order: which samples a step consumes, as a pure function of data version, seed and position.
 
-A place is a position in the endless row of passes: place p is sample p mod n of pass p div n, and each pass is a
-permutation of its own. All that a run must remember is how many places it has consumed.
+Positions count samples over all passes: position p is sample p mod n of pass p div n, and each pass has its own
+permutation. The number of processes does not matter. The state of a run is the number of positions consumed.
 """
 
 import hashlib
@@ -13,14 +13,14 @@ import numpy as np
 
 def pass_permutation(data_version: str, seed: int, pass_index: int, num_samples: int) -> np.ndarray:
     """Return the order of one pass over the samples: int64 (num_samples,)."""
-    words = f"order:{data_version}:{seed}:{pass_index}".encode()
-    key = int.from_bytes(hashlib.blake2b(words, digest_size=16).digest(), "little")
-    # Raw Philox words are the same in every numpy version; Generator.permutation promises no such thing.
+    name = f"order:{data_version}:{seed}:{pass_index}".encode()
+    key = int.from_bytes(hashlib.blake2b(name, digest_size=16).digest(), "little")
+    # Raw Philox words are the same in every numpy version; Generator.permutation does not guarantee that.
     return np.argsort(np.random.Philox(key=key).random_raw(num_samples), kind="stable").astype(np.int64)
 
 
 class SampleOrder:
-    """The sample at every place. Keeps the one or two passes in use: 8 bytes for each sample and pass."""
+    """The sample at each position. Caches the passes in use, one or two: 8 bytes per sample and pass."""
 
     def __init__(self, data_version: str, seed: int, num_samples: int) -> None:
         if num_samples < 1:
@@ -29,7 +29,7 @@ class SampleOrder:
         self._passes: dict[int, np.ndarray] = {}
 
     def take(self, start: int, stop: int) -> np.ndarray:
-        """Return the sample indices, int64, of the places from `start` to before `stop`."""
+        """Return the sample indices, int64, of the positions from `start` up to but excluding `stop`."""
         if stop <= start:
             return np.zeros(0, dtype=np.int64)
         passes, offsets = np.divmod(np.arange(start, stop, dtype=np.int64), self.num_samples)
@@ -38,8 +38,8 @@ class SampleOrder:
         return np.concatenate([self._passes[index][offsets[passes == index]] for index in needed])
 
     def _pass(self, index: int) -> np.ndarray:
-        kept = self._passes.get(index)
-        return pass_permutation(self.data_version, self.seed, index, self.num_samples) if kept is None else kept
+        cached = self._passes.get(index)
+        return pass_permutation(self.data_version, self.seed, index, self.num_samples) if cached is None else cached
 
     def __getstate__(self) -> dict[str, object]:
         return self.__dict__ | {"_passes": {}}
@@ -47,7 +47,7 @@ class SampleOrder:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One rank's share of a step: the places `start` to before `stop`; `consumed` counts all ranks' up to its end."""
+    """One rank's positions in a step, `stop` excluded; `consumed` counts those of all ranks up to the step's end."""
 
     start: int
     stop: int
@@ -56,19 +56,19 @@ class Step:
 
 @dataclass(frozen=True, kw_only=True)
 class Share:
-    """Which places belong to one rank.
+    """The positions of one rank.
 
-    A step is `num_ranks` batches in a row, the first for rank 0. Where `stop` cuts a step short, the last ranks get
-    fewer places or none, so that every place is consumed once and all ranks count the same steps.
+    A step consists of `num_ranks` consecutive batches, the first for rank 0. If `stop` cuts a step short, the last
+    ranks get fewer positions or none, so that each position is consumed once and all ranks count the same steps.
     """
 
     batch_size: int
     rank: int = 0
     num_ranks: int = 1
     consumed: int = 0
-    """Places consumed before, by all ranks together, in whatever layout."""
+    """Positions consumed so far by all ranks together, with any number of ranks."""
     stop: int | None = None
-    """Place before which to end; None never ends. The end of pass e is (e + 1) times the number of samples."""
+    """End position, excluded; None never ends. The end of pass e is (e + 1) times the number of samples."""
 
     def __post_init__(self) -> None:
         if self.batch_size < 1 or not 0 <= self.rank < self.num_ranks or self.consumed < 0:
@@ -79,13 +79,13 @@ class Share:
 
     @property
     def num_steps(self) -> int | None:
-        """Steps up to `stop`; None where there is no end."""
+        """Steps up to `stop`; None if there is no end."""
         if self.stop is None:
             return None
         return max(0, -(-(self.stop - self.consumed) // (self.batch_size * self.num_ranks)))
 
     def step(self, index: int) -> Step:
-        """Return this rank's places in the step `index`, counted from `consumed`."""
+        """Return this rank's positions in step `index`, counted from `consumed`."""
         start = self.consumed + index * self.batch_size * self.num_ranks
         first = start + self.rank * self.batch_size
         ends = first + self.batch_size, start + self.batch_size * self.num_ranks
@@ -94,7 +94,7 @@ class Share:
         return Step(min(first, self.stop), min(ends[0], self.stop), min(ends[1], self.stop))
 
     def steps(self, worker: int = 0, num_workers: int = 1) -> Iterator[Step]:
-        """Yield the steps of one of a rank's workers: each takes every `num_workers`-th."""
+        """Yield the steps of one of a rank's workers, which takes every `num_workers`-th step."""
         index, end = worker, self.num_steps
         while end is None or index < end:
             yield self.step(index)

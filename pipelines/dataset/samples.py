@@ -1,4 +1,4 @@
-"""The samples of many shards as one sequence, read by index from any process: for torch a map-style dataset."""
+"""The samples of many shards as one sequence, read by index from any process: a map-style dataset for torch."""
 
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -14,11 +14,11 @@ from pipelines.shards.reader import Sample, Shard, shard_keys
 
 
 class ShardSamples(Sequence[Sample]):
-    """Samples by index. Shards are opened when they are needed, and the least recently used is closed; one that lies in
-    an object store alone is fetched when it is first opened, and stays in the working folder.
+    """Samples by index. Shards are opened on demand in a least-recently-used cache; a shard in an object store is
+    downloaded when it is first opened, and stays in the local folder.
 
-    Copies that go to other processes, forked or spawned, are independent; within a process it belongs to one thread.
-    Raises BadSampleError for a sample that contradicts itself, ThroughlineError for a shard that cannot be read.
+    Copies in other processes, forked or spawned, are independent; within a process, use it from one thread. Raises
+    BadSampleError for an inconsistent sample, ThroughlineError for a shard that cannot be read.
     """
 
     def __init__(
@@ -31,17 +31,17 @@ class ShardSamples(Sequence[Sample]):
         max_open_shards: int = 64,
         verify_digests: bool = False,
     ) -> None:
-        """`shard_of` and `row_of`, int (n,), say for each sample its place in `paths` and in that shard."""
+        """`shard_of` and `row_of`, int (n,), are each sample's index in `paths` and in that shard."""
         self.paths, self.shard_of, self.row_of = list(paths), shard_of, row_of
         self.data_version = data_version
         self._max_open, self._verify = max_open_shards, verify_digests
         self._open: OrderedDict[int, Shard] = OrderedDict()
         self._outputs: list[StageOutput] = []
-        """The output that each of `paths` belongs to; none where they are files alone."""
+        """The output of each of `paths`; empty if they are plain files."""
 
     @classmethod
     def of_shards(cls, paths: Sequence[Path], **options: Any) -> Self:
-        """Take all samples of some shards, in the order of `paths`; the data version digests their keys."""
+        """Use all samples of the shards at `paths`, in that order; the data version is a digest of their keys."""
         keys = [shard_keys(path) for path in paths]
         shard_of = np.repeat(np.arange(len(paths), dtype=np.int32), [len(part) for part in keys])
         row_of = np.concatenate([np.arange(len(part), dtype=np.int32) for part in keys] or [np.zeros(0, np.int32)])
@@ -49,9 +49,9 @@ class ShardSamples(Sequence[Sample]):
 
     @classmethod
     def of_dataset(cls, dataset: StageOutput, shards: Sequence[StageOutput], split: str, **options: Any) -> Self:
-        """Take the samples of a split in the order of the dataset's table, that of their keys.
+        """Use the samples of a split, in the order of the dataset's table, which is sorted by key.
 
-        Raises ThroughlineError where `shards` are not the outputs that the dataset was rolled up from.
+        Raises ThroughlineError if `shards` are not the outputs that the dataset was made from.
         """
         import pyarrow.compute as pc
         import pyarrow.parquet as pq
@@ -61,8 +61,8 @@ class ShardSamples(Sequence[Sample]):
         expected = {ref.data_version for ref in dataset.manifest.inputs.get("shards", ())}
         if (given := {output.data_version for output in shards}) != expected:
             raise ThroughlineError(
-                f"dataset {dataset.data_version}: rolled up from other shards ({len(expected - given)} missing, "
-                f"{len(given - expected)} unknown to it); re-run dataset, or give the outputs it names"
+                f"dataset {dataset.data_version}: made from other shards ({len(expected - given)} missing, "
+                f"{len(given - expected)} unknown); re-run dataset, or give the outputs in its manifest"
             )
         table = pq.read_table(dataset.path(SAMPLES_FILE), columns=["part", "shard", "index_in_shard", "split"])
         table = table.filter(pc.equal(table["split"], split))
@@ -80,11 +80,11 @@ class ShardSamples(Sequence[Sample]):
         data_version: str,
         **options: Any,
     ) -> Self:
-        """Take samples by their places: part, name of the shard and, int (n,), row in it."""
+        """Use samples by location: part, shard name and, int (n,), row in the shard."""
         outputs = {output.manifest.partition or "": output for output in shards}
         paths: dict[tuple[str, str], int] = {}
-        places = zip(parts, names, strict=True)
-        shard_of = np.array([paths.setdefault(place, len(paths)) for place in places], dtype=np.int32)
+        locations = zip(parts, names, strict=True)
+        shard_of = np.array([paths.setdefault(item, len(paths)) for item in locations], dtype=np.int32)
         samples = cls([outputs[part].folder / name for part, name in paths], shard_of, row_of, data_version, **options)
         samples._outputs = [outputs[part] for part, _ in paths]
         return samples
@@ -100,11 +100,11 @@ class ShardSamples(Sequence[Sample]):
 
     def __getitem__(self, index: int | slice) -> Sample | list[Sample]:
         if isinstance(index, slice):
-            return [self[place] for place in range(*index.indices(len(self)))]
+            return [self[number] for number in range(*index.indices(len(self)))]
         return self._shard(int(self.shard_of[index]))[int(self.row_of[index])]
 
     def name(self, index: int) -> str:
-        """Return how to speak of a sample: its key and its shard."""
+        """Return a sample's key and shard, for messages."""
         shard = self._shard(int(self.shard_of[index]))
         return f"{shard.keys[self.row_of[index]]} in {shard.path.name}"
 

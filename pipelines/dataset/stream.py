@@ -1,7 +1,7 @@
-"""Samples for a torch `DataLoader`: batches in the declared order, exact to resume in any layout of processes.
+"""Sample batches for a torch `DataLoader`, in a deterministic order that resumes exactly in any layout of processes.
 
-The state of a run is one number, the places consumed by all ranks; every batch carries it. Which sample stands at a
-place is `pipelines.dataset.order`'s; where it lies is `pipelines.dataset.samples`'.
+The state of a run is one number, the positions consumed by all ranks; every batch carries it. `pipelines.dataset.order`
+maps positions to samples, and `pipelines.dataset.samples` reads them.
 """
 
 import io
@@ -20,13 +20,13 @@ from pipelines.dataset.samples import ShardSamples
 from pipelines.shards.reader import BadSampleError, Sample
 
 _NAMES_SHOWN = 20
-# What Pillow and parsers raise on bytes that lie about themselves.
+# Raised by Pillow and parsers on malformed bytes.
 _DECODE_ERRORS = (OSError, ValueError, SyntaxError, EOFError, LookupError, ArithmeticError, TypeError, RuntimeError)
 
 
 @dataclass(frozen=True, slots=True)
 class Skipped:
-    """A sample that was left out: `name` is its key and shard."""
+    """A sample that was skipped: `name` is its key and shard."""
 
     name: str
     reason: str
@@ -37,31 +37,31 @@ class Skipped:
 
 @dataclass(frozen=True, slots=True)
 class SampleBatch:
-    """One rank's share of a step; shorter than the batch size by what was skipped, so that no place ever moves."""
+    """One rank's share of a step. Skipped samples make it shorter, so that the positions of others do not change."""
 
     items: list[Any]
-    """What `decode` made of the samples."""
+    """Results of `decode`."""
     indices: np.ndarray
-    """int64: the samples' places in `ShardSamples`."""
+    """int64: the samples' indices in `ShardSamples`."""
     consumed: int
-    """Places consumed by all ranks at the end of this step: start here to go on after it."""
+    """Positions consumed by all ranks at the end of this step; start here to resume after it."""
     skipped: tuple[Skipped, ...]
 
 
 def decode_image(sample: Sample) -> tuple[np.ndarray, str]:
-    """Return the picture as uint8 (H, W, 3) and the caption."""
+    """Return the image as uint8 (H, W, 3) and the caption."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return np.asarray(Image.open(io.BytesIO(sample.image_bytes)).convert("RGB")), sample.caption
 
 
 class ShardStream(IterableDataset[SampleBatch]):
-    """Batches of one rank. Give it to ``DataLoader(stream, batch_size=None, num_workers=...)``.
+    """Batches of one rank. Use it as ``DataLoader(stream, batch_size=None, num_workers=...)``.
 
-    With any number of workers the batches and their order are the same: worker w of W makes every W-th batch, and the
-    loader takes them in turn. A sample that contradicts itself or cannot be decoded is left out of its batch and named
-    there; `max_bad_run` of them in a row in one process raise ThroughlineError with their names, as a damaged shard
-    does at once.
+    Batches and their order do not depend on the number of workers: worker w of W makes every W-th batch, and the loader
+    takes them in turn. A sample that is inconsistent or cannot be decoded is skipped and listed in its batch;
+    `max_bad_run` consecutive ones in one process raise ThroughlineError with their names. A damaged shard raises it at
+    once.
     """
 
     def __init__(
@@ -95,7 +95,7 @@ class ShardStream(IterableDataset[SampleBatch]):
                 skipped.append(bad)
                 bad_run.append(bad)
                 if len(bad_run) >= self._max_bad_run:
-                    raise ThroughlineError(_sentence(bad_run)) from error
+                    raise ThroughlineError(_bad_run_message(bad_run)) from error
             else:
                 indices.append(index)
                 bad_run.clear()
@@ -109,7 +109,7 @@ class ShardStream(IterableDataset[SampleBatch]):
             raise BadSampleError(f"not decodable: {type(error).__name__}: {error}") from error
 
 
-def _sentence(bad_run: list[Skipped]) -> str:
+def _bad_run_message(bad_run: list[Skipped]) -> str:
     shown = ", ".join(map(str, bad_run[:_NAMES_SHOWN]))
     more = f" and {len(bad_run) - _NAMES_SHOWN} more" if len(bad_run) > _NAMES_SHOWN else ""
-    return f"{len(bad_run)} bad samples in a row: {shown}{more}; check these shards with `throughline lint --decode`"
+    return f"{len(bad_run)} consecutive bad samples: {shown}{more}; check these shards with `throughline lint --decode`"

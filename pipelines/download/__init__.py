@@ -1,1 +1,1 @@
-"""Stage `images`: fetching under limits and opt-outs, decoding in worker processes, resizing, a status for each row."""
+"""Stage `images`: polite fetching with limits and opt-outs, decoding in worker processes, and a status per row."""

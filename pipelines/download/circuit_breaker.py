@@ -1,20 +1,20 @@
-"""Tells a download that goes wrong as a whole from rows that fail, and stops it."""
+"""Circuit breaker: stops a download in which nearly everything fails."""
 
 from collections import Counter, deque
 
 from pipelines.core.errors import ThroughlineError
 from pipelines.download.config import ImagesConfig
 from pipelines.download.outcomes import RowOutcome
-from pipelines.download.status import NO_FAILURE
+from pipelines.download.status import NOT_FAILURES
 
 _SMALLEST_WINDOW = 20
 
 
 class FailureWatch:
-    """Stops the stage when nearly all of many neighbouring rows failed: then it isn't the rows that are wrong.
+    """Stops the stage when nearly all of many consecutive rows failed, which points to the network, not to the rows.
 
-    Rows are looked at in their order, not in the order they finish in (failures are faster than pictures), so that
-    the verdict depends on the outcomes alone.
+    Rows are evaluated in their order, not in order of completion (failures finish before successes), so that the
+    decision depends only on the outcomes.
     """
 
     def __init__(self, label: str, num_rows: int, config: ImagesConfig) -> None:
@@ -27,7 +27,7 @@ class FailureWatch:
         self._num_failed = 0
 
     def record(self, index: int, outcome: RowOutcome) -> None:
-        """Take note of a row; raises ThroughlineError where failures exceed the configured share."""
+        """Add the outcome of a row; raises ThroughlineError if failures exceed the configured share."""
         if not self._window:
             return
         self._early[index] = outcome
@@ -37,17 +37,17 @@ class FailureWatch:
 
     def _push(self, outcome: RowOutcome) -> None:
         if len(self._recent) == self._window:
-            self._num_failed -= self._recent[0].status not in NO_FAILURE
+            self._num_failed -= self._recent[0].status not in NOT_FAILURES
         self._recent.append(outcome)
-        self._num_failed += outcome.status not in NO_FAILURE
+        self._num_failed += outcome.status not in NOT_FAILURES
         if len(self._recent) == self._window and self._num_failed > self._share * self._window:
-            raise ThroughlineError(self._sentence())
+            raise ThroughlineError(self._message())
 
-    def _sentence(self) -> str:
-        failures = [item for item in self._recent if item.status not in NO_FAILURE]
+    def _message(self) -> str:
+        failures = [item for item in self._recent if item.status not in NOT_FAILURES]
         (status, detail), count = Counter((item.status, item.detail) for item in failures).most_common(1)[0]
         return (
-            f"{self._label}: {len(failures)} of {self._window} rows in a row failed, more than the allowed share "
+            f"{self._label}: {len(failures)} of {self._window} consecutive rows failed, more than the allowed share "
             f"{self._share:g}; most often {status}{f' ({detail})' if detail else ''}, {count} times; check the network "
-            "and that host, then run again: it goes on at the first unfinished shard"
+            "and that host, then run again: it resumes at the first unfinished shard"
         )

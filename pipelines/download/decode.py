@@ -1,7 +1,7 @@
-"""Bytes from the web to one training picture: recognised by content, checked before it is decoded, made RGB and square.
+"""Turns downloaded bytes into a training image: identified by content, checked before decoding, made RGB and square.
 
-The order of checks is from cheap to dear, so that a hostile picture costs as little as possible: first bytes, header,
-pixel and frame counts, then the pixels.
+Checks run from cheap to expensive, so that a hostile image costs as little as possible: first bytes, header, pixel and
+frame counts, then the pixels.
 """
 
 import hashlib
@@ -19,7 +19,7 @@ from pipelines.download.config import ImageFormat, ImageTransform
 from pipelines.download.perceptual_hash import perceptual_hash
 from pipelines.download.status import FetchStatus
 
-# The limit is checked below, on the header; Pillow's own would raise in the middle of a format plug-in.
+# The limit is checked below, on the header; Pillow's own check would raise in the middle of a format plug-in.
 Image.MAX_IMAGE_PIXELS = None
 
 _PILLOW_NAMES = {ImageFormat.JPEG: "JPEG", ImageFormat.PNG: "PNG", ImageFormat.WEBP: "WEBP", ImageFormat.GIF: "GIF"}
@@ -38,13 +38,13 @@ _OTHER_FORMATS = (
     (b"\x00\x00\x00\x0cJXL ", "jxl"),
     (b"\x00\x00\x00\x0cjP  ", "jp2"),
 )
-# What Pillow's plug-ins raise on bytes that lie about themselves.
+# Raised by Pillow's plug-ins on malformed bytes.
 _DECODER_ERRORS = (OSError, ValueError, SyntaxError, struct.error, EOFError, IndexError, KeyError, OverflowError,
                    TypeError, AttributeError, ZeroDivisionError, RuntimeError, MemoryError)  # fmt: skip
-_KEPT_BLOCKS = 2
-"""Pieces of at most 16 MiB that Pillow keeps for the next picture instead of taking pages from the system anew."""
-# EXIF orientation -> what turns the stored picture into the one that is meant to be seen.
-_TURNS = {
+_REUSED_BLOCKS = 2
+"""Blocks of at most 16 MiB that Pillow reuses for the next image instead of allocating pages again."""
+# EXIF orientation -> transposition that makes the stored image upright.
+_TRANSPOSITIONS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -53,16 +53,16 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-_TURNS_ON_SIDE = tuple(_TURNS[orientation] for orientation in (5, 6, 7, 8))
+_SWAPS_SIDES = tuple(_TRANSPOSITIONS[orientation] for orientation in (5, 6, 7, 8))
 _SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB"))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DecodeOutcome:
-    """A finished picture, or the status that says why there is none.
+    """A finished image, or the status of the failure.
 
-    `width_px` and `height_px` are the source's as shown (after EXIF orientation); `image` is the encoded result, and
-    `perceptual_hash` is of its pixels before they are encoded.
+    `width_px` and `height_px` are those of the source after EXIF orientation; `image` is the encoded result, and
+    `perceptual_hash` is computed from its pixels before encoding.
     """
 
     status: FetchStatus
@@ -83,17 +83,17 @@ class _Rejected(Exception):
 
 
 def prepare_to_decode() -> None:
-    """Load what the first picture would, and let this process decode on one core: others decode beside it."""
+    """Import everything that decoding needs, and limit this process to one core: other decoders run in parallel."""
     import torch
 
     import pipelines.download.resize  # noqa: F401
 
     torch.set_num_threads(1)
-    Image.core.set_blocks_max(_KEPT_BLOCKS)
+    Image.core.set_blocks_max(_REUSED_BLOCKS)
 
 
 def sniff(body: bytes) -> ImageFormat | str | None:
-    """Return a picture's format by its first bytes, the name of a format that is never decoded, or None."""
+    """Return the format by its first bytes, the name of a format that is not supported, or None if unknown."""
     if body.startswith(b"\xff\xd8\xff"):
         return ImageFormat.JPEG
     if body.startswith(b"\x89PNG\r\n\x1a\n"):
@@ -113,7 +113,7 @@ def sniff(body: bytes) -> ImageFormat | str | None:
 
 
 def decode(body: bytes, transform: ImageTransform) -> DecodeOutcome:
-    """Return the training picture made from a response's body; a bad picture is an outcome, never an exception."""
+    """Return the training image made from a response body; a bad image is an outcome, never an exception."""
     try:
         return _decode(body, transform)
     except _Rejected as rejected:
@@ -123,21 +123,21 @@ def decode(body: bytes, transform: ImageTransform) -> DecodeOutcome:
 
 
 def _decode(body: bytes, transform: ImageTransform) -> DecodeOutcome:
-    found = sniff(body)
-    if found == "html":
+    image_format = sniff(body)
+    if image_format == "html":
         raise _Rejected(FetchStatus.HTML)
-    if found is None:
+    if image_format is None:
         raise _Rejected(FetchStatus.NOT_AN_IMAGE, f"starts with {body[:8].hex()}")
-    if not isinstance(found, ImageFormat) or found not in transform.formats:
-        raise _Rejected(FetchStatus.FORMAT_NOT_ALLOWED, found)
+    if not isinstance(image_format, ImageFormat) or image_format not in transform.formats:
+        raise _Rejected(FetchStatus.FORMAT_NOT_ALLOWED, image_format)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # plug-ins warn about odd metadata; what matters is checked here
-        with _open(body, found) as source:
+        warnings.simplefilter("ignore")  # plug-ins warn about odd metadata, which does not matter here
+        with _open(body, image_format) as source:
             _check_header(source, transform)
             source_size = source.size
             if transform.jpeg_decoding == "scaled" and source.format == "JPEG":
                 source.draft(None, (transform.size_px, transform.size_px))
-            _load(source, found)
+            _load(source, image_format)
             width_px, height_px, square, notes = _finish(source, source_size, transform)
     buffer = io.BytesIO()
     square.save(buffer, "JPEG", quality=transform.jpeg_quality, subsampling=transform.jpeg_subsampling)
@@ -145,7 +145,7 @@ def _decode(body: bytes, transform: ImageTransform) -> DecodeOutcome:
         status=FetchStatus.OK,
         detail=", ".join(notes),
         image=buffer.getvalue(),
-        format=found.value,
+        format=image_format.value,
         width_px=width_px,
         height_px=height_px,
         source_sha256=hashlib.sha256(body).hexdigest(),
@@ -154,28 +154,28 @@ def _decode(body: bytes, transform: ImageTransform) -> DecodeOutcome:
 
 
 def _finish(
-    picture: Image.Image, source_size: tuple[int, int], transform: ImageTransform
+    image: Image.Image, source_size: tuple[int, int], transform: ImageTransform
 ) -> tuple[int, int, Image.Image, list[str]]:
-    """Return the source's size as shown, the finished picture, and notes on metadata that was ignored.
+    """Return the source's upright size, the finished image, and notes on metadata that was ignored.
 
-    Orientation, profile and transparency are applied to the small picture: on the large one they cost more than all
-    the rest.
+    Orientation, profile and transparency are applied to the small image: on the large one they would cost more than
+    everything else.
     """
     from pipelines.download.resize import resize_and_crop
 
     notes: list[str] = []
-    profile = picture.info.get("icc_profile")
-    turn = _orientation(picture, notes)
-    width_px, height_px = source_size if turn not in _TURNS_ON_SIDE else source_size[::-1]
-    square = resize_and_crop(_eight_bit(picture), transform.size_px, transform.resample)
-    if turn is not None:
-        square = square.transpose(turn)
+    profile = image.info.get("icc_profile")
+    transposition = _orientation(image, notes)
+    width_px, height_px = source_size if transposition not in _SWAPS_SIDES else source_size[::-1]
+    square = resize_and_crop(_eight_bit(image), transform.size_px, transform.resample)
+    if transposition is not None:
+        square = square.transpose(transposition)
     return width_px, height_px, _over_white(square, profile, notes), notes
 
 
-def _open(body: bytes, found: ImageFormat) -> Image.Image:
+def _open(body: bytes, image_format: ImageFormat) -> Image.Image:
     try:
-        return Image.open(io.BytesIO(body), formats=[_PILLOW_NAMES[found]])
+        return Image.open(io.BytesIO(body), formats=[_PILLOW_NAMES[image_format]])
     except (UnidentifiedImageError, *_DECODER_ERRORS) as error:
         raise _corrupt(error, "header") from error
 
@@ -193,8 +193,8 @@ def _check_header(source: Image.Image, transform: ImageTransform) -> None:
         raise _Rejected(FetchStatus.TOO_MANY_PIXELS, f"{width}x{height}")
     if min(width, height) < transform.min_source_side_px:
         raise _Rejected(FetchStatus.TOO_SMALL, f"{width}x{height}")
-    most = transform.max_source_aspect
-    if most is not None and max(width, height) > most * min(width, height):
+    max_aspect = transform.max_source_aspect
+    if max_aspect is not None and max(width, height) > max_aspect * min(width, height):
         raise _Rejected(FetchStatus.ASPECT_EXTREME, f"{width}x{height}")
     if transform.animation == "drop" and source.format != "MPO":
         try:
@@ -205,39 +205,39 @@ def _check_header(source: Image.Image, transform: ImageTransform) -> None:
             raise _Rejected(FetchStatus.ANIMATED)
 
 
-def _load(source: Image.Image, found: ImageFormat) -> None:
+def _load(source: Image.Image, image_format: ImageFormat) -> None:
     try:
-        if found is not ImageFormat.JPEG:
+        if image_format is not ImageFormat.JPEG:
             source.seek(0)
         source.load()
     except _DECODER_ERRORS as error:
         raise _corrupt(error, "pixels") from error
 
 
-def _orientation(picture: Image.Image, notes: list[str]) -> Image.Transpose | None:
+def _orientation(image: Image.Image, notes: list[str]) -> Image.Transpose | None:
     try:
-        return _TURNS.get(picture.getexif().get(ExifTags.Base.Orientation, 1))
+        return _TRANSPOSITIONS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
     except _DECODER_ERRORS:
         notes.append("exif ignored")
         return None
 
 
-def _eight_bit(picture: Image.Image) -> Image.Image:
-    """Return the picture in a mode that can be resized: L, RGB, RGBA or CMYK, 16 bits scaled to 8."""
-    if picture.mode.startswith("I") or picture.mode == "F":
-        values = np.clip(np.asarray(picture).astype(np.int64), 0, 65535)
+def _eight_bit(image: Image.Image) -> Image.Image:
+    """Return the image in a mode that can be resized: L, RGB, RGBA or CMYK, 16 bits scaled to 8."""
+    if image.mode.startswith("I") or image.mode == "F":
+        values = np.clip(np.asarray(image).astype(np.int64), 0, 65535)
         return Image.fromarray((values >> 8).astype(np.uint8), "L")
-    if picture.has_transparency_data:
-        return picture.convert("RGBA")
-    if picture.mode == "1":
-        return picture.convert("L")
-    return picture if picture.mode in ("L", "RGB", "CMYK") else picture.convert("RGB")
+    if image.has_transparency_data:
+        return image.convert("RGBA")
+    if image.mode == "1":
+        return image.convert("L")
+    return image if image.mode in ("L", "RGB", "CMYK") else image.convert("RGB")
 
 
-def _over_white(picture: Image.Image, profile: bytes | None, notes: list[str]) -> Image.Image:
-    """Return the picture as sRGB, its transparency laid over white."""
-    alpha = picture.getchannel("A") if picture.mode == "RGBA" else None
-    colours = picture.convert("RGB") if alpha is not None else picture
+def _over_white(image: Image.Image, profile: bytes | None, notes: list[str]) -> Image.Image:
+    """Return the image as sRGB, composited over white."""
+    alpha = image.getchannel("A") if image.mode == "RGBA" else None
+    colours = image.convert("RGB") if alpha is not None else image
     if profile:
         colours = _to_srgb(colours, profile, notes)
     colours = colours.convert("RGB")
@@ -248,13 +248,13 @@ def _over_white(picture: Image.Image, profile: bytes | None, notes: list[str]) -
     return white
 
 
-def _to_srgb(picture: Image.Image, profile: bytes, notes: list[str]) -> Image.Image:
-    """Apply a colour profile. One that is broken or of another colour space is ignored, as browsers do, and noted."""
+def _to_srgb(image: Image.Image, profile: bytes, notes: list[str]) -> Image.Image:
+    """Apply a colour profile. As in browsers, one that is broken or of another colour space is ignored, with a note."""
     try:
-        return _srgb_transform(profile, picture.mode).apply(picture)
+        return _srgb_transform(profile, image.mode).apply(image)
     except (ImageCms.PyCMSError, *_DECODER_ERRORS):
         notes.append("icc profile ignored")
-        return picture
+        return image
 
 
 @lru_cache(maxsize=64)

@@ -1,7 +1,7 @@
-"""Worker processes that decode pictures, and that may hang or die without taking the job along.
+"""Worker processes that decode images, and may hang or crash without taking down the job.
 
-They are forks of a server (`multiprocessing`'s own) that loaded the libraries once: a new worker takes milliseconds and
-shares their memory. A fork of this process would copy its threads halfway.
+They are forked from `multiprocessing`'s fork server, which imported the libraries once: a new worker starts in
+milliseconds and shares their memory. Forking this process, which has threads, would not be safe.
 """
 
 import asyncio
@@ -20,13 +20,13 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
 
-from pipelines.core.errors import ThroughlineError, first_line, in_plain_words
+from pipelines.core.errors import ThroughlineError, first_line, os_error_message
 from pipelines.download.config import ImageTransform
 from pipelines.download.decode import DecodeOutcome, decode, prepare_to_decode
 from pipelines.download.status import FetchStatus
 
 _SERVER_ENDED = (ConnectionError, EOFError)
-"""Raised where a worker is wanted of a server that was killed and is not quite gone; later, a new one is started."""
+"""Raised when a worker is requested from a fork server that is just being killed; soon after, a new one is started."""
 _SERVER_SECONDS = 10.0
 _ANSWER_SECONDS = 5.0
 _START_ATTEMPTS = 2
@@ -36,7 +36,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class _Work:
-    """What a worker is told once, so that nothing but bodies travels to it."""
+    """Settings that a worker receives once, so that afterwards only bodies are sent to it."""
 
     decoder: Decoder
     transform: ImageTransform
@@ -47,14 +47,14 @@ _work: _Work | None = None
 
 
 def _start_worker(work: _Work) -> None:
-    """Load all that decoding needs before a picture's clock runs, and end this worker when its parent is gone.
+    """Import everything before the time limit of an image starts, and end this worker when its parent dies.
 
-    An interrupt from the terminal reaches workers too; their parent is the one to act on it.
+    Ignores interrupts from the terminal, which the parent handles.
     """
     global _work
     _work = work
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the executor ends workers with it; a shell may have it ignored
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the executor ends workers with it; the parent may ignore it
     prepare_to_decode()
     parent = multiprocessing.parent_process()
     assert parent is not None
@@ -69,8 +69,8 @@ def _start_worker(work: _Work) -> None:
 class DecodePool:
     """Decodes in `workers` processes.
 
-    When a worker dies or hangs, every picture in flight is suspect. Each of them is decoded again alone in a process
-    of its own, so that the one that kills is found and named, and the others lose nothing but time.
+    When a worker crashes or hangs, every image in flight is suspect. Each is decoded again, alone in a process, so that
+    the culprit gets its status and the others only lose time.
     """
 
     def __init__(self, workers: int, seconds: float, transform: ImageTransform, decoder: Decoder = decode) -> None:
@@ -83,7 +83,7 @@ class DecodePool:
         self._pool_of_one: ProcessPoolExecutor | None = None
         self._waiting = 0
         self.has_room = asyncio.Event()
-        """Set while few pictures wait in line; a download that awaits it cannot fill the memory."""
+        """Set while the queue is short; a download that awaits it cannot fill the memory."""
         self.has_room.set()
 
     async def __aenter__(self) -> Self:
@@ -97,7 +97,7 @@ class DecodePool:
                 _end(pool)
 
     async def decode(self, body: bytes) -> DecodeOutcome:
-        """Return the picture made from `body`, or why there is none."""
+        """Return the image made from `body`, or the status of its failure."""
         self._count_waiting(1)
         try:
             async with self._slots:
@@ -120,9 +120,9 @@ class DecodePool:
         try:
             return await self._decode_in(pool, body)
         except BrokenProcessPool:
-            if self._pool is pool:  # the first of those in flight to notice clears it away for all
+            if self._pool is pool:  # the first caller to notice discards the pool for all
                 self._pool = None
-                _log.warning("a decode worker died or hung; the pictures in flight are tried one by one")
+                _log.warning("a decode worker crashed or hung; retrying the images in flight one by one")
                 _end(pool)
         async with self._alone:
             return await self._decode_alone(body)
@@ -141,22 +141,22 @@ class DecodePool:
     async def _decode_in(self, pool: ProcessPoolExecutor, body: bytes) -> DecodeOutcome:
         try:
             future = pool.submit(_decode_in_time, body)
-        except (RuntimeError, *_SERVER_ENDED) as error:  # RuntimeError: shut down meanwhile, because a worker died
+        except (RuntimeError, *_SERVER_ENDED) as error:  # RuntimeError: the pool was shut down after a crash
             raise BrokenProcessPool(str(error)) from error
-        except OSError as error:  # one more worker was to be started
+        except OSError as error:  # starting another worker failed
             raise _cannot_start(error) from error
-        # In its turn after one other picture at most, each ended by its alarm. What never comes is half a result: of a
-        # worker that was killed while it wrote, and that the executor waits for as long as another worker lives.
+        # At most one other image is ahead in the queue, and alarms limit both. Only half a result never arrives: if a
+        # worker is killed while it writes, the executor waits for the rest for as long as another worker lives.
         try:
             async with asyncio.timeout(3 * self._work.seconds + _ANSWER_SECONDS):
-                # Shielded: a future that is cancelled while a worker dies ends the executor's own thread (Python 3.11).
+                # Shielded: cancelling a future while a worker dies ends the executor's own thread (Python 3.11).
                 return await asyncio.shield(asyncio.wrap_future(future))
         except TimeoutError as error:
-            raise BrokenProcessPool("a decode worker gives no answer") from error
+            raise BrokenProcessPool("a decode worker does not answer") from error
 
 
 def _decode_in_time(body: bytes) -> DecodeOutcome:
-    """Decode, or be killed by the alarm: nothing milder ends a loop inside a C library."""
+    """Decode, or be killed by the alarm: nothing else ends a loop inside a C library."""
     assert _work is not None
     signal.setitimer(signal.ITIMER_REAL, _work.seconds)
     try:
@@ -166,7 +166,7 @@ def _decode_in_time(body: bytes) -> DecodeOutcome:
 
 
 def _new_pool(workers: int, work: _Work) -> ProcessPoolExecutor:
-    """Return a pool whose first worker runs; starting the server and its libraries takes a second or more."""
+    """Return a pool with one running worker; starting the fork server and importing libraries takes over a second."""
     deadline = time.monotonic() + _SERVER_SECONDS
     ended = 0
     while True:
@@ -175,8 +175,8 @@ def _new_pool(workers: int, work: _Work) -> ProcessPoolExecutor:
         except _SERVER_ENDED as error:
             if time.monotonic() > deadline:
                 raise ThroughlineError(
-                    f"decode workers cannot be started: their server ends again and again ({first_line(error)}); where "
-                    "memory is short the system kills it, so lower images.decode_workers"
+                    f"decode workers cannot be started: the fork server keeps dying ({first_line(error)}); if the "
+                    "system kills it because memory is short, lower images.decode_workers"
                 ) from error
             time.sleep(0.05)
         except OSError as error:
@@ -185,20 +185,20 @@ def _new_pool(workers: int, work: _Work) -> ProcessPoolExecutor:
             ended += 1
             if ended == _START_ATTEMPTS:
                 raise ThroughlineError(
-                    f"decode workers cannot be started: {ended} in a row ended before they took a picture, for the "
-                    "reason above, or killed by the system where memory is short; then lower images.decode_workers"
+                    f"decode workers cannot be started: {ended} in a row ended before their first image; see the error "
+                    "above, or, if the system kills them because memory is short, lower images.decode_workers"
                 ) from error
 
 
 def _cannot_start(error: OSError) -> ThroughlineError:
-    said = f"decode workers cannot be started: {in_plain_words(error)}"
+    message = f"decode workers cannot be started: {os_error_message(error)}"
     if error.errno in (None, errno.ENAMETOOLONG, errno.EACCES, errno.EROFS, errno.ENOENT, errno.ENOSPC):
-        # Without a number: the socket's path, which has room for about 100 characters, is too long.
-        said += (
-            f"; their server needs a socket in a folder for temporary files ({tempfile.gettempdir()}): name one that "
-            "can be written to, with a short path, by TMPDIR"
+        # No errno: the path of the socket is too long; it is limited to about 100 characters.
+        message += (
+            f"; the fork server needs a socket in the folder for temporary files ({tempfile.gettempdir()}): set TMPDIR "
+            "to a writable folder with a short path"
         )
-    return ThroughlineError(said)
+    return ThroughlineError(message)
 
 
 def _start_pool(workers: int, work: _Work) -> ProcessPoolExecutor:
@@ -210,13 +210,13 @@ def _start_pool(workers: int, work: _Work) -> ProcessPoolExecutor:
 
 
 def _end(pool: ProcessPoolExecutor) -> list[int | None]:
-    """End the workers at once, hung ones too, and return their exit codes."""
+    """Kill the workers, hung ones included, and return their exit codes."""
     processes = list((pool._processes or {}).values())
     for process in processes:
         process.kill()
-    # A worker that was killed while it wrote leaves half a result: its reader waits for more unless the pipe ends too.
+    # A worker killed while writing leaves half a result, whose reader waits for more until the pipe is closed.
     pool._result_queue._writer.close()  # type: ignore[attr-defined]
-    pool.shutdown(wait=True)  # an exit code can be read once, and until here the executor's thread may do it
+    pool.shutdown(wait=True)  # an exit code can be read only once, and until now the executor's thread may do so
     for process in processes:
         process.join()
     return [process.exitcode for process in processes]

@@ -1,6 +1,6 @@
-"""One URL to bytes, or to the reason why not: limits, redirects, retries, opt-outs.
+"""Fetches URLs over HTTP: limits, redirects, retries, opt-outs. Failures are statuses, never exceptions.
 
-What the bytes are is left to `pipelines.download.decode`.
+`pipelines.download.decode` interprets the bytes.
 """
 
 import asyncio
@@ -23,12 +23,12 @@ from yarl import URL
 
 from pipelines.download.config import FetchConfig
 from pipelines.download.ssrf_guard import BlockedAddressError, GuardedResolver, check_literal
-from pipelines.download.status import MAY_HEAL, TIMEOUTS, FetchStatus
+from pipelines.download.status import RETRYABLE, TIMEOUTS, FetchStatus
 from pipelines.laion.block_lists import denials_of
 
 _DETAIL_CHARS = 200
 _DNS_CACHE_SECONDS = 300
-# Content encodings that are undone, with zlib's window argument. Pictures gain nothing from any, so none is asked for.
+# Supported content encodings, with zlib's window argument. Images gain nothing from any, so none is requested.
 _INFLATE_WINDOW: dict[str, int | None] = {
     "": None,
     "identity": None,
@@ -36,7 +36,7 @@ _INFLATE_WINDOW: dict[str, int | None] = {
     "x-gzip": 16 + zlib.MAX_WBITS,
     "deflate": zlib.MAX_WBITS,
 }
-# A bare image/* draws AVIF from servers that choose by what they are told.
+# A bare image/* makes servers with content negotiation send AVIF.
 _ACCEPT = "image/jpeg, image/png, image/webp, image/gif, */*;q=0.1"
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
 _HOSTS_REMEMBERED = 10_000
@@ -44,7 +44,7 @@ _HOSTS_REMEMBERED = 10_000
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fetched:
-    """The outcome for one URL. `body` is what the server sent, content encoding undone; empty unless status is ok."""
+    """The outcome for one URL. `body` is the content after content decoding; empty unless status is ok."""
 
     status: FetchStatus
     http_status: int | None = None
@@ -56,15 +56,16 @@ class Fetched:
 
 
 def plain_text(text: str) -> str:
-    """Return text from the network in a form that any table and terminal can hold."""
+    """Return text from the network shortened and made safe for tables and terminals."""
     text = text.encode("utf-8", "replace").decode()
     return "".join(char if char.isprintable() else "\N{REPLACEMENT CHARACTER}" for char in text)[:_DETAIL_CHARS]
 
 
-class _Hosts:
-    """What a host is spared: more connections than its limit, requests in quick succession, and those before a time
-    that it asked for. State exists while someone holds or awaits a host, or it is to be left alone, so that memory
-    follows activity."""
+class HostThrottle:
+    """Per-host politeness: limits connections, spaces out requests, and backs off for as long as the host asks.
+
+    Keeps state only for hosts with requests or a back-off, so that memory follows activity.
+    """
 
     def __init__(self, per_host: int, delay_seconds: float) -> None:
         self._per_host = per_host
@@ -90,10 +91,10 @@ class _Hosts:
             await asyncio.sleep(wait_seconds)
         self._free_at.pop(host, None)
         if self._delay_seconds:
-            self.leave_alone(host, self._delay_seconds)
+            self.back_off(host, self._delay_seconds)
 
-    def leave_alone(self, host: str, seconds: float) -> None:
-        """Begin no request to a host for so long; a longer time that it asked for before stays."""
+    def back_off(self, host: str, seconds: float) -> None:
+        """Start no request to a host for `seconds`; never shortens an earlier back-off."""
         now = time.monotonic()
         if len(self._free_at) >= _HOSTS_REMEMBERED:
             self._free_at = {name: at for name, at in self._free_at.items() if at > now}
@@ -101,10 +102,10 @@ class _Hosts:
 
 
 class Fetcher:
-    """Fetches many URLs at once within the configured limits. Use as an asynchronous context manager.
+    """Fetches URLs concurrently within the configured limits. Use as an asynchronous context manager.
 
-    `has_room` holds requests back while it is not set. `resolver` replaces the system's name resolution underneath the
-    address guard. Raises ThroughlineError where a list of what is denied can't be read.
+    Requests wait while `has_room` is not set. `resolver` replaces the system's name resolution beneath the address
+    guard. Raises ThroughlineError if a deny list cannot be read.
     """
 
     def __init__(
@@ -116,14 +117,14 @@ class Fetcher:
         self._allowed = frozenset(config.allowed_private_hosts)
         self._denials = denials_of(config.opt_outs, config.urls_denied, config.domains_denied)
         self._total_slots = asyncio.Semaphore(config.total_connections)
-        self._hosts = _Hosts(config.connections_per_host, config.host_delay_seconds)
+        self._hosts = HostThrottle(config.connections_per_host, config.host_delay_seconds)
         self._refusals: dict[str, tuple[float, Fetched]] = {}
 
     async def __aenter__(self) -> Self:
         config = self._config
         connector = aiohttp.TCPConnector(
             resolver=GuardedResolver(self._allowed, self._inner_resolver),
-            limit=0,  # the semaphores limit, so that waiting for a connection is not counted as the server's time
+            limit=0,  # the semaphores are the limit, so that waiting for a connection does not count as server time
             ttl_dns_cache=_DNS_CACHE_SECONDS,
             ssl=config.verify_tls,
         )
@@ -145,9 +146,9 @@ class Fetcher:
         await self._session.close()
 
     async def fetch(self, url: str) -> Fetched:
-        """Return the bytes behind `url`, or why there are none; network failures never raise.
+        """Return the content of `url`, or the status of its failure; network failures never raise.
 
-        Where its server asked for a longer wait than is waited, the URL is not asked for again before that is over.
+        If the server asks for a wait beyond the configured limit, the URL is not requested again until it is over.
         """
         until, refusal = self._refusals.get(url, (0.0, None))
         if refusal is not None and time.monotonic() < until:
@@ -159,19 +160,19 @@ class Fetcher:
             backoff = self._config.backoff_seconds * 2**retry * random.uniform(0.5, 1.5)
             await asyncio.sleep(max(backoff, outcome.retry_after_seconds or 0.0))
             outcome = await self._attempt(url)
-        if outcome.status in MAY_HEAL and (outcome.retry_after_seconds or 0.0) > self._config.max_retry_after_seconds:
+        if outcome.status in RETRYABLE and (outcome.retry_after_seconds or 0.0) > self._config.max_retry_after_seconds:
             self._refusals[url] = (time.monotonic() + (outcome.retry_after_seconds or 0.0), outcome)
         return outcome
 
     def _is_worth_retrying(self, outcome: Fetched) -> bool:
-        if outcome.status not in MAY_HEAL:
+        if outcome.status not in RETRYABLE:
             return False
         if outcome.status in TIMEOUTS:
             return self._config.retry_timeouts
         return (outcome.retry_after_seconds or 0.0) <= self._config.max_retry_after_seconds
 
     async def _attempt(self, url: str) -> Fetched:
-        """Ask once, following redirects by hand so that each hop is checked like the first."""
+        """Request once, following redirects here so that each hop passes the same checks as the first."""
         try:
             target = _parse(url)
         except ValueError as error:
@@ -193,26 +194,26 @@ class Fetcher:
                 if self._has_room is not None:
                     await self._has_room.wait()
                 start = time.monotonic()
-                answer = await self._hop(target, budget_seconds)
+                result = await self._request(target, budget_seconds)
                 budget_seconds -= time.monotonic() - start
-            if isinstance(answer, Fetched):
-                wait_seconds = answer.retry_after_seconds or 0.0
-                if answer.status in MAY_HEAL and 0 < wait_seconds <= self._config.max_retry_after_seconds:
-                    self._hosts.leave_alone(host, wait_seconds)
-                return answer
-            target = answer
+            if isinstance(result, Fetched):
+                wait_seconds = result.retry_after_seconds or 0.0
+                if result.status in RETRYABLE and 0 < wait_seconds <= self._config.max_retry_after_seconds:
+                    self._hosts.back_off(host, wait_seconds)
+                return result
+            target = result
 
-    def _denied(self, target: URL, stated: str | None) -> Fetched | None:
-        """Return the outcome for a hop that the lists deny; `stated` is how the row itself writes it, if it does."""
+    def _denied(self, target: URL, original: str | None) -> Fetched | None:
+        """Return the outcome for a URL on a deny list, or None; `original` is its spelling in the row, if any."""
         if self._denials is None:
             return None
-        spellings = {str(target), target.human_repr(), stated.strip() if stated else str(target)}
+        spellings = {str(target), target.human_repr(), original.strip() if original else str(target)}
         hosts = {(host or "").rstrip(".") for host in (target.host, target.raw_host, f"[{target.host}]")}
         reason = self._denials.reason(spellings, hosts)
         return Fetched(status=FetchStatus(reason), detail=plain_text(f"{target}")) if reason else None
 
-    async def _hop(self, target: URL, budget_seconds: float) -> Fetched | URL:
-        """Ask one server; return the outcome, or where it redirects to."""
+    async def _request(self, target: URL, budget_seconds: float) -> Fetched | URL:
+        """Send one request; return its outcome, or the redirect target."""
         host = f"{target.host}:{target.port}"
         try:
             if host not in self._allowed:
@@ -221,16 +222,16 @@ class Fetcher:
                 asyncio.timeout(budget_seconds),
                 self._session.get(target, allow_redirects=False) as response,
             ):
-                return await self._judge(response)
+                return await self._handle_response(response)
         except (aiohttp.ClientError, OSError, ValueError, ssl.SSLError) as error:
-            return _failure(error, host)
+            return _error_outcome(error, host)
 
-    async def _judge(self, response: aiohttp.ClientResponse) -> Fetched | URL:
+    async def _handle_response(self, response: aiohttp.ClientResponse) -> Fetched | URL:
         status, code = FetchStatus, response.status
 
-        def outcome(word: FetchStatus, detail: str = "") -> Fetched:
+        def outcome(result: FetchStatus, detail: str = "") -> Fetched:
             return Fetched(
-                status=word, http_status=code, detail=plain_text(detail), retry_after_seconds=_retry_after(response)
+                status=result, http_status=code, detail=plain_text(detail), retry_after_seconds=_retry_after(response)
             )
 
         directive = self._opt_out(response.headers.getall("X-Robots-Tag", ()))
@@ -255,9 +256,9 @@ class Fetcher:
         return outcome(status.HTTP_SERVER_ERROR if 500 <= code < 600 else status.HTTP_UNEXPECTED)
 
     def _opt_out(self, headers: Iterable[str]) -> str | None:
-        """Return the directive by which a server opts out, or None.
+        """Return the directive with which a server opts out, or None.
 
-        An agent's name before a colon holds for the directives after it up to the next name in the same header, as in
+        An agent name before a colon applies to the directives after it, up to the next name in the same header, as in
         ``X-Robots-Tag: somebot: noai, noimageai``.
         """
         agents = {None, self._config.opt_out_agent.lower() if self._config.opt_out_agent else None}
@@ -271,7 +272,7 @@ class Fetcher:
         return None
 
     async def _read(self, response: aiohttp.ClientResponse, outcome: Callable[..., Fetched]) -> Fetched:
-        """Read the body within the size limit, content encoding undone on the way."""
+        """Read and decompress the body within the size limit."""
         limit = self._config.max_body_bytes
         encoding = response.headers.get("Content-Encoding", "").strip().lower()
         if encoding not in _INFLATE_WINDOW:
@@ -306,7 +307,7 @@ class Fetcher:
 
 
 def _parse(url: str) -> URL:
-    """Return a URL that may be asked for, without user name, password and fragment; raises ValueError otherwise."""
+    """Return an HTTP URL without user name, password and fragment; raises ValueError for anything else."""
     target = URL(url.strip())
     if target.scheme not in ("http", "https"):
         raise ValueError(f"scheme {target.scheme or 'missing'!r} is not http or https")
@@ -316,7 +317,7 @@ def _parse(url: str) -> URL:
 
 
 def _retry_after(response: aiohttp.ClientResponse) -> float | None:
-    """Return the seconds a server asks to wait, or None where it doesn't say (or says nonsense)."""
+    """Return the seconds a server asks to wait, or None if the header is missing or invalid."""
     value = response.headers.get("Retry-After", "").strip()
     if value.isascii() and value.isdigit():
         return float(value[:9])
@@ -326,12 +327,12 @@ def _retry_after(response: aiohttp.ClientResponse) -> float | None:
         return None
 
 
-def _failure(error: Exception, host: str) -> Fetched:
-    """Turn what a request raised into a status; details name causes, never attempts or times."""
+def _error_outcome(error: Exception, host: str) -> Fetched:
+    """Return the status for an exception of a request; details name causes, never attempts or times."""
     status = FetchStatus
 
-    def outcome(word: FetchStatus, detail: str) -> Fetched:
-        return Fetched(status=word, detail=plain_text(detail))
+    def outcome(result: FetchStatus, detail: str) -> Fetched:
+        return Fetched(status=result, detail=plain_text(detail))
 
     cause = error.os_error if isinstance(error, aiohttp.ClientConnectorError) else error
     match error:

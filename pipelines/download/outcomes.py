@@ -1,117 +1,90 @@
-"""What became of a shard's rows: outcomes in memory, tables on disk, and the way from one pass over them to the next.
-
-A shard that a later pass goes on with, in the same run or on another day, lies in the same tables as a finished one.
-"""
+"""Outcomes of a shard's rows: in memory, and as the two tables of a finished or partly downloaded shard."""
 
 import shutil
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
-from pipelines.core.atomic import atomic_writer
 from pipelines.core.digest import HashingWriter
 from pipelines.core.errors import ThroughlineError
-from pipelines.download.status import FetchStatus
+from pipelines.download.status import RETRYABLE, RETRYABLE_LATER, FetchStatus
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
 OpenFile = Callable[[str, int], AbstractContextManager[HashingWriter]]
-"""Opens a table to be written, given its name and its number of rows."""
-_PASS = "pass-"
+"""Opens a table for writing, given its name and its number of rows."""
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One subset row on its way."""
+    """One subset row to download."""
 
     sample_key: str
     url: str
     alt_text: str
     expected_sha256: str | None = None
-    """What the source table says the bytes hash to, if it does."""
+    """SHA-256 of the image according to the source table, if it has one."""
 
 
 @dataclass(frozen=True, slots=True)
 class RowOutcome:
-    """What became of a row. `picture`, a row of `IMAGES_SCHEMA`, is there if this pass fetched it."""
+    """Outcome of downloading one row. `image`, a row of `IMAGES_SCHEMA`, is set if this pass downloaded it."""
 
     status: FetchStatus
     detail: str = ""
     http_status: int | None = None
     num_passes: int = 1
-    picture: dict[str, Any] | None = None
+    image: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)
-class Standing:
-    """A shard as an earlier pass left it."""
+class ShardProgress:
+    """A shard after an earlier pass: its tables on disk, and the outcomes of its rows."""
 
     folder: Path
     name: str
-    number: int = 0
-    """The pass of this run that left it; 0 for an earlier run."""
+    pass_number: int
+    """Pass of this run that wrote the tables; 0 for an earlier run."""
+    sample_keys: list[str]
+    outcomes: list[RowOutcome]
+    """One for each row; images stay on disk."""
 
-    def outcomes(self) -> list[RowOutcome]:
-        """Return what became of the rows, without pictures."""
-        return [
+    @classmethod
+    def read(cls, folder: Path, name: str, pass_number: int = 0) -> Self:
+        from pipelines.download.tables import STATUS_SCHEMA, read_table
+
+        statuses = read_table(folder / status_name(name), STATUS_SCHEMA).to_pylist()
+        outcomes = [
             RowOutcome(FetchStatus(item["status"]), item["detail"], item["http_status"], item["num_passes"])
-            for item in self._statuses().to_pylist()
+            for item in statuses
         ]
+        return cls(folder, name, pass_number, [item["sample_key"] for item in statuses], outcomes)
+
+    def retryable_rows(self) -> list[int]:
+        """Return the indices of the rows for which another attempt is worthwhile."""
+        retryable = RETRYABLE if self.pass_number else RETRYABLE_LATER
+        return [index for index, outcome in enumerate(self.outcomes) if outcome.status in retryable]
 
     def check_rows(self, rows: Sequence[Row]) -> None:
-        """Raise ThroughlineError where it isn't of these rows."""
-        if self._statuses()["sample_key"].to_pylist() != [row.sample_key for row in rows]:
+        """Raise ThroughlineError unless the shard consists of `rows`."""
+        if self.sample_keys != [row.sample_key for row in rows]:
             raise ThroughlineError(
-                f"{self.folder / status_name(self.name)}: other rows than the subset's; start from a download of this "
+                f"{self.folder / status_name(self.name)}: rows differ from the subset's; start from a download of this "
                 "subset"
             )
 
-    def pictures(self) -> "pa.Table":
+    def images(self, columns: Sequence[str] | None = None) -> "pa.Table":
+        """Return the images downloaded so far, in the order of their rows."""
+        import pyarrow as pa
+
         from pipelines.download.tables import IMAGES_SCHEMA, read_table
 
         path = self.folder / images_name(self.name)
-        return read_table(path, IMAGES_SCHEMA) if path.exists() else IMAGES_SCHEMA.empty_table()
-
-    def _statuses(self) -> "pa.Table":
-        from pipelines.download.tables import STATUS_SCHEMA, read_table
-
-        return read_table(self.folder / status_name(self.name), STATUS_SCHEMA)
-
-
-class Passes:
-    """The shards that wait for the next pass, in a folder that a kill leaves in place."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-
-    def standing(self, name: str) -> Standing | None:
-        """Return a shard as the latest pass left it, or None where it doesn't wait."""
-        left = [path for path in self._folder.glob(f"{_PASS}*") if (path / status_name(name)).exists()]
-        numbers = [int(path.name.removeprefix(_PASS)) for path in left]
-        return Standing(self._folder / f"{_PASS}{max(numbers)}", name, max(numbers)) if numbers else None
-
-    def leave(
-        self, number: int, name: str, rows: Sequence[Row], outcomes: Sequence[RowOutcome], standing: Standing | None
-    ) -> None:
-        """Let a shard wait for the pass after `number`."""
-        folder = self._folder / f"{_PASS}{number}"
-        folder.mkdir(parents=True, exist_ok=True)
-        # The statuses come last: where they are, all is.
-        write_tables(lambda path, _: atomic_writer(folder / path), name, rows, outcomes, standing)
-        self._forget(name, number)
-
-    def finish(self, name: str) -> None:
-        """Let go of a shard that is finished."""
-        self._forget(name, None)
-
-    def _forget(self, name: str, kept: int | None) -> None:
-        for path in self._folder.glob(f"{_PASS}*"):
-            if path.name != f"{_PASS}{kept}":
-                (path / status_name(name)).unlink(missing_ok=True)
-                (path / images_name(name)).unlink(missing_ok=True)
+        schema = IMAGES_SCHEMA if columns is None else pa.schema(map(IMAGES_SCHEMA.field, columns))
+        return read_table(path, schema) if path.exists() else schema.empty_table()
 
 
 def images_name(name: str) -> str:
@@ -129,24 +102,24 @@ def write_tables(
     name: str,
     rows: Sequence[Row],
     outcomes: Sequence[RowOutcome],
-    standing: Standing | None,
+    previous: ShardProgress | None,
 ) -> None:
-    """Write a shard's tables; one in which this pass changed nothing is taken over byte by byte."""
+    """Write a shard's tables; a table that this pass did not change is copied byte by byte."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     from pipelines.download.tables import STATUS_SCHEMA
 
-    num_pictures = sum(outcome.status is FetchStatus.OK for outcome in outcomes)
-    if standing is not None and all(outcome.picture is None for outcome in outcomes):
-        if num_pictures:
-            _copy(standing, images_name(name), open_file, num_pictures)
-    elif num_pictures:
-        table = _pictures(outcomes, standing)
-        with open_file(images_name(name), num_pictures) as stream:
+    num_images = sum(outcome.status is FetchStatus.OK for outcome in outcomes)
+    if previous is not None and all(outcome.image is None for outcome in outcomes):
+        if num_images:
+            _copy(previous, images_name(name), open_file, num_images)
+    elif num_images:
+        table = _images_table(outcomes, previous)
+        with open_file(images_name(name), num_images) as stream:
             pq.write_table(table, stream, **_table_options(table))
-    if standing is not None and standing.outcomes() == list(outcomes):
-        _copy(standing, status_name(name), open_file, len(rows))
+    if previous is not None and previous.outcomes == list(outcomes):
+        _copy(previous, status_name(name), open_file, len(rows))
         return
     statuses = [
         {
@@ -163,34 +136,34 @@ def write_tables(
         pq.write_table(pa.Table.from_pylist(statuses, STATUS_SCHEMA), stream, compression="zstd")
 
 
-def _copy(standing: Standing, path: str, open_file: OpenFile, num_rows: int) -> None:
-    with (standing.folder / path).open("rb") as source, open_file(path, num_rows) as stream:
+def _copy(previous: ShardProgress, path: str, open_file: OpenFile, num_rows: int) -> None:
+    with (previous.folder / path).open("rb") as source, open_file(path, num_rows) as stream:
         shutil.copyfileobj(source, stream)
 
 
-def _pictures(outcomes: Sequence[RowOutcome], standing: Standing | None) -> "pa.Table":
-    """Return the pictures of all rows in their order: those that this pass fetched among those that were there."""
+def _images_table(outcomes: Sequence[RowOutcome], previous: ShardProgress | None) -> "pa.Table":
+    """Return the images of all rows in row order: those of this pass merged with those of earlier passes."""
     import pyarrow as pa
 
     from pipelines.download.tables import IMAGES_SCHEMA
 
-    fetched = pa.Table.from_pylist([outcome.picture for outcome in outcomes if outcome.picture], IMAGES_SCHEMA)
-    if standing is None:
-        return fetched
-    there = standing.pictures()
-    places, next_there, next_fetched = [], 0, there.num_rows
+    new = pa.Table.from_pylist([outcome.image for outcome in outcomes if outcome.image], IMAGES_SCHEMA)
+    if previous is None:
+        return new
+    old = previous.images()
+    indices, next_old, next_new = [], 0, old.num_rows
     for outcome in outcomes:
-        if outcome.picture is not None:
-            places.append(next_fetched)
-            next_fetched += 1
+        if outcome.image is not None:
+            indices.append(next_new)
+            next_new += 1
         elif outcome.status is FetchStatus.OK:
-            places.append(next_there)
-            next_there += 1
-    return pa.concat_tables([there, fetched]).take(places)
+            indices.append(next_old)
+            next_old += 1
+    return pa.concat_tables([old, new]).take(indices)
 
 
 def _table_options(table: "pa.Table") -> dict[str, Any]:
-    """Leave the pictures as they are: they don't compress, and statistics over them would double the footer."""
+    """Return options that leave image bytes uncompressed and without statistics, which would double the footer."""
     others = [name for name in table.column_names if name != "image"]
     codecs = dict.fromkeys(others, "zstd") | {"image": "none"}
     return {"compression": codecs, "use_dictionary": False, "write_statistics": others}

@@ -1,7 +1,7 @@
-"""Which addresses a download may connect to: public ones, and the hosts that the configuration names.
+"""Guard against server-side request forgery: downloads connect only to public addresses and configured hosts.
 
-The check stands in the resolver, so that the addresses that were checked are the addresses that are connected to: a
-second DNS answer has no way in. Literal addresses never reach a resolver and are checked by `check_literal`.
+The check is part of the resolver, so that the checked addresses are exactly those connected to, and no second DNS
+answer can replace them. Literal addresses never reach a resolver; `check_literal` checks them.
 """
 
 import socket
@@ -11,7 +11,8 @@ from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_add
 from aiohttp.abc import AbstractResolver, ResolveResult
 from aiohttp.resolver import ThreadedResolver
 
-# RFC 6890 and the IANA special-purpose registries; written out, because `ipaddress.is_global` changes with Python.
+# RFC 6890 and the IANA special-purpose registries; listed here because `ipaddress.is_global` depends on the Python
+# version.
 _BLOCKED_V4 = {
     "0.0.0.0/8": "this network",
     "10.0.0.0/8": "private",
@@ -45,13 +46,13 @@ _RANGES_V6 = [(IPv6Network(network), name) for network, name in _BLOCKED_V6.item
 
 
 class BlockedAddressError(OSError):
-    """A host that resolves to an address downloads must not reach; an OSError, as resolvers raise."""
+    """A host resolves to a blocked address; an OSError, as resolvers raise."""
 
 
 def blocked_range(address: IPv4Address | IPv6Address) -> str | None:
-    """Return the name of the forbidden range that holds `address`, or None for a public unicast address.
+    """Return the name of the blocked range that contains `address`, or None for a public unicast address.
 
-    An IPv6 address that carries an IPv4 address (mapped, 6to4, NAT64) is judged by what it carries.
+    For an IPv6 address that embeds an IPv4 address (mapped, 6to4, NAT64), the embedded one is checked.
     """
     if isinstance(address, IPv4Address):
         return next((name for network, name in _RANGES_V4 if address in network), None)
@@ -67,7 +68,7 @@ def blocked_range(address: IPv4Address | IPv6Address) -> str | None:
 
 
 def check_literal(host: str) -> None:
-    """Raise BlockedAddressError where `host` is an address in a forbidden range; names pass, the resolver sees them."""
+    """Raise BlockedAddressError if `host` is a blocked address; names pass, because the resolver checks them."""
     try:
         address = ip_address(host.partition("%")[0])
     except ValueError:
@@ -82,10 +83,10 @@ def _refuse(host: str, address: IPv4Address | IPv6Address) -> None:
 
 
 class GuardedResolver(AbstractResolver):
-    """Resolves a host with `inner` and refuses it if any of its addresses is forbidden.
+    """Resolves a host with `inner` and rejects it if any of its addresses is blocked.
 
-    One bad address among good ones condemns the host: public pictures are not served from names that also point
-    inwards. `allowed` holds ``host:port`` pairs that are exempt.
+    One blocked address among public ones is enough: public images are not served from names that also resolve to
+    internal addresses. `allowed` contains exempt ``host:port`` pairs.
     """
 
     def __init__(self, allowed: Collection[str], inner: AbstractResolver | None = None) -> None:

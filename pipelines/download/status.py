@@ -1,4 +1,4 @@
-"""What became of a row that was to be downloaded: one word each, from the URL to the finished picture."""
+"""Outcome of downloading one row, as a status word."""
 
 from enum import StrEnum
 
@@ -7,7 +7,7 @@ class FetchStatus(StrEnum):
     """`ok`, or the reason why the row ends at the download."""
 
     OK = "ok"
-    # Never asked, at the row's own URL or at a hop of a redirect
+    # Not requested: the row's own URL or a redirect target
     BAD_URL = "bad_url"
     BLOCKED_ADDRESS = "blocked_address"
     URL_DENIED = "url_denied"
@@ -21,7 +21,7 @@ class FetchStatus(StrEnum):
     TOTAL_TIMEOUT = "total_timeout"
     DISCONNECTED = "disconnected"
     BAD_HTTP = "bad_http"
-    # An answer, but no picture
+    # A response without a body to use
     BAD_REDIRECT = "bad_redirect"
     REDIRECT_LOOP = "redirect_loop"
     TOO_MANY_REDIRECTS = "too_many_redirects"
@@ -36,7 +36,7 @@ class FetchStatus(StrEnum):
     BODY_EMPTY = "body_empty"
     BODY_INCOMPLETE = "body_incomplete"
     BAD_CONTENT_ENCODING = "bad_content_encoding"
-    # A body, but no use as a picture
+    # A body that is not a usable image
     HTML = "html"
     NOT_AN_IMAGE = "not_an_image"
     FORMAT_NOT_ALLOWED = "format_not_allowed"
@@ -48,11 +48,11 @@ class FetchStatus(StrEnum):
     IMAGE_CORRUPT = "image_corrupt"
     DECODER_CRASHED = "decoder_crashed"
     DECODE_TIMEOUT = "decode_timeout"
-    # A picture, but not the one that the source table speaks of
+    # An image, but with another SHA-256 than the source table states
     DRIFTED = "drifted"
 
 
-MAY_HEAL = frozenset(
+RETRYABLE = frozenset(
     {
         FetchStatus.DNS_ERROR,
         FetchStatus.CONNECT_ERROR,
@@ -65,17 +65,17 @@ MAY_HEAL = frozenset(
         FetchStatus.BODY_INCOMPLETE,
     }
 )
-"""Statuses for which another attempt is worth its cost."""
+"""Transient failures, for which a retry is worthwhile."""
 
-MAY_HEAL_LATER = MAY_HEAL | {
+RETRYABLE_LATER = RETRYABLE | {
     FetchStatus.TLS_ERROR,
     FetchStatus.BAD_HTTP,
     FetchStatus.HTTP_UNEXPECTED,
     FetchStatus.BODY_EMPTY,
 }
-"""Statuses for which another attempt on another day is: certificates are renewed, and servers mended."""
+"""Failures for which a retry on another day is worthwhile: certificates are renewed and servers repaired."""
 
 TIMEOUTS = frozenset({FetchStatus.CONNECT_TIMEOUT, FetchStatus.READ_TIMEOUT, FetchStatus.TOTAL_TIMEOUT})
 
-NO_FAILURE = frozenset({FetchStatus.OK, FetchStatus.OPTED_OUT, FetchStatus.URL_DENIED, FetchStatus.DOMAIN_DENIED})
-"""Statuses that say nothing is wrong with network, server or configuration."""
+NOT_FAILURES = frozenset({FetchStatus.OK, FetchStatus.OPTED_OUT, FetchStatus.URL_DENIED, FetchStatus.DOMAIN_DENIED})
+"""Statuses that do not indicate a problem with network, server or configuration."""

@@ -1,4 +1,4 @@
-"""The tables of the ``images`` stage, for the stages that read them: units, columns, iteration."""
+"""The tables of the ``images`` stage, for the stages that read them: units, schemas, reading."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -29,9 +29,9 @@ IMAGES_SCHEMA = pa.schema(
         pa.field("final_url", pa.string(), nullable=False),
     ]
 )
-"""`image` is the encoded square; `format`, sides and digest are those of the picture as it was downloaded;
-`perceptual_hash` is the square's, 16 hex digits (`pipelines.download.perceptual_hash`); `drifted` says whether the
-downloaded bytes have another SHA-256 than the source table states, null where it states none."""
+"""`image` is the encoded square; format, size and digest describe the downloaded original; `perceptual_hash` is that of
+the square, 16 hex digits (`pipelines.download.perceptual_hash`); `drifted` is true if the SHA-256 of the downloaded
+bytes differs from the source table's, null if the table states none."""
 
 STATUS_SCHEMA = pa.schema(
     [
@@ -43,40 +43,41 @@ STATUS_SCHEMA = pa.schema(
         pa.field("num_passes", pa.int32(), nullable=False),
     ]
 )
-"""One row per subset row, in its order; `status` is a word of `pipelines.download.status.FetchStatus`; `num_passes` is
-the number of passes that asked for it (attempts within a pass are left out: the same web would give other bytes)."""
+"""One row per subset row, in the same order; `status` is a `pipelines.download.status.FetchStatus`; `num_passes` is the
+number of passes that requested the row. Attempts within a pass are not stored: they would make the bytes depend on
+timing."""
 
 
 @dataclass(frozen=True)
 class ImageUnit:
-    """One shard's worth of pictures; `name` is the unit's name in every stage after."""
+    """The images of one shard; `name` is the unit's name in all later stages."""
 
     name: str
     path: Path
     num_rows: int
 
     def read(self, columns: list[str] | None = None) -> pa.Table:
-        """Return the pictures; raises ThroughlineError where the file is not what the stage wrote."""
+        """Return the images; raises ThroughlineError if the file is damaged or lacks a column."""
         return read_table(self.path, IMAGES_SCHEMA if columns is None else pa.schema(map(IMAGES_SCHEMA.field, columns)))
 
 
 def image_units(images: StageOutput) -> Iterator[ImageUnit]:
-    """Yield the units of an ``images`` output that hold at least one picture, in order."""
+    """Yield the units of an ``images`` output that contain at least one image, in order."""
     for path in images.files(".parquet"):
         if path.name.startswith(PREFIX):
             yield image_unit(images, path.stem.removeprefix(PREFIX))
 
 
 def image_unit(images: StageOutput, name: str) -> ImageUnit:
-    """Return the unit of that name."""
+    """Return the unit called `name`."""
     entry = images.manifest.file(f"{PREFIX}{name}.parquet")
     return ImageUnit(name, images.path(entry.path), entry.num_rows or 0)
 
 
 def read_table(path: Path, schema: pa.Schema) -> pa.Table:
-    """Return the columns of `schema` from a table that a stage wrote.
+    """Return the columns of `schema` from a stage's table.
 
-    Raises ThroughlineError that names the file where it is damaged or lacks a column.
+    Raises ThroughlineError, naming the file, if it is damaged or lacks a column.
     """
     try:
         return pq.read_table(path, columns=schema.names).cast(schema)

@@ -1,1 +1,1 @@
-"""Stage `shards`: WebDataset tar files, their index, their reader, and a linter for any folder of them."""
+"""Stage `shards`: WebDataset tar files, their indexes and reader, and a linter for any folder of them."""

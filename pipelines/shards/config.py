@@ -9,18 +9,18 @@ from pipelines.core.config import FrozenConfig, execution_field
 
 
 class ExtraMember(FrozenConfig):
-    """One more member of every sample: a column of the pictures' or the captions' table."""
+    """An additional member of every sample: a column of the images or captions table."""
 
     suffix: str = Field(pattern=r"^[a-z0-9_]+(\.[a-z0-9_]+)*$", max_length=40)
-    """What follows the key and a dot: ``clip.npy``."""
+    """Part of the member name after the key and a dot, such as ``clip.npy``."""
     source: Literal["images", "captions"]
     column: str = Field(min_length=1)
-    """Bytes are written as they are, text as UTF-8, both empty where null; every other type as JSON."""
+    """Bytes are written unchanged and text as UTF-8, with null as empty; other types are written as JSON."""
 
     @model_validator(mode="after")
     def _is_free_and_safe(self) -> Self:
         if self.suffix in ("jpg", "webp", "json", "txt"):
-            raise ValueError(f"every sample has a member {self.suffix} or may have one; choose another suffix")
+            raise ValueError(f"the suffix {self.suffix} is reserved for standard members; choose another suffix")
         if self.suffix.rpartition(".")[2] in ("pkl", "pickle", "pyd", "pt", "pth"):
             raise ValueError(f"readers unpickle {self.suffix}, which runs code; choose another suffix")
         return self
@@ -30,18 +30,18 @@ class ShardsConfig(FrozenConfig):
     """The WebDataset stage."""
 
     drop_truncated: bool = True
-    """Drop captions that did not end by themselves (finish reason other than ``stop``)."""
+    """Drop captions that were cut off (finish reason other than ``stop``)."""
     min_caption_chars: int = Field(default=1, ge=1)
-    """Shorter captions, blank ends not counted, are dropped as empty."""
+    """Captions with fewer characters, leading and trailing whitespace aside, are dropped as empty."""
     max_samples_per_shard: int = Field(default=10_000, ge=1)
     max_shard_bytes: int = Field(default=1 << 30, ge=10_240)
-    """Size of a finished tar; a sample that exceeds it alone gets a tar of its own. A unit of pictures that exceeds
-    either bound is cut into several shards, in the order of keys."""
+    """Limit on the size of a finished tar; a single larger sample gets a tar of its own. A unit that exceeds either
+    limit is split into several shards, in key order."""
     image_format: Literal["keep", "jpeg", "webp"] = "keep"
-    """``keep`` leaves the bytes of the stage `images` as they are; the others encode its pictures once more, which
-    loses a little (for another JPEG quality alone, set that of `images`)."""
+    """``keep`` copies the bytes of the stage `images`; the others re-encode them, which costs some quality (to change
+    only the JPEG quality, set that of `images`)."""
     image_quality: int = Field(default=90, ge=1, le=100)
-    """Quality where pictures are encoded once more."""
+    """Quality of re-encoded images."""
     extra_members: tuple[ExtraMember, ...] = ()
     workers: WorkersConfig = execution_field(WorkersConfig())
 
@@ -49,5 +49,5 @@ class ShardsConfig(FrozenConfig):
     def _suffixes_differ(self) -> Self:
         suffixes = [member.suffix for member in self.extra_members]
         if len(set(suffixes)) < len(suffixes):
-            raise ValueError(f"extra_members: suffixes {', '.join(suffixes)}; each may stand once")
+            raise ValueError(f"extra_members: suffixes {', '.join(suffixes)}; each must be unique")
         return self

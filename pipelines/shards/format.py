@@ -1,8 +1,8 @@
-"""The bytes of a shard and of its index: a plain ustar archive that depends on its samples alone, and its parsing.
+"""File format of shards and their indexes: a plain ustar archive that depends only on its samples, and its parser.
 
-A sample is members that share its key: the image (``<sample_key>.jpg`` or ``.webp``), ``.json`` (provenance), ``.txt``
-(caption), then the declared extra members, in this order; samples follow each other in the order of their keys. All
-samples of a shard have the same suffixes. The index, ``<shard>.index.json``, says where each member lies.
+A sample consists of members that share its key: the image (``<sample_key>.jpg`` or ``.webp``), ``.json`` (provenance),
+``.txt`` (caption), then the declared extra members, in this order. Samples are sorted by key, and all samples of a
+shard have the same suffixes. The index, ``<shard>.index.json``, holds the offset and size of each member.
 """
 
 import hashlib
@@ -30,14 +30,14 @@ class _Writable(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class SampleMembers:
-    """One sample as it lies in a shard: suffix and bytes of each member, in their order."""
+    """One sample of a shard: suffix and bytes of each member, in order."""
 
     sample_key: str
     members: tuple[tuple[str, bytes], ...]
 
     @property
     def num_bytes(self) -> int:
-        """Bytes in the archive, headers and padding counted."""
+        """Bytes in the archive, including headers and padding."""
         return sum(_BLOCK + len(data) + -len(data) % _BLOCK for _, data in self.members)
 
 
@@ -50,7 +50,7 @@ def sample_members(
     image_suffix: str = IMAGE_SUFFIX,
     extras: Sequence[tuple[str, bytes]] = (),
 ) -> SampleMembers:
-    """Lay out one sample; its JSON gets the SHA-256 of the image member and of the caption member."""
+    """Return the members of one sample; the JSON includes the SHA-256 of the image and caption members."""
     text = caption.encode()
     digests = {"image_sha256": hashlib.sha256(image).hexdigest(), "caption_sha256": hashlib.sha256(text).hexdigest()}
     record = canonical_json({**provenance, **digests})
@@ -59,10 +59,9 @@ def sample_members(
 
 
 class ShardWriter:
-    """Writes samples to a stream; the caller brings them in the order of their keys and closes the stream.
+    """Writes samples to a stream; the caller provides them in key order and closes the stream.
 
-    Raises ThroughlineError for a key that does not come after the one before it, and for a sample whose members have
-    other suffixes than the first's.
+    Raises ThroughlineError for a key that is out of order, and for a sample whose suffixes differ from the first's.
     """
 
     def __init__(self, stream: _Writable, name: str) -> None:
@@ -83,11 +82,11 @@ class ShardWriter:
         return self._keys[-1] if self._keys else ""
 
     def add(self, sample_key: str, image: bytes, caption: str, provenance: Mapping[str, object], **layout: Any) -> None:
-        """Append one sample; `layout` is that of `sample_members`."""
+        """Append one sample; `layout` are the keyword arguments of `sample_members`."""
         self.add_members(sample_members(sample_key, image, caption, provenance, **layout))
 
     def add_members(self, sample: SampleMembers, columns: Mapping[str, Any] | None = None) -> None:
-        """Append one sample; `columns` are JSON values that the index repeats, the same names for each sample."""
+        """Append one sample; `columns` are JSON values for the index, with the same names for each sample."""
         key = sample.sample_key
         if key <= self.last_key:
             raise ThroughlineError(f"{self._name}: key {key} does not come after {self.last_key}")
@@ -96,7 +95,7 @@ class ShardWriter:
             raise ThroughlineError(
                 f"{self._name}: sample {key} has members {', '.join(suffixes)}, expected {', '.join(self._suffixes)}"
                 if self._suffixes
-                else f"{self._name}: sample {key} has members {', '.join(suffixes)}; each suffix may stand once"
+                else f"{self._name}: sample {key} has members {', '.join(suffixes)}; each suffix must be unique"
             )
         self._suffixes = suffixes
         row, pieces = [], []
@@ -111,11 +110,11 @@ class ShardWriter:
             self._columns.setdefault(name, []).append(value)
 
     def num_bytes_with(self, sample: SampleMembers) -> int:
-        """Return the size of the finished archive if `sample` came next and last."""
+        """Return the size of the finished archive if `sample` were the next and last one."""
         return _finished_bytes(self._num_bytes + sample.num_bytes)
 
     def finish(self) -> "ShardIndex":
-        """Write the end of the archive: two empty blocks, filled up to a whole record as GNU tar does."""
+        """Write the end of the archive: two empty blocks, padded to a whole record as GNU tar does."""
         end = _finished_bytes(self._num_bytes)
         self._stream.write(bytes(end - self._num_bytes))
         return ShardIndex(
@@ -139,17 +138,17 @@ _CHECKSUM = sum(_AFTER_NAME) + sum(_AFTER_SIZE) + sum(_AFTER_CHECKSUM) + 8 * ord
 
 
 def _header(name: str, num_bytes: int) -> bytes:
-    """Return what `tarfile` writes for a plain file of mode 644 with nothing else set, in a tenth of its time."""
+    """Return the header that `tarfile` writes for a plain file of mode 644, in a tenth of the time."""
     encoded, size = name.encode(), b"%011o\0" % num_bytes
     if len(encoded) > _NAME_BYTES or len(size) > 12:
-        raise ThroughlineError(f"{name}: of {num_bytes} bytes, longer in name or content than a plain tar can hold")
+        raise ThroughlineError(f"{name}: {num_bytes} bytes; the name or the content is too long for a plain tar")
     checksum = b"%06o\0 " % (_CHECKSUM + sum(encoded) + sum(size))
     return b"".join((encoded.ljust(_NAME_BYTES, b"\0"), _AFTER_NAME, size, _AFTER_SIZE, checksum, _AFTER_CHECKSUM))
 
 
 @dataclass(frozen=True, kw_only=True)
 class ShardIndex:
-    """What a shard holds and where, so that opening it reads no headers."""
+    """Contents of a shard with offsets, so that opening it reads no headers."""
 
     num_bytes: int
     """Size of the archive."""
@@ -158,7 +157,7 @@ class ShardIndex:
     rows: Sequence[Sequence[tuple[int, int]]]
     """For each sample the (offset, size) of each member's data."""
     columns: Mapping[str, Sequence[Any]] = field(default_factory=dict)
-    """Values of the samples that a stage asks for without reading them."""
+    """Values of the samples that stages need without reading the archive."""
 
     def to_bytes(self) -> bytes:
         rows = [[value for member in row for value in member] for row in self.rows]
@@ -168,12 +167,12 @@ class ShardIndex:
 
 
 def index_path(shard: Path) -> Path:
-    """Return where the index of a shard lies."""
+    """Return the path of a shard's index."""
     return shard.with_name(shard.name.removesuffix(".tar") + _INDEX_SUFFIX)
 
 
 def read_index(path: Path) -> ShardIndex:
-    """Read an index; raises ThroughlineError where it is not readable or does not fit together."""
+    """Read an index; raises ThroughlineError if it is unreadable or inconsistent."""
     try:
         record = json.loads(path.read_bytes())
         if record["format"] != 1:
@@ -201,10 +200,10 @@ class Member:
 
 
 def read_members(stream: BinaryIO, name: str, num_bytes: int) -> Iterator[Member]:
-    """Yield the members of an archive of `num_bytes`, reading headers alone; the stream may be moved in between.
+    """Yield the members of an archive of `num_bytes`, reading only headers; the caller may seek in between.
 
-    Raises ThroughlineError, naming the archive and the place, where it is cut short, a header is damaged, or a member
-    is not a plain file.
+    Raises ThroughlineError, naming the archive and the offset, if it is truncated, a header is damaged, or a member is
+    not a plain file.
     """
     offset = 0
     while True:
@@ -218,7 +217,7 @@ def read_members(stream: BinaryIO, name: str, num_bytes: int) -> Iterator[Member
             member, size = _parse_header(block)
         except ValueError as error:
             raise ThroughlineError(
-                f"{name}: no plain file's header at byte {offset} ({error}); re-run shards"
+                f"{name}: no header of a plain file at byte {offset} ({error}); re-run shards"
             ) from error
         data = offset + _BLOCK
         if data + size > num_bytes:
@@ -230,7 +229,7 @@ def read_members(stream: BinaryIO, name: str, num_bytes: int) -> Iterator[Member
 def _parse_header(block: bytes) -> tuple[str, int]:
     """Return name and size from the ustar header of a plain file; raises ValueError for anything else.
 
-    `tarfile` reads all that tars may hold and takes three times as long; shards hold plain files with short names.
+    `tarfile` supports every tar feature and takes three times as long; shards hold only plain files with short names.
     """
     checksum = int(block[148:156].strip(b"\0 "), 8)
     if checksum != sum(block) - sum(block[148:156]) + 8 * ord(" "):

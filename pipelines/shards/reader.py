@@ -1,4 +1,4 @@
-"""Shards back to samples: in sequence, or one by its place. Whole samples only; a damaged shard stops at once.
+"""Reads samples from shards, in sequence or by index. A damaged shard is an error at once.
 
 Order and shuffling belong to training; here a shard is a list.
 """
@@ -30,32 +30,32 @@ _FIXED_SUFFIXES = (PROVENANCE_SUFFIX, CAPTION_SUFFIX)
 
 
 class BadSampleError(ThroughlineError):
-    """One sample contradicts itself; the rest of its shard may be sound."""
+    """One sample is inconsistent; the rest of its shard may be intact."""
 
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One image-text pair. `image_bytes` is an encoded picture; `provenance` leads back to the LAION row."""
+    """One image-text pair. `image_bytes` is the encoded image; `provenance` leads back to the LAION row."""
 
     sample_key: str
     image_bytes: bytes
     caption: str
     provenance: dict[str, Any]
     extras: dict[str, bytes] = field(default_factory=dict)
-    """Suffix -> bytes of the members beyond the three."""
+    """Suffix -> bytes of additional members."""
 
 
 class Shard(Sequence[Sample]):
-    """An open shard: `shard[i]` reads one sample, `shard.keys` are all sample keys in order. Closes as a context.
+    """An open shard: `shard[i]` reads one sample, `shard.keys` are all sample keys in order. A context manager.
 
-    Opening reads the index, or the headers where there is none (`contents`). It raises ThroughlineError, naming the
-    shard, where a sample is not the members it should be, keys are out of order, or the archive is cut short or not the
-    index's. Reading a sample raises BadSampleError where its parts contradict each other. Threads and forked processes
-    may share a `Shard`.
+    Opening reads the index, or the headers if there is none, into `contents`. It raises ThroughlineError, naming the
+    shard, if a sample has unexpected members, keys are out of order, or the archive is truncated or does not match the
+    index. Reading a sample raises BadSampleError if its parts contradict each other. Threads and forked processes may
+    share a `Shard`.
     """
 
     def __init__(self, path: Path, *, verify_digests: bool = False) -> None:
-        """With `verify_digests` the SHA-256 that a sample's JSON states are compared whenever it is read."""
+        """With `verify_digests`, every sample read is compared with the SHA-256 digests in its JSON."""
         self.path = path
         self._verify = verify_digests
         try:
@@ -91,10 +91,10 @@ class Shard(Sequence[Sample]):
 
     def __getitem__(self, index: int | slice) -> Sample | list[Sample]:
         if isinstance(index, slice):
-            return [self[place] for place in range(*index.indices(len(self)))]
+            return [self[number] for number in range(*index.indices(len(self)))]
         key, row = self.keys[index], self.contents.rows[index]
         start, end = row[0][0], row[-1][0] + row[-1][1]
-        # By position, so that threads and forked processes do not move each other's place in the file.
+        # A positional read, so that threads and forked processes do not move each other's file offset.
         data = os.pread(self._stream.fileno(), end - start, start)
         if len(data) < end - start:
             raise ThroughlineError(f"{self.path}: cut off inside sample {key}; re-run shards")
@@ -107,32 +107,32 @@ class Shard(Sequence[Sample]):
 
 
 def read_shard(path: Path) -> Iterator[Sample]:
-    """Yield the samples of a shard in the order of their keys; raises ThroughlineError as `Shard` does."""
+    """Yield the samples of a shard in key order; raises ThroughlineError as `Shard` does."""
     with Shard(path) as shard:
         yield from shard
 
 
 def shard_keys(path: Path) -> tuple[str, ...]:
-    """Return the sample keys of a shard in order, reading headers alone."""
+    """Return the sample keys of a shard in order, without reading samples."""
     with Shard(path) as shard:
         return shard.keys
 
 
 def _open_index(path: Path) -> ShardIndex | None:
-    """Return a shard's index, if it has one; raises ThroughlineError where it belongs to another archive."""
-    at = index_path(path)
-    if not at.exists():
+    """Return a shard's index, or None; raises ThroughlineError if it belongs to another archive."""
+    location = index_path(path)
+    if not location.exists():
         return None
-    index, num_bytes = read_index(at), path.stat().st_size
+    index, num_bytes = read_index(location), path.stat().st_size
     if index.num_bytes != num_bytes:
         raise ThroughlineError(f"{path}: {num_bytes} bytes, its index says {index.num_bytes}; re-run shards")
     if any(second <= first for first, second in itertools.pairwise(index.keys)) or not _is_sample(index.suffixes):
-        raise ThroughlineError(f"{at}: keys out of order, or no samples of this project; re-run shards")
+        raise ThroughlineError(f"{location}: keys out of order, or not samples of this project; re-run shards")
     return index
 
 
 def scan_index(stream: BinaryIO, path: Path) -> ShardIndex:
-    """Return what a shard holds by its headers; raises ThroughlineError where it is not whole samples in order."""
+    """Build a shard's index from its headers; raises ThroughlineError unless its samples are complete and in order."""
     num_bytes = path.stat().st_size
     keys: list[str] = []
     rows: list[list[tuple[int, int]]] = []
@@ -158,7 +158,7 @@ def _is_sample(suffixes: Sequence[str]) -> bool:
 
 
 def _groups(members: Iterator[Member]) -> Iterator[tuple[str, list[Member]]]:
-    """Yield the members that follow each other with one key; a suffix that comes again begins another sample."""
+    """Yield (key, members) of consecutive members with the same key; a repeated suffix begins another sample."""
     group: list[Member] = []
     for member in members:
         if group and (
@@ -180,7 +180,7 @@ def _sample(path: Path, key: str, image: bytes, provenance: bytes, caption: byte
         raise BadSampleError(f"{path}: sample {key}: text is not readable ({error}); re-run shards") from error
     if stated != (key, text):
         raise BadSampleError(
-            f"{path}: sample {key}: its JSON is about {stated[0]} and caption {stated[1]!r:.60}, its text is "
+            f"{path}: sample {key}: its JSON has key {stated[0]} and caption {stated[1]!r:.60}, its text is "
             f"{text!r:.60}; re-run shards"
         )
     return Sample(key, image, text, record, extras)
@@ -190,4 +190,4 @@ def _check_digests(path: Path, sample: Sample, caption: bytes) -> None:
     for name, data in (("image_sha256", sample.image_bytes), ("caption_sha256", caption)):
         stated = sample.provenance.get(name)
         if stated is not None and stated != hashlib.sha256(data).hexdigest():
-            raise BadSampleError(f"{path}: sample {sample.sample_key}: not the {name} that its JSON states")
+            raise BadSampleError(f"{path}: sample {sample.sample_key}: does not have the {name} of its JSON")

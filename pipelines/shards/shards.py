@@ -1,7 +1,7 @@
-"""Stage ``shards``: joins pictures and captions by sample key into WebDataset tars, byte-identical when rebuilt.
+"""Stage ``shards``: joins images and captions by sample key into WebDataset tars, byte-identical when rebuilt.
 
-A unit of pictures becomes ``shard-<unit>.tar``, and where that would exceed the bounds ``shard-<unit>_001.tar`` and so
-on, each with its index. The bytes themselves are `pipelines.shards.format`'s.
+A unit of images becomes ``shard-<unit>.tar``; if that would exceed a limit, the rest goes to ``shard-<unit>_001.tar``
+and so on. Each shard has an index. `pipelines.shards.format` defines the file format.
 """
 
 import io
@@ -35,14 +35,14 @@ def produce(run: StageRun[ShardsConfig]) -> StageResult:
     from pipelines.download.tables import image_units
 
     units = list(image_units(run.input("images")))
-    _captioner(run.input("captions"))  # what is wrong with it is wrong with all units
+    _captioner(run.input("captions"))  # fail before any unit starts
     num_done = sum(unit.num_rows for unit in units if run.is_finished(unit.name))
     with (
         ray_tasks(run, run.config.workers) as tasks,
         run.progress(sum(unit.num_rows for unit in units), "samples", initial=num_done) as progress,
     ):
-        for made in run_units(run, tasks, ((unit.name, None) for unit in units), _make_unit):
-            progress.advance(made.rows[0] if made.rows else 0)
+        for finished_unit in run_units(run, tasks, ((unit.name, None) for unit in units), _make_unit):
+            progress.advance(finished_unit.rows[0] if finished_unit.rows else 0)
     finished = run.finished_units()
     return StageResult(
         summary={
@@ -63,7 +63,7 @@ def _make_unit(run: StageRun[ShardsConfig], name: str, _: None) -> None:
 
 
 def _captioner(captions: StageOutput) -> dict[str, str] | None:
-    """Return the model that wrote the captions; None where the captions came from no model."""
+    """Return the model that wrote the captions; None if they were not made by a model."""
     models = captions.manifest.models
     if len(models) > 1:
         roles = ", ".join(model.role for model in models)
@@ -72,7 +72,7 @@ def _captioner(captions: StageOutput) -> dict[str, str] | None:
 
 
 def _captions_of(captions: StageOutput, unit: "ImageUnit") -> dict[str, dict[str, Any]]:
-    """Return sample key -> caption row; raises ThroughlineError for a key that is there twice or has no picture."""
+    """Return sample key -> caption row; raises ThroughlineError for a duplicate key or one without an image."""
     import pyarrow as pa
 
     from pipelines.download.tables import read_table
@@ -82,18 +82,18 @@ def _captions_of(captions: StageOutput, unit: "ImageUnit") -> dict[str, dict[str
     rows = read_table(path, pa.schema([(name, pa.string()) for name in names])).to_pylist()
     by_key = {row["sample_key"]: row for row in rows}
     if len(by_key) != len(rows):
-        raise ThroughlineError(f"{path}: {len(rows) - len(by_key)} sample keys stand there twice; re-run captions")
-    strangers = by_key.keys() - set(unit.read(["sample_key"])["sample_key"].to_pylist())
-    if strangers:
+        raise ThroughlineError(f"{path}: {len(rows) - len(by_key)} duplicate sample keys; re-run captions")
+    unknown = by_key.keys() - set(unit.read(["sample_key"])["sample_key"].to_pylist())
+    if unknown:
         raise ThroughlineError(
-            f"{path}: {len(strangers)} captions without a picture in {unit.path.name}, such as {min(strangers)}; "
+            f"{path}: {len(unknown)} captions without an image in {unit.path.name}, such as {min(unknown)}; "
             "re-run captions"
         )
     return by_key
 
 
 def _bad_caption(row: dict[str, Any] | None, config: ShardsConfig) -> tuple[str, str] | None:
-    """Return (reason, detail) for a caption that must not be trained on."""
+    """Return (reason, detail) for a caption that is unusable for training, or None."""
     if row is None:
         return "caption_missing", ""
     if len((row["caption"] or "").strip()) < config.min_caption_chars:
@@ -146,7 +146,7 @@ def _write_unit(
 
 
 class _ShardSeries:
-    """The shards of one unit: a new one is begun where the next sample would exceed a bound."""
+    """The shards of one unit; starts a new one when the next sample would exceed a limit."""
 
     def __init__(self, output: Unit, unit_name: str, config: ShardsConfig) -> None:
         self._output, self._unit_name, self._config = output, unit_name, config
@@ -167,7 +167,7 @@ class _ShardSeries:
             self._stack.__exit__(kind, error, trace)
 
     def add(self, sample: "SampleMembers", columns: dict[str, Any]) -> None:
-        """Append a sample to the shard that has room for it, and `columns` to that shard's index."""
+        """Append a sample to the current shard or a new one, and `columns` to its index."""
         from pipelines.shards.format import ShardWriter
 
         writer = self._writer
@@ -197,19 +197,19 @@ class _ShardSeries:
 
 
 def _encoded(image: bytes, config: ShardsConfig) -> bytes:
-    """Return a picture in the configured format."""
+    """Return the image in the configured format."""
     from PIL import Image
 
     if config.image_format == "keep":
         return image
     buffer = io.BytesIO()
-    with Image.open(io.BytesIO(image)) as picture:
-        picture.convert("RGB").save(buffer, config.image_format.upper(), quality=config.image_quality)
+    with Image.open(io.BytesIO(image)) as decoded:
+        decoded.convert("RGB").save(buffer, config.image_format.upper(), quality=config.image_quality)
     return buffer.getvalue()
 
 
 def _column(path: Path, column: str) -> dict[str, bytes]:
-    """Return sample key -> bytes of an extra member; raises ThroughlineError where the table has no such column."""
+    """Return sample key -> bytes of an extra member; raises ThroughlineError if the table has no such column."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 

@@ -1,6 +1,6 @@
-"""Any tar, read once from front to back with nothing skipped: what `tarfile` passes over in silence is raised here.
+"""Strict streaming reader for any tar: raises errors for damage that `tarfile` silently skips.
 
-`pipelines.shards.format` reads the shards of this project; this module reads everybody's: ustar, GNU and PAX headers.
+`pipelines.shards.format` reads the shards of this project; this module reads any: ustar, GNU and PAX headers.
 """
 
 import tarfile
@@ -23,7 +23,7 @@ _MAX_EXTENSION_BYTES = 1 << 20
 
 
 class DamagedTarError(Exception):
-    """`kind` is a short word for what is wrong, `offset` the byte where it shows, `detail` the rest of the sentence."""
+    """Damage at byte `offset`: `kind` classifies it, `detail` describes it."""
 
     def __init__(self, kind: str, offset: int, detail: str) -> None:
         super().__init__(f"{detail} at byte {offset}")
@@ -36,13 +36,13 @@ class Readable(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One member: `kind` is ``file``, ``folder`` or what else it is ("a symbolic link"), `data` a file's content."""
+    """One member: `kind` is ``file``, ``folder`` or a description ("a symbolic link"), `data` the content of a file."""
 
     name: str
     kind: str
     data: bytes
     offset: int
-    """Where the data starts."""
+    """Offset of the data."""
 
 
 class _Source:
@@ -63,11 +63,11 @@ class _Source:
 
 
 def walk(stream: Readable) -> Iterator[Entry]:
-    """Yield the members of a tar in their order, and read the stream to its last byte.
+    """Yield the members of a tar in order, and read the stream to its last byte.
 
-    Raises DamagedTarError: `header` where a header is no header, `cut_short` where the file ends inside a member,
-    `no_end_mark` where it ends without two empty blocks, `bytes_after_end` where more follows them (a second tar behind
-    the first, which every reader misses).
+    Raises DamagedTarError: `header` for an invalid header, `cut_short` if the file ends inside a member, `no_end_mark`
+    if it ends without two empty blocks, `bytes_after_end` if data follows them (such as a second tar appended to the
+    first, which every reader misses).
     """
     source = _Source(stream)
     extended: dict[str, str] = {}
@@ -75,7 +75,7 @@ def walk(stream: Readable) -> Iterator[Entry]:
         start = source.offset
         block = source.read(_BLOCK)
         if len(block) < _BLOCK:
-            kind, detail = ("cut_short", "a header is cut off") if block else ("no_end_mark", "no end mark")
+            kind, detail = ("cut_short", "truncated header") if block else ("no_end_mark", "no end mark")
             raise DamagedTarError(kind, source.offset, detail)
         if not any(block):
             _check_end(source)
@@ -83,7 +83,7 @@ def walk(stream: Readable) -> Iterator[Entry]:
         try:
             header = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
         except (tarfile.HeaderError, ValueError) as error:
-            raise DamagedTarError("header", start, f"no tar header ({error})") from error
+            raise DamagedTarError("header", start, f"invalid tar header ({error})") from error
         if header.type in (tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.XGLTYPE):
             records = _pax_records(_content(source, header.size, "a PAX header", _MAX_EXTENSION_BYTES), start)
             if header.type != tarfile.XGLTYPE:
@@ -98,7 +98,7 @@ def walk(stream: Readable) -> Iterator[Entry]:
         try:
             size = int(extended.get("size", header.size))
         except ValueError as error:
-            raise DamagedTarError("header", start, f"the size {extended['size']!r} is no number") from error
+            raise DamagedTarError("header", start, f"the size {extended['size']!r} is not a number") from error
         if any(keyword.startswith("GNU.sparse.") for keyword in extended):
             header.type = tarfile.GNUTYPE_SPARSE
         extended = {}
@@ -110,7 +110,7 @@ def walk(stream: Readable) -> Iterator[Entry]:
         elif header.type in _FILE_TYPES:
             yield Entry(name, "file", data, offset)
         else:
-            yield Entry(name, _OTHER_TYPES.get(header.type, f"of the unknown type {header.type!r}"), b"", offset)
+            yield Entry(name, _OTHER_TYPES.get(header.type, f"of unknown type {header.type!r}"), b"", offset)
 
 
 def _content(source: _Source, size: int, name: str, limit: int | None = None) -> bytes:
@@ -119,31 +119,31 @@ def _content(source: _Source, size: int, name: str, limit: int | None = None) ->
     data = source.read(size)
     padding = -size % _BLOCK
     if len(data) < size or len(source.read(padding)) < padding:
-        raise DamagedTarError("cut_short", source.offset, f"{name} is cut off")
+        raise DamagedTarError("cut_short", source.offset, f"{name} is truncated")
     return data
 
 
 def _pax_records(data: bytes, start: int) -> dict[str, str]:
     """Parse ``<length> <keyword>=<value>\\n`` records (POSIX.1-2001, pax interchange format)."""
     records = {}
-    place = 0
-    while place < len(data) and data[place]:
-        digits, space, _ = data[place : place + 20].partition(b" ")
+    offset = 0
+    while offset < len(data) and data[offset]:
+        digits, space, _ = data[offset : offset + 20].partition(b" ")
         length = int(digits) if space and digits.isdigit() else 0
-        record = data[place + len(digits) + 1 : place + length]
+        record = data[offset + len(digits) + 1 : offset + length]
         keyword, equals, value = record.partition(b"=")
         if not equals or not record.endswith(b"\n"):
-            raise DamagedTarError("header", start, "a PAX header that cannot be read")
+            raise DamagedTarError("header", start, "invalid PAX header")
         records[keyword.decode("utf-8", "surrogateescape")] = value[:-1].decode("utf-8", "surrogateescape")
-        place += length
+        offset += length
     return records
 
 
 def _check_end(source: _Source) -> None:
     if len(block := source.read(_BLOCK)) < _BLOCK:
-        raise DamagedTarError("no_end_mark", source.offset, "half an end mark")
+        raise DamagedTarError("no_end_mark", source.offset, "incomplete end mark")
     while True:
         if any(block):
-            raise DamagedTarError("bytes_after_end", source.offset - len(block), "more follows the end mark")
+            raise DamagedTarError("bytes_after_end", source.offset - len(block), "data after the end mark")
         if not (block := source.read(_READ_BYTES)):
             return

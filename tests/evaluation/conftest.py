@@ -1,4 +1,4 @@
-"""Models and finished upstream outputs that the tests of the evaluation share."""
+"""Models and finished upstream outputs shared by the evaluation tests."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,9 +8,9 @@ import pytest
 from pipelines.core.config import ModelRef
 from pipelines.runner.outputs import StageOutput
 from tests.evaluation.worlds import (
-    KnowingPool,
-    answering,
+    ScriptedPool,
     plausible_answer,
+    use_judge,
     write_checkpoint,
     write_data,
     write_prompt_sets,
@@ -31,7 +31,7 @@ def autoencoder(tmp_path_factory: pytest.TempPathFactory) -> ModelRef:
 
 @pytest.fixture(scope="session")
 def upstream(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An output root with data, prompts and checkpoints; tests read it and write elsewhere or beside."""
+    """An output root with data, prompts and checkpoints; tests may add to it but change nothing."""
     return tmp_path_factory.mktemp("upstream")
 
 
@@ -55,7 +55,7 @@ def checkpoints(
 
 
 @pytest.fixture
-def pool() -> Iterator[KnowingPool]:
-    """A judge whose answers look like a judge's; a test may give it another `answer`."""
-    with answering(KnowingPool(plausible_answer)) as judge:
+def pool() -> Iterator[ScriptedPool]:
+    """A judge with plausible answers; a test may replace its `_answer`."""
+    with use_judge(ScriptedPool(plausible_answer)) as judge:
         yield judge

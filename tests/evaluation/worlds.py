@@ -1,4 +1,4 @@
-"""Small finished lineages for the tests of the evaluation: real files under real manifests, made by stand-in stages."""
+"""Small finished lineages for the evaluation tests: real files with real manifests, made by stand-in stages."""
 
 import hashlib
 import io
@@ -63,7 +63,7 @@ DRAWBENCH_ROWS = (("A red car.", "Colors"), ('A sign that says "hi, you".', "Tex
 
 
 def write_prompt_files(folder: Path, repeats: int = 1) -> PromptSetsConfig:
-    """Write small prompt files in the three published formats; `repeats` makes more prompts of the same kinds."""
+    """Write small prompt files in the three published formats, with all prompts `repeats` times."""
     folder.mkdir(parents=True, exist_ok=True)
     geneval, image, skills, drawbench = (
         folder / name
@@ -91,27 +91,27 @@ def write_prompt_files(folder: Path, repeats: int = 1) -> PromptSetsConfig:
     )
 
 
-def picture(seed: str, size_px: int = 64) -> Image.Image:
-    """Draw a picture that depends on `seed` alone."""
-    draw_lots = random.Random(seed)
-    image = Image.new("RGB", (size_px, size_px), tuple(draw_lots.randrange(140, 255) for _ in range(3)))
+def draw_image(seed: str, size_px: int = 64) -> Image.Image:
+    """Draw random shapes that depend only on `seed`."""
+    rng = random.Random(seed)
+    image = Image.new("RGB", (size_px, size_px), tuple(rng.randrange(140, 255) for _ in range(3)))
     draw = ImageDraw.Draw(image)
-    for _ in range(draw_lots.randrange(1, 5)):
-        x, y = draw_lots.randrange(size_px * 3 // 4), draw_lots.randrange(size_px * 3 // 4)
+    for _ in range(rng.randrange(1, 5)):
+        x, y = rng.randrange(size_px * 3 // 4), rng.randrange(size_px * 3 // 4)
         box = (x, y, x + size_px // 4, y + size_px // 4)
-        draw_shape = draw.ellipse if draw_lots.random() < 0.5 else draw.rectangle
-        draw_shape(box, fill=tuple(draw_lots.randrange(0, 200) for _ in range(3)))
+        draw_shape = draw.ellipse if rng.random() < 0.5 else draw.rectangle
+        draw_shape(box, fill=tuple(rng.randrange(0, 200) for _ in range(3)))
     return image
 
 
-def encoded(image: Image.Image, kind: str = "PNG") -> bytes:
+def encode_image(image: Image.Image, image_format: str = "PNG") -> bytes:
     stream = io.BytesIO()
-    image.save(stream, kind)
+    image.save(stream, image_format)
     return stream.getvalue()
 
 
-class KnowingPool:
-    """A judge that answers from a function of the request, in place of engines on Ray; it keeps what it was asked."""
+class ScriptedPool:
+    """A judge that answers with a function of the request, in place of engines on Ray; counts its batches."""
 
     def __init__(self, answer: Callable[[VisionRequest], VisionAnswer]) -> None:
         self._answer = answer
@@ -129,8 +129,8 @@ class KnowingPool:
 
 
 @contextmanager
-def answering(judge: KnowingPool) -> Iterator[KnowingPool]:
-    """Let `judge` stand in for the engines of every stage that asks one."""
+def use_judge(judge: ScriptedPool) -> Iterator[ScriptedPool]:
+    """Use `judge` in place of the engines of all judging stages."""
     with pytest.MonkeyPatch.context() as patch:
         for module in ("evaluation.judging.scores", "evaluation.judging.calibration"):
             patch.setattr(f"{module}.engine_pool", lambda *_: judge)
@@ -138,14 +138,13 @@ def answering(judge: KnowingPool) -> Iterator[KnowingPool]:
 
 
 def plausible_answer(request: VisionRequest) -> VisionAnswer:
-    """Answer as a judge does, by lot from the digest of picture and words; one rating in seven has no Style."""
+    """Answer like a judge, pseudo-randomly by digest of image and text; one rating in seven has no Style."""
     digest = hashlib.sha256(request.image_bytes + request.text.encode()).digest()
     chance = digest[0] / 255
     if request.want_logprobs_of:
         yes = min(max(chance, 0.01), 0.99)
-        said = YES if yes > 0.5 else NO
         return VisionAnswer(
-            text=said, finish_reason="length", num_prompt_tokens=90, num_answer_tokens=1,
+            text=YES if yes > 0.5 else NO, finish_reason="length", num_prompt_tokens=90, num_answer_tokens=1,
             logprobs={YES: math.log(yes), NO: math.log(1 - yes)},
         )  # fmt: skip
     text = unified_reward_answer(1 + 4 * chance, 1 + 4 * digest[1] / 255, 1 + 4 * digest[2] / 255)
@@ -169,7 +168,7 @@ def run_stand_in(
     partition: str | None = None,
     config: StandInConfig | None = None,
 ) -> StageOutput:
-    """Run a stage of that name whose work is `produce`."""
+    """Run a stage with the given name and `produce` function."""
     stage = plain_stage(name=name, code_version="1", config_type=StandInConfig, produce=produce)
     return stage.run(config or StandInConfig(), inputs or {}, root, partition)
 
@@ -182,7 +181,7 @@ def write_samples(
     checkpoint: StageOutput | None = None,
     per_prompt: int = 1,
 ) -> StageOutput:
-    """Write samples of an arm: pictures that depend on arm, prompt and index."""
+    """Write samples of an arm: images that depend on arm, prompt and index."""
 
     def produce(run: StageRun[StandInConfig]) -> StageResult:
         rows = []
@@ -191,7 +190,7 @@ def write_samples(
                 for index in range(per_prompt if row["benchmark"] == benchmark else 0):
                     path, data = (
                         f"images/{row['prompt_id']}-{index}.png",
-                        encoded(picture(f"{arm}{row['prompt']}{index}")),
+                        encode_image(draw_image(f"{arm}{row['prompt']}{index}")),
                     )
                     unit.write(path, data)
                     rows.append({"prompt_id": row["prompt_id"], "sample_index": index, "path": path,
@@ -214,7 +213,7 @@ def write_checkpoint(
     text_encoder: ModelRef = ENCODER,
     autoencoder: ModelRef = ENCODER,
 ) -> StageOutput:
-    """Write a checkpoint with real weights of a small model, nudged away from where training starts."""
+    """Write a checkpoint of a small model, with weights perturbed from their initialisation."""
     import torch
     from safetensors.torch import save
 
@@ -291,8 +290,12 @@ def write_data(root: Path, num_images: int = 12) -> tuple[DataWorld, StageOutput
     world = DataWorld()
     for part in ("00000", "00001"):
         keys = [sample_key(f"http://web/{part}/{n}", f"alt {n}") for n in range(num_images)]
-        pictures = [
-            {"sample_key": key, "alt_text": f"IMG_{n} <b>& friends</b>", "image": encoded(picture(key, 128), "JPEG")}
+        image_rows = [
+            {
+                "sample_key": key,
+                "alt_text": f"IMG_{n} <b>& friends</b>",
+                "image": encode_image(draw_image(key, 128), "JPEG"),
+            }
             for n, key in enumerate(keys)
         ]
         captions = [
@@ -309,7 +312,7 @@ def write_data(root: Path, num_images: int = 12) -> tuple[DataWorld, StageOutput
             )
         )
         images = _counted(
-            "images", rows, ["http_404"] * 5 + ["opt_out"] * 2 + ["timeout"], {"images-00000.parquet": pictures}
+            "images", rows, ["http_404"] * 5 + ["opt_out"] * 2 + ["timeout"], {"images-00000.parquet": image_rows}
         )
         world.images.append(run_stand_in(root, "images", images, {"subset": world.subset[-1:]}, part))
         captioned = _counted("captions", num_images, [], {"captions-00000.parquet": captions})
@@ -317,11 +320,11 @@ def write_data(root: Path, num_images: int = 12) -> tuple[DataWorld, StageOutput
         shards = _counted("shards", num_images, ["caption_truncated"])
         inputs = {"images": world.images[-1:], "captions": world.captions[-1:]}
         world.shards.append(run_stand_in(root, "shards", shards, inputs, part))
-    left = 2 * (num_images - 1)
-    dataset = run_stand_in(root, "dataset", _counted("dataset", left, ["duplicate_key"]), {"shards": world.shards})
+    num_pairs = 2 * (num_images - 1)
+    dataset = run_stand_in(root, "dataset", _counted("dataset", num_pairs, ["duplicate_key"]), {"shards": world.shards})
     return world, dataset
 
 
 def write_prompt_sets(root: Path, repeats: int = 1) -> StageOutput:
-    """Run the real prompt_sets stage on small files."""
+    """Run the stage prompt_sets on small files."""
     return PROMPT_SETS.run(write_prompt_files(root / "files", repeats), {}, root)

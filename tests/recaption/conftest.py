@@ -1,4 +1,4 @@
-"""Pictures, a tiny random Qwen3-VL, and one real pool of engines on Ray for all tests of this package."""
+"""Images, a tiny random Qwen3-VL, and one real pool of engines on Ray, shared by the tests of this package."""
 
 import io
 from collections.abc import Iterator
@@ -17,8 +17,8 @@ POOL = PoolConfig(max_actors=1, max_actor_restarts=2, object_store_memory_bytes=
 
 
 @lru_cache
-def picture(seed: int, image_px: int = 64) -> bytes:
-    """Return a JPEG of smooth noise: pictures that the random model tells apart."""
+def noise_jpeg(seed: int, image_px: int = 64) -> bytes:
+    """Return a JPEG of smooth noise, which the random model answers differently for each seed."""
     coarse = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), dtype=np.uint8)
     stream = io.BytesIO()
     Image.fromarray(coarse).resize((image_px, image_px), Image.Resampling.BICUBIC).save(stream, "JPEG", quality=95)
@@ -26,7 +26,7 @@ def picture(seed: int, image_px: int = 64) -> bytes:
 
 
 def request(seed: int, text: str = "Describe this image.", max_tokens: int = 12, **kwargs: object) -> VisionRequest:
-    return VisionRequest(image_bytes=picture(seed), text=text, max_tokens=max_tokens, **kwargs)
+    return VisionRequest(image_bytes=noise_jpeg(seed), text=text, max_tokens=max_tokens, **kwargs)
 
 
 @pytest.fixture(scope="session")
@@ -50,7 +50,7 @@ def engine_config(vlm: ModelRef) -> VllmEngineConfig:
 
 @pytest.fixture(scope="package")
 def pool(engine_config: VllmEngineConfig) -> Iterator[object]:
-    """The pool that `engine_pool(engine_config, POOL)` gives everywhere in this process."""
+    """The pool that `engine_pool(engine_config, POOL)` returns everywhere in this process."""
     from recaption.ray_pool import close_pools, engine_pool
 
     started = engine_pool(engine_config, POOL)

@@ -11,7 +11,7 @@ from recaption.captions import STAGE
 from recaption.checks import caption_quality
 from recaption.config import CaptionsConfig
 from tests.plain_stage import plain_stage
-from tests.recaption.conftest import POOL, picture
+from tests.recaption.conftest import POOL, noise_jpeg
 
 pytestmark = pytest.mark.slow
 
@@ -26,7 +26,7 @@ def _produce(run: StageRun[_ImagesConfig]) -> None:
     for number, count in enumerate(run.config.rows_per_table):
         rows = []
         for _ in range(count):
-            image = b"broken" if index < run.config.num_broken else picture(index)
+            image = b"broken" if index < run.config.num_broken else noise_jpeg(index)
             rows.append({"sample_key": f"{index:032x}", "image": image})
             index += 1
         schema = pa.schema({"sample_key": pa.string(), "image": pa.binary()})
@@ -49,7 +49,7 @@ def config(engine_config) -> CaptionsConfig:
     )
 
 
-def test_every_image_has_one_caption_in_its_tables_order(pool, config, tmp_path):
+def test_every_image_gets_one_caption_in_table_order(pool, config, tmp_path):
     images = make_images(tmp_path)
     output = STAGE.run(config, {"images": [images]}, tmp_path, "00000")
     assert [path.name for path in output.files(".parquet")] == [f"captions-{number:05d}.parquet" for number in range(4)]
@@ -66,9 +66,9 @@ def test_every_image_has_one_caption_in_its_tables_order(pool, config, tmp_path)
     assert dict(quality.num_flagged) == output.manifest.summary["num_flagged"]
 
 
-def test_a_killed_run_goes_on_and_gives_the_same_bytes(pool, config, tmp_path, monkeypatch):
+def test_a_killed_run_resumes_and_gives_the_same_bytes(pool, config, tmp_path, monkeypatch):
     images = make_images(tmp_path)
-    undisturbed = STAGE.run(config, {"images": [images]}, tmp_path / "a", "00000")
+    uninterrupted = STAGE.run(config, {"images": [images]}, tmp_path / "a", "00000")
     written = []
     write_table = captions_module._write_table
 
@@ -86,12 +86,12 @@ def test_a_killed_run_goes_on_and_gives_the_same_bytes(pool, config, tmp_path, m
     )
     resumed = STAGE.run(config, {"images": [images]}, tmp_path / "b", "00000")
     assert sorted(written) == ["00000", "00001", "00002", "00003"]  # none was captioned again
-    assert resumed.data_version == undisturbed.data_version
+    assert resumed.data_version == uninterrupted.data_version
 
 
-def test_unreadable_images_are_dropped_with_a_reason_up_to_the_bound(pool, config, tmp_path):
+def test_unreadable_images_are_dropped_with_a_reason_up_to_the_limit(pool, config, tmp_path):
     images = make_images(tmp_path, num_broken=1)
-    with pytest.raises(ThroughlineError, match=r"images-00000.parquet: 1 of 10 images got no caption, 2% may"):
+    with pytest.raises(ThroughlineError, match=r"images-00000.parquet: 1 of 10 images got no caption, allowed are 2%"):
         STAGE.run(config, {"images": [images]}, tmp_path, "00000")
     output = STAGE.run(config.model_copy(update={"max_failed_share": 0.1}), {"images": [images]}, tmp_path, "00000")
     assert output.manifest.conservation.dropped == {"no_caption": 1}
@@ -99,6 +99,6 @@ def test_unreadable_images_are_dropped_with_a_reason_up_to_the_bound(pool, confi
     assert dropped[0]["sample_key"] == f"{0:032x}"
 
 
-def test_an_unknown_prompt_version_is_refused(engine_config):
+def test_an_unknown_prompt_version_is_rejected(engine_config):
     with pytest.raises(ValueError, match="known: brief-1, dense-1"):
         CaptionsConfig(captioner=engine_config, prompt_version="brief-0")

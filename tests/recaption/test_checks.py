@@ -33,12 +33,12 @@ def test_flags(caption, finish_reason, flags):
 
 @pytest.mark.slow
 @given(st.lists(st.sampled_from("abc"), max_size=30), st.integers(1, 5))
-def test_repeated_share_is_a_share_and_zero_without_repeats(words, ngram_words):
+def test_repeated_share_is_zero_only_without_repeats(words, ngram_words):
     share = repeated_share(words, ngram_words)
     assert 0.0 <= share < 1.0
     ngrams = [tuple(words[i : i + ngram_words]) for i in range(len(words) - ngram_words + 1)]
     assert (share == 0.0) == (len(ngrams) == len(set(ngrams)))
 
 
-def test_counts_name_every_flag():
+def test_counts_include_every_flag():
     assert count_flags([["empty"], [], ["empty"]]) == dict.fromkeys(FLAGS, 0) | {"empty": 2}

@@ -12,37 +12,37 @@ import pytest
 from pipelines.core.config import ModelRef
 from pipelines.core.errors import ThroughlineError
 from recaption.config import OpenAIEngineConfig
-from recaption.engine import load_engine
-from tests.recaption.conftest import picture, request
+from recaption.engines import load_engine
+from tests.recaption.conftest import noise_jpeg, request
 
 Answer = tuple[int, dict[str, str], bytes]
 
 
 class Endpoint:
-    """A local chat-completions server that behaves as `respond` says: (body, how often it was asked this) -> answer."""
+    """A local chat-completions server that replies with `respond`: (request text, attempt number) -> response."""
 
     def __init__(self) -> None:
-        self.asked: Counter[str] = Counter()
+        self.num_attempts: Counter[str] = Counter()
         self.bodies: list[dict] = []
         self.headers: list[dict[str, str]] = []
-        self.under_way = self.most_under_way = 0
+        self.num_concurrent = self.max_concurrent = 0
         self.respond: Callable[[str, int], Answer] = lambda text, attempt: completion(f"answer to {text}")
         self.lock = threading.Lock()
 
     def handle(self, body: dict, headers: dict[str, str]) -> Answer:
         text = body["messages"][0]["content"][1]["text"]
         with self.lock:
-            self.asked[text] += 1
-            attempt = self.asked[text]
+            self.num_attempts[text] += 1
+            attempt = self.num_attempts[text]
             self.bodies.append(body)
             self.headers.append(headers)
-            self.under_way += 1
-            self.most_under_way = max(self.most_under_way, self.under_way)
+            self.num_concurrent += 1
+            self.max_concurrent = max(self.max_concurrent, self.num_concurrent)
         try:
             return self.respond(text, attempt)
         finally:
             with self.lock:
-                self.under_way -= 1
+                self.num_concurrent -= 1
 
 
 def completion(text: str, logprobs: dict[str, float] | None = None) -> Answer:
@@ -66,11 +66,13 @@ def endpoint() -> Iterator[tuple[Endpoint, str]]:
             if self.path != "/v1/chat/completions":
                 status, headers, content = 404, {}, b"no such path"
             else:
-                status, headers, content = behaviour.handle(body, dict(self.headers))
+                status, headers, content = behaviour.handle(
+                    body, {name.lower(): value for name, value in self.headers.items()}
+                )
             self.send_response(status)
             for name, value in (headers | {"Content-Length": str(len(content))}).items():
                 self.send_header(name, value)
-            with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # a client that stopped waiting
+            with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # the client timed out
                 self.end_headers()
                 self.wfile.write(content)
 
@@ -91,7 +93,7 @@ def make_engine(url: str, **kwargs: object):
     return load_engine(OpenAIEngineConfig(model=ModelRef(id="judge", revision="r1"), base_url=url, **settings))
 
 
-def test_answers_come_in_the_order_asked_and_many_at_once(endpoint):
+def test_requests_run_concurrently_and_are_answered_in_order(endpoint):
     behaviour, url = endpoint
 
     def respond(text: str, attempt: int) -> Answer:
@@ -101,7 +103,7 @@ def test_answers_come_in_the_order_asked_and_many_at_once(endpoint):
     behaviour.respond = respond
     answers = make_engine(url).generate([request(1, str(number)) for number in range(32)])
     assert [answer.text for answer in answers] == [f"answer {number}" for number in range(32)]
-    assert 2 <= behaviour.most_under_way <= 8
+    assert 2 <= behaviour.max_concurrent <= 8
     assert (answers[0].num_prompt_tokens, answers[0].num_answer_tokens, answers[0].finish_reason) == (20, 3, "stop")
 
 
@@ -111,14 +113,22 @@ def test_the_request_is_greedy_with_the_image_before_the_text(endpoint, monkeypa
     make_engine(url, api_key_variable="JUDGE_KEY").generate([request(1, "What?", 7)])
     body = behaviour.bodies[0]
     image, text = body["messages"][0]["content"]
-    assert base64.b64decode(image["image_url"]["url"].removeprefix("data:image/jpeg;base64,")) == picture(1)
+    assert base64.b64decode(image["image_url"]["url"].removeprefix("data:image/jpeg;base64,")) == noise_jpeg(1)
     assert text == {"type": "text", "text": "What?"}
     assert (body["model"], body["temperature"], body["max_tokens"]) == ("judge", 0.0, 7)
     assert "logprobs" not in body
-    assert behaviour.headers[0]["Authorization"] == "Bearer secret"
+    assert behaviour.headers[0]["authorization"] == "Bearer secret"
 
 
-def test_logprobs_are_those_told_and_a_word_not_told_is_missing(endpoint):
+def test_no_key_is_sent_but_that_of_the_named_variable(endpoint, monkeypatch):
+    behaviour, url = endpoint
+    monkeypatch.setenv("OPENAI_API_KEY", "for another host")
+    make_engine(url, api_key_variable="UNSET_KEY").generate([request(1)])
+    assert "authorization" not in behaviour.headers[0]
+    assert "for another host" not in behaviour.headers[0].values()
+
+
+def test_a_word_that_the_endpoint_does_not_return_has_no_logprob(endpoint):
     behaviour, url = endpoint
     behaviour.respond = lambda text, attempt: completion("Yes", {"Yes": -0.1, "yes": -3.0})
     answer = make_engine(url).generate([request(1, "?", 1, want_logprobs_of=("Yes", "No"))])[0]
@@ -127,7 +137,7 @@ def test_logprobs_are_those_told_and_a_word_not_told_is_missing(endpoint):
 
 
 @pytest.mark.parametrize(
-    "trouble",
+    "response",
     [
         (500, {}, b"internal"),
         (429, {"Retry-After": "0.02"}, b"slow down"),
@@ -136,14 +146,14 @@ def test_logprobs_are_those_told_and_a_word_not_told_is_missing(endpoint):
         (503, {"Retry-After": "soon"}, b""),
     ],
 )
-def test_passing_trouble_is_tried_again(endpoint, trouble):
+def test_a_transient_failure_is_retried(endpoint, response):
     behaviour, url = endpoint
-    behaviour.respond = lambda text, attempt: trouble if attempt < 3 else completion("fine")
+    behaviour.respond = lambda text, attempt: response if attempt < 3 else completion("fine")
     assert make_engine(url).generate([request(1, "?")])[0].text == "fine"
-    assert behaviour.asked["?"] == 3
+    assert behaviour.num_attempts["?"] == 3
 
 
-def test_a_stalled_answer_is_tried_again(endpoint):
+def test_a_stalled_request_is_retried(endpoint):
     behaviour, url = endpoint
 
     def respond(text: str, attempt: int) -> Answer:
@@ -155,30 +165,30 @@ def test_a_stalled_answer_is_tried_again(endpoint):
     assert make_engine(url, timeout_seconds=0.2).generate([request(1, "?")])[0].text == "fine"
 
 
-def test_a_request_refused_for_itself_fails_alone(endpoint):
+def test_a_rejected_request_fails_alone(endpoint):
     behaviour, url = endpoint
     behaviour.respond = lambda text, attempt: (400, {}, b"image too large") if text == "bad" else completion("fine")
     good, bad = make_engine(url).generate([request(1, "good"), request(1, "bad")])
     assert good.text == "fine"
     assert (bad.finish_reason, bad.error) == ("error", "HTTP 400: image too large")
-    assert behaviour.asked["bad"] == 1
+    assert behaviour.num_attempts["bad"] == 1
 
 
-def test_trouble_that_lasts_stops_with_one_sentence(endpoint):
+def test_a_lasting_failure_stops_with_one_sentence(endpoint):
     behaviour, url = endpoint
     behaviour.respond = lambda text, attempt: (500, {}, b"internal")
-    with pytest.raises(ThroughlineError, match=r"gave no answer in 4 tries \(HTTP 500: internal\)"):
+    with pytest.raises(ThroughlineError, match=r"gave no answer in 4 attempts \(HTTP 500: internal\)"):
         make_engine(url).generate([request(1, str(number)) for number in range(20)])
 
 
-def test_a_wrong_key_stops_at_once(endpoint):
+def test_a_wrong_key_stops_immediately(endpoint):
     behaviour, url = endpoint
     behaviour.respond = lambda text, attempt: (401, {}, b"no such key")
-    with pytest.raises(ThroughlineError, match=r"answers 401 \(no such key\); check base_url"):
+    with pytest.raises(ThroughlineError, match=r"returned 401 \(no such key\); check base_url"):
         make_engine(url, max_concurrency=1).generate([request(1, str(number)) for number in range(5)])
-    assert sum(behaviour.asked.values()) == 1
+    assert sum(behaviour.num_attempts.values()) == 1
 
 
-def test_an_endpoint_that_is_down_is_one_sentence():
-    with pytest.raises(ThroughlineError, match="gave no answer in 2 tries"):
+def test_an_unreachable_endpoint_is_reported_in_one_sentence():
+    with pytest.raises(ThroughlineError, match="gave no answer in 2 attempts"):
         make_engine("http://127.0.0.1:9/v1", max_attempts=2).generate([request(1)])

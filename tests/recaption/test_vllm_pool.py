@@ -1,4 +1,4 @@
-"""The real thing: vLLM inside Ray actors, against transformers, and against being killed."""
+"""vLLM in Ray actors: answers equal those of transformers, and survive a killed engine."""
 
 import io
 import os
@@ -11,7 +11,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from pipelines.core.errors import ThroughlineError
 from recaption.ray_pool import engine_pool
-from tests.recaption.conftest import POOL, picture, request
+from tests.recaption.conftest import POOL, noise_jpeg, request
 
 pytestmark = pytest.mark.slow
 
@@ -22,7 +22,7 @@ def transformers_model(vlm):
 
 
 def _inputs(processor, seed, text):
-    content = [{"type": "image", "image": Image.open(io.BytesIO(picture(seed)))}, {"type": "text", "text": text}]
+    content = [{"type": "image", "image": Image.open(io.BytesIO(noise_jpeg(seed)))}, {"type": "text", "text": text}]
     return processor.apply_chat_template(
         [{"role": "user", "content": content}], tokenize=True, add_generation_prompt=True, return_dict=True,
         return_tensors="pt",
@@ -33,7 +33,7 @@ def _ask(pool, requests):
     return dict(pool.answer([("all", requests)]))["all"]
 
 
-def test_answers_are_those_of_transformers_greedy_in_fp32(pool, transformers_model):
+def test_answers_equal_greedy_decoding_by_transformers_in_fp32(pool, transformers_model):
     processor, model = transformers_model
     requests = [request(seed) for seed in range(8)]
     for seed, answer in enumerate(_ask(pool, requests)):
@@ -41,7 +41,7 @@ def test_answers_are_those_of_transformers_greedy_in_fp32(pool, transformers_mod
         with torch.no_grad():
             output = model.generate(**inputs, max_new_tokens=12, do_sample=False)
         new_ids = output[0, inputs["input_ids"].shape[1] :]
-        # vLLM leaves out a character that was cut in the middle; the random model writes such.
+        # vLLM omits an incomplete UTF-8 character at the end; the random model produces such.
         expected = processor.tokenizer.decode(new_ids, skip_special_tokens=True).strip().rstrip("\ufffd")
         assert answer.text.rstrip("\ufffd") == expected
         assert answer.num_prompt_tokens == inputs["input_ids"].shape[1]
@@ -49,7 +49,7 @@ def test_answers_are_those_of_transformers_greedy_in_fp32(pool, transformers_mod
         assert answer.finish_reason == ("stop" if new_ids[-1] == processor.tokenizer.eos_token_id else "length")
 
 
-def test_logprobs_of_yes_and_no_are_the_models_own(pool, transformers_model):
+def test_logprobs_of_yes_and_no_equal_those_of_transformers(pool, transformers_model):
     processor, model = transformers_model
     requests = [request(seed, "Yes or No?", 1, want_logprobs_of=("Yes", "No")) for seed in range(4)]
     for seed, answer in enumerate(_ask(pool, requests)):
@@ -64,20 +64,20 @@ def test_logprobs_of_yes_and_no_are_the_models_own(pool, transformers_model):
 def test_a_request_that_cannot_be_served_fails_alone(pool):
     good, bad = request(1), request(1).__class__(image_bytes=b"not an image", text="?", max_tokens=2)
     too_long = request(1, "Yes " * 3000)
-    first, unreadable, refused, last = _ask(pool, [good, bad, too_long, good])
-    assert (unreadable.finish_reason, refused.finish_reason) == ("error", "error")
+    first, unreadable, rejected, last = _ask(pool, [good, bad, too_long, good])
+    assert (unreadable.finish_reason, rejected.finish_reason) == ("error", "error")
     assert "unreadable image" in unreadable.error
-    assert "512" in refused.error
+    assert "512" in rejected.error
     assert first.text == last.text == _ask(pool, [good])[0].text
 
 
-def test_the_same_configuration_gives_the_same_engines(pool, engine_config):
+def test_the_same_configuration_returns_the_same_pool(pool, engine_config):
     assert engine_pool(engine_config, POOL) is pool
 
 
-def test_batches_of_a_killed_engine_are_asked_again_and_none_is_lost_or_doubled(pool):
+def test_batches_of_a_killed_engine_are_retried_and_none_is_lost_or_repeated(pool):
     batches = {number: [request(10 * number + row) for row in range(6)] for number in range(8)}
-    undisturbed = dict(pool.answer(batches.items()))
+    uninterrupted = dict(pool.answer(batches.items()))
     pids = pool.engine_pids()
 
     def batches_with_a_kill():
@@ -88,7 +88,7 @@ def test_batches_of_a_killed_engine_are_asked_again_and_none_is_lost_or_doubled(
 
     answered = list(pool.answer(batches_with_a_kill()))
     assert sorted(number for number, _ in answered) == sorted(batches)
-    assert dict(answered) == undisturbed
+    assert dict(answered) == uninterrupted
     assert pool.engine_pids() != pids
 
 
@@ -99,11 +99,11 @@ def test_a_caller_that_stops_early_leaves_the_pool_usable(pool):
     assert len(dict(pool.answer((number, [request(number)]) for number in range(6)))) == 6
 
 
-def test_a_model_that_is_not_there_is_one_sentence(pool, engine_config, tmp_path):
+def test_a_missing_model_is_reported_in_one_sentence(pool, engine_config, tmp_path):
     missing = engine_config.model.model_copy(update={"id": "nowhere", "path": str(tmp_path)})
     from recaption.ray_pool import RayPool
 
-    # A share of a CPU: the only one is taken.
+    # It needs no CPU of its own: the only one is in use.
     other = RayPool(
         engine_config.model_copy(update={"model": missing}), POOL.model_copy(update={"num_cpus_per_actor": 0.0})
     )

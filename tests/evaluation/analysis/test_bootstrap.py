@@ -1,4 +1,4 @@
-"""Bootstrap intervals: against brute force, against scipy, and the properties a paired comparison needs."""
+"""Bootstrap intervals: compared with brute force and scipy, and the properties of paired comparisons."""
 
 import numpy as np
 import pytest
@@ -9,13 +9,13 @@ from scipy import stats
 from evaluation.analysis.bootstrap import (
     PromptScores,
     bootstrap_intervals,
+    derive_seed,
     draw_weights,
     estimates,
     paired_differences,
-    seed_of,
 )
 
-SEED = seed_of(0, "test")
+SEED = derive_seed(0, "test")
 
 
 def make(values: np.ndarray, counts: np.ndarray | None = None, strata: np.ndarray | None = None) -> PromptScores:
@@ -32,7 +32,7 @@ def random_scores(seed: int, prompts: int, arms: int, strata: int) -> PromptScor
 
 @settings(max_examples=40, deadline=None)
 @given(st.integers(0, 10_000), st.integers(1, 12), st.integers(1, 3), st.integers(1, 3))
-def test_estimates_equal_a_plain_loop(seed: int, prompts: int, arms: int, strata: int) -> None:
+def test_estimates_equal_those_of_a_plain_loop(seed: int, prompts: int, arms: int, strata: int) -> None:
     scores = random_scores(seed, prompts, arms, strata)
     weights = draw_weights(scores.strata, 5, SEED)
     found = estimates(scores, weights)
@@ -50,7 +50,7 @@ def test_estimates_equal_a_plain_loop(seed: int, prompts: int, arms: int, strata
 
 @given(st.lists(st.integers(0, 3), min_size=1, max_size=40), st.integers(1, 600))
 @settings(max_examples=30, deadline=None)
-def test_each_stratum_is_drawn_as_often_as_it_has_prompts(strata: list[int], num_resamples: int) -> None:
+def test_resampling_keeps_the_size_of_each_stratum(strata: list[int], num_resamples: int) -> None:
     array = np.array(strata, dtype=np.int64)
     weights = draw_weights(array, num_resamples, SEED)
     assert weights.shape == (num_resamples, len(strata))
@@ -84,7 +84,7 @@ def test_the_paired_interval_agrees_with_scipys_paired_bootstrap() -> None:
     assert (ours.low, ours.high) == pytest.approx((theirs.low, theirs.high), abs=0.005)
 
 
-def test_pairing_is_sharper_than_comparing_two_intervals() -> None:
+def test_a_paired_interval_is_narrower_than_two_single_ones() -> None:
     rng = np.random.default_rng(6)
     base = rng.normal(scale=3.0, size=(200, 1))
     scores = make(np.hstack([base, base + rng.normal(0.3, 0.2, size=(200, 1))]))
@@ -111,7 +111,7 @@ def test_an_arm_does_not_differ_from_itself_and_differences_are_antisymmetric(se
 
 @settings(max_examples=25, deadline=None)
 @given(st.integers(0, 10_000), st.floats(0.1, 100), st.floats(-50, 50))
-def test_intervals_move_and_stretch_with_the_scores(seed: int, factor: float, offset: float) -> None:
+def test_intervals_shift_and_scale_with_the_scores(seed: int, factor: float, offset: float) -> None:
     values = np.random.default_rng(seed).normal(size=(30, 1))
     (plain,) = bootstrap_intervals(make(values), num_resamples=300, seed=SEED)
     (moved,) = bootstrap_intervals(make(values * factor + offset), num_resamples=300, seed=SEED)
@@ -122,26 +122,26 @@ def test_intervals_move_and_stretch_with_the_scores(seed: int, factor: float, of
 
 def test_the_same_seed_gives_the_same_interval_and_another_gives_another() -> None:
     scores = make(np.random.default_rng(1).normal(size=(50, 2)))
-    once = bootstrap_intervals(scores, num_resamples=500, seed=seed_of(4, "geneval"))
-    assert once == bootstrap_intervals(scores, num_resamples=500, seed=seed_of(4, "geneval"))
-    assert once != bootstrap_intervals(scores, num_resamples=500, seed=seed_of(4, "drawbench"))
+    once = bootstrap_intervals(scores, num_resamples=500, seed=derive_seed(4, "geneval"))
+    assert once == bootstrap_intervals(scores, num_resamples=500, seed=derive_seed(4, "geneval"))
+    assert once != bootstrap_intervals(scores, num_resamples=500, seed=derive_seed(4, "drawbench"))
 
 
-def test_the_interval_covers_the_truth_about_as_often_as_it_says() -> None:
+def test_coverage_is_close_to_the_confidence_level() -> None:
     rng = np.random.default_rng(11)
-    values = rng.normal(loc=2.0, size=(80, 300))  # 300 experiments side by side, as arms
+    values = rng.normal(loc=2.0, size=(80, 300))  # 300 independent experiments, as arms
     intervals = bootstrap_intervals(make(values), num_resamples=1000, seed=SEED)
     covered = sum(interval is not None and interval.low <= 2.0 <= interval.high for interval in intervals)
     assert 0.90 <= covered / 300 <= 0.98
 
 
-def test_tasks_weigh_alike_however_many_prompts_they_have() -> None:
+def test_tasks_have_equal_weight_whatever_their_number_of_prompts() -> None:
     values = np.array([[1.0]] * 9 + [[0.0]])
     scores = make(values, strata=np.array([0] * 9 + [1]))
     assert estimates(scores)[0, 0] == 0.5
 
 
-def test_prompts_without_a_score_are_left_out_of_mean_and_pair() -> None:
+def test_prompts_without_a_score_enter_neither_mean_nor_difference() -> None:
     values = np.array([[1.0, 5.0], [2.0, 6.0], [9.0, 0.0]])
     scores = make(values, counts=np.array([[1.0, 1.0], [1.0, 1.0], [1.0, 0.0]]))
     alone = bootstrap_intervals(scores, num_resamples=100, seed=SEED)

@@ -1,4 +1,4 @@
-"""Results: the tables' numbers by hand, one judge per table, and the same bytes whenever they are made."""
+"""Results: the tables' numbers recomputed by hand, one judge per table, reproducible bytes."""
 
 import csv
 import json
@@ -17,7 +17,7 @@ from evaluation.judging.scores import STAGE as SCORES
 from pipelines.core.config import ModelRef
 from pipelines.core.errors import ThroughlineError
 from pipelines.runner.outputs import StageOutput
-from tests.evaluation.worlds import JUDGE, KnowingPool, answering, plausible_answer, write_samples
+from tests.evaluation.worlds import JUDGE, ScriptedPool, plausible_answer, use_judge, write_samples
 from training.config import Strategy
 
 CONFIG = ResultsConfig(num_resamples=500)
@@ -36,7 +36,7 @@ def write_scores(root: Path, prompts: StageOutput, arms: tuple[str, ...] = ARMS)
 
 @pytest.fixture(scope="module")
 def scores(prompts: StageOutput, tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[StageOutput]]:
-    with answering(KnowingPool(plausible_answer)):
+    with use_judge(ScriptedPool(plausible_answer)):
         yield write_scores(tmp_path_factory.mktemp("scores"), prompts)
 
 
@@ -51,19 +51,19 @@ def test_tables_hold_the_plain_means(scores: list[StageOutput], tmp_path: Path) 
         for output in scores
         for row in pq.read_table(output.path("scores.parquet")).to_pylist()
     ]
-    for place, arm in enumerate(ARMS):
+    for index, arm in enumerate(ARMS):
         tasks: dict[str, list[float]] = {}
         for row in rows:
             if row["arm"] == arm and row["metric"] == "geneval_vqa":
                 tasks.setdefault(row["skills"][0], []).append(row["value"])
-        found = results["table_1"][place]
-        assert found["geneval"]["value"] == pytest.approx(100 * np.mean([np.mean(v) for v in tasks.values()]), abs=1e-5)
+        cells = results["table_1"][index]
+        assert cells["geneval"]["value"] == pytest.approx(100 * np.mean([np.mean(v) for v in tasks.values()]), abs=1e-5)
         tagged = [r["value"] for r in rows if r["arm"] == arm and r["metric"] == "vqascore" and r["skills"]]
-        assert len(tagged) == 6  # of seven prompts one carries no skill
-        assert found["genai"]["value"] == pytest.approx(100 * np.mean(tagged), abs=1e-5)
+        assert len(tagged) == 6  # one of the seven prompts has no skill
+        assert cells["genai"]["value"] == pytest.approx(100 * np.mean(tagged), abs=1e-5)
         basic = [r["value"] for r in rows if r["arm"] == arm and r["metric"] == "vqascore" and "basic" in r["skills"]]
-        assert results["table_2"][place]["basic"]["value"] == pytest.approx(100 * np.mean(basic), abs=1e-5)
-        assert results["table_2"][place]["part relation"] is None
+        assert results["table_2"][index]["basic"]["value"] == pytest.approx(100 * np.mean(basic), abs=1e-5)
+        assert results["table_2"][index]["part relation"] is None
 
 
 def test_the_first_arm_is_the_baseline_and_has_no_difference(scores: list[StageOutput], tmp_path: Path) -> None:
@@ -75,7 +75,7 @@ def test_the_first_arm_is_the_baseline_and_has_no_difference(scores: list[StageO
     assert difference["low"] <= difference["value"] <= difference["high"]
 
 
-def test_judge_revision_and_n_stand_beside_the_numbers(scores: list[StageOutput], tmp_path: Path) -> None:
+def test_tables_name_the_judge_and_the_number_of_prompts(scores: list[StageOutput], tmp_path: Path) -> None:
     output = STAGE.run(CONFIG, {"scores": scores}, tmp_path)
     for name, prefixes in (("table1.csv", ("geneval_", "genai_", "unified_")), ("table2.csv", ("",))):
         with output.path(name).open(newline="") as stream:
@@ -89,18 +89,18 @@ def test_judge_revision_and_n_stand_beside_the_numbers(scores: list[StageOutput]
     assert first[f"geneval ({PAPER_LABEL})"] == "64.54"
 
 
-def test_the_same_scores_give_the_same_bytes_in_any_order(
+def test_the_order_of_scores_does_not_change_the_bytes(
     scores: list[StageOutput], checkpoints: dict[Strategy, StageOutput], tmp_path: Path
 ) -> None:
     once = STAGE.run(CONFIG, {"scores": scores, "checkpoint": [checkpoints[Strategy.JOINT]]}, tmp_path / "a")
     again = STAGE.run(CONFIG, {"scores": scores, "checkpoint": [checkpoints[Strategy.JOINT]]}, tmp_path / "b")
     assert once.data_version == again.data_version
-    backwards = STAGE.run(CONFIG, {"scores": scores[::-1]}, tmp_path / "c")
-    forwards = STAGE.run(CONFIG, {"scores": scores}, tmp_path / "d")
-    assert backwards.path("results.json").read_bytes() == forwards.path("results.json").read_bytes()
+    reversed_order = STAGE.run(CONFIG, {"scores": scores[::-1]}, tmp_path / "c")
+    original_order = STAGE.run(CONFIG, {"scores": scores}, tmp_path / "d")
+    assert reversed_order.path("results.json").read_bytes() == original_order.path("results.json").read_bytes()
 
 
-def test_scores_of_two_judges_are_refused(scores: list[StageOutput], prompts: StageOutput, tmp_path: Path) -> None:
+def test_scores_of_two_judges_are_rejected(scores: list[StageOutput], prompts: StageOutput, tmp_path: Path) -> None:
     samples = write_samples(tmp_path, "joint", "geneval", prompts)
     other = ScoresConfig(judge=JUDGE.model_copy(update={"model": ModelRef(id="other/judge", revision="1")}))
     foreign = SCORES.run(other, {"samples": [samples], "prompt_sets": [prompts]}, tmp_path, "joint|geneval")
@@ -108,8 +108,8 @@ def test_scores_of_two_judges_are_refused(scores: list[StageOutput], prompts: St
         STAGE.run(CONFIG, {"scores": [*scores[:3], foreign]}, tmp_path)
 
 
-def test_a_benchmark_may_have_a_judge_of_its_own(
-    scores: list[StageOutput], prompts: StageOutput, pool: KnowingPool, tmp_path: Path
+def test_a_benchmark_may_have_its_own_judge(
+    scores: list[StageOutput], prompts: StageOutput, pool: ScriptedPool, tmp_path: Path
 ) -> None:
     rater = ScoresConfig(judge=JUDGE.model_copy(update={"model": ModelRef(id="other/rater", revision="1")}))
     chosen = [item for item in scores if not (item.manifest.partition or "").endswith("drawbench")]
@@ -132,13 +132,13 @@ def test_unreadable_answers_are_counted_per_arm_and_benchmark(scores: list[Stage
     assert len(counted) == 6
     for output in scores:
         arm, benchmark = (output.manifest.partition or "").split("|")
-        table_of = output.manifest.conservation
-        assert table_of is not None
-        assert counted[arm, benchmark]["num_scores_wanted"] == table_of.rows_in
-        assert counted[arm, benchmark]["unscored"] == table_of.dropped
+        conservation = output.manifest.conservation
+        assert conservation is not None
+        assert counted[arm, benchmark]["num_scores_wanted"] == conservation.rows_in
+        assert counted[arm, benchmark]["unscored"] == conservation.dropped
 
 
-def test_an_arm_without_scores_leaves_a_gap_not_a_zero() -> None:
+def test_an_arm_without_scores_has_an_empty_cell() -> None:
     rows = [ScoreRow("a", "genai_bench", f"p{n}", "vqascore", 0.5, ("scene",)) for n in range(5)]
     settings = {"baseline": "a", "num_resamples": 100, "confidence": 0.95, "seed": 0}
     found = table(rows, TABLE_2, ("a", "b"), **settings)
@@ -147,7 +147,7 @@ def test_an_arm_without_scores_leaves_a_gap_not_a_zero() -> None:
     assert table(rows, GENEVAL_TASKS, ("a", "b"), **settings)[0]["counting"] is None
 
 
-def test_fusion_weights_are_those_of_the_checkpoint(checkpoints: dict[Strategy, StageOutput], tmp_path: Path) -> None:
+def test_fusion_weights_equal_those_of_the_checkpoint(checkpoints: dict[Strategy, StageOutput], tmp_path: Path) -> None:
     import torch
 
     from training.export.saved_model import load_model
@@ -171,7 +171,7 @@ def test_fusion_weights_are_those_of_the_checkpoint(checkpoints: dict[Strategy, 
         assert summary["varies_with_block"] == (strategy in (Strategy.DEPTH_WISE, Strategy.JOINT))
 
 
-def test_weights_svg_is_the_same_on_every_run_and_follows_light_and_dark(
+def test_weights_svg_is_reproducible_and_supports_dark_mode(
     checkpoints: dict[Strategy, StageOutput], tmp_path: Path
 ) -> None:
     given = {"checkpoint": [checkpoints[Strategy.JOINT]]}

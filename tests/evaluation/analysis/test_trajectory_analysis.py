@@ -1,4 +1,4 @@
-"""The stage `trajectory_analysis`: what it writes of a trained checkpoint, when it is reused, what it refuses."""
+"""The stage `trajectory_analysis`: its output for a trained checkpoint, reuse, and the inputs it rejects."""
 
 import json
 from pathlib import Path
@@ -39,30 +39,30 @@ def checkpoint(tiny_data: TinyData) -> StageOutput:  # noqa: F811
     return _checkpoint(tiny_data)
 
 
-def test_its_figures_are_those_of_the_command(
+def test_its_numbers_equal_those_of_the_command(
     tiny_data: TinyData,  # noqa: F811
     checkpoint: StageOutput,
     tmp_path: Path,
 ) -> None:
     output = _run(tiny_data, checkpoint, tmp_path, num_samples=4)
-    found = json.loads(output.path("times.json").read_bytes())
-    path = tmp_path / "found.json"
+    comparison = json.loads(output.path("times.json").read_bytes())
+    path = tmp_path / "comparison.json"
     arguments = ["--steps", "3", "--samples", "4", "--scales", "1", "6", "--json", str(path)]
     main([str(checkpoint.folder), *arguments])
-    assert found == json.loads(path.read_bytes())
+    assert comparison == json.loads(path.read_bytes())
     summary = output.manifest.summary
-    assert {name: value for name, value in found.items() if name != "steps"} == summary
+    assert {name: value for name, value in comparison.items() if name != "steps"} == summary
     assert list(summary["mean_absolute_difference"]) == ["forward", "cfg_1", "cfg_6"]
     rows = pq.read_table(output.path("times.parquet")).to_pylist()
     assert len(rows) == 3 * 3
     for row in rows:
-        (step,) = (step for step in found["steps"] if step["t"] == row["t"])
+        (step,) = (step for step in comparison["steps"] if step["t"] == row["t"])
         assert {name: row[name] for name in step["cfg_6"]} == step[row["trajectory"]]
     text = "".join(ET.fromstring(output.path("times.svg").read_bytes()).itertext())
     assert "joint: mean time read off the latents" in text and "guidance 6" in text and "held out, noised" in text
 
 
-def test_a_second_run_is_reused_and_batches_do_not_matter(
+def test_a_second_run_is_reused_and_batch_size_does_not_matter(
     tiny_data: TinyData,  # noqa: F811
     checkpoint: StageOutput,
     tmp_path: Path,
@@ -76,7 +76,7 @@ def test_a_second_run_is_reused_and_batches_do_not_matter(
         assert split.manifest.summary["mean_absolute_difference"][name] == pytest.approx(value, abs=2e-4)
 
 
-def test_captions_are_encoded_where_no_features_are_cached(
+def test_captions_without_cached_features_are_encoded(
     tiny_data: TinyData,  # noqa: F811
     checkpoint: StageOutput,
     tmp_path: Path,
@@ -88,7 +88,7 @@ def test_captions_are_encoded_where_no_features_are_cached(
         assert encoded.manifest.summary["mean_absolute_difference"][name] == pytest.approx(value, abs=1e-3)
 
 
-def test_what_it_refuses(
+def test_wrong_inputs_are_rejected(
     tiny_data: TinyData,  # noqa: F811
     checkpoint: StageOutput,
     tmp_path: Path,
@@ -97,7 +97,7 @@ def test_what_it_refuses(
         _run(tiny_data, _checkpoint(tiny_data, "nominal"), tmp_path)
     features = tiny_data.inputs["text_features"]
     other = tiny_data.with_text_features(list(features[:1]), tmp_path / "other")
-    with pytest.raises(ThroughlineError, match=r"trained on dataset .*, where other samples are held out"):
+    with pytest.raises(ThroughlineError, match=r"trained on dataset .*, which holds out other samples"):
         _run(other, checkpoint, tmp_path)
     with pytest.raises(ThroughlineError, match="trained with tiny-llama at"):
         _run(tiny_data, checkpoint, tmp_path, text_encoder={"id": "other", "revision": "1"})

@@ -1,4 +1,4 @@
-"""GenEval's clauses: what is asked of the judge, and how the answers combine."""
+"""GenEval's clauses: the questions to the judge, and how the answers combine."""
 
 import itertools
 
@@ -8,7 +8,7 @@ from evaluation.benchmarks.geneval import ClauseQuestion, clause_questions, is_f
 from tests.evaluation.worlds import GENEVAL_LINES
 
 
-def asked(line: dict[str, object]) -> list[tuple[str, str, bool]]:
+def questions_of(line: dict[str, object]) -> list[tuple[str, str, bool]]:
     return [(q.kind, q.statement, q.expected) for q in clause_questions(line)]
 
 
@@ -27,8 +27,8 @@ def asked(line: dict[str, object]) -> list[tuple[str, str, bool]]:
         strict=True,
     )),
 )  # fmt: skip
-def test_each_task_asks_for_all_that_its_clauses_demand(line: dict[str, object], expected: list[object]) -> None:
-    assert asked(line) == expected
+def test_each_task_asks_about_all_its_clauses(line: dict[str, object], expected: list[object]) -> None:
+    assert questions_of(line) == expected
 
 
 @pytest.mark.parametrize(
@@ -42,18 +42,18 @@ def test_each_task_asks_for_all_that_its_clauses_demand(line: dict[str, object],
         ("key", 2, "two keys"), ("apple", 12, "12 apples"),
     ],
 )  # fmt: skip
-def test_names_are_counted_in_plain_english(name: str, count: int, statement: str) -> None:
-    assert asked({"include": [{"class": name, "count": count}]})[0][1] == statement
+def test_counts_are_plain_english(name: str, count: int, statement: str) -> None:
+    assert questions_of({"include": [{"class": name, "count": count}]})[0][1] == statement
 
 
 def test_the_same_statement_is_asked_once() -> None:
     clause = {"class": "cat", "count": 1}
-    assert len(asked({"include": [clause, clause]})) == 1
+    assert len(questions_of({"include": [clause, clause]})) == 1
 
 
 def test_an_excluded_colour_is_asked_with_its_colour() -> None:
     line = {"include": [{"class": "cat", "count": 1}], "exclude": [{"class": "cat", "count": 1, "color": "red"}]}
-    assert asked(line)[-1] == ("exclude", "a red cat", False)
+    assert questions_of(line)[-1] == ("exclude", "a red cat", False)
 
 
 def test_all_clauses_must_come_out_right() -> None:

@@ -1,4 +1,4 @@
-"""Prompt files: the published formats are read, and every problem is named with file and line."""
+"""Prompt files: the published formats are parsed, and every problem is reported with file and line."""
 
 import json
 from pathlib import Path
@@ -27,7 +27,7 @@ def test_stage_writes_every_prompt_with_skills_and_stable_ids(tmp_path: Path) ->
         "exclude": [{"class": "cat", "count": 3}],
     }
     assert prompts["genai_bench-00000"].skills == ("basic", "attribute", "scene")
-    assert prompts["genai_bench-00004"].skills == ("advanced", "universal")  # its id stands there as a string
+    assert prompts["genai_bench-00004"].skills == ("advanced", "universal")  # the skills file has its id as a string
     assert prompts["genai_bench-00006"].skills == ()
     assert prompts["drawbench-00001"].prompt == 'A sign that says "hi, you".'
     assert prompts["drawbench-00001"].skills == ("Text",)  # a published category ends in a space
@@ -36,11 +36,11 @@ def test_stage_writes_every_prompt_with_skills_and_stable_ids(tmp_path: Path) ->
 
 def test_a_limit_keeps_ids_and_covers_every_task(tmp_path: Path) -> None:
     config = write_prompt_files(tmp_path / "files", repeats=4)
-    whole = {p.prompt_id: p for p in read_prompts(STAGE.run(config, {}, tmp_path / "out"))}
+    unlimited = {p.prompt_id: p for p in read_prompts(STAGE.run(config, {}, tmp_path / "out"))}
     limited = read_prompts(
         STAGE.run(config.model_copy(update={"limits": {"geneval": 6, "genai_bench": 9}}), {}, tmp_path / "out")
     )
-    assert all(whole[prompt.prompt_id] == prompt for prompt in limited)
+    assert all(unlimited[prompt.prompt_id] == prompt for prompt in limited)
     tasks = [prompt.skills[0] for prompt in limited if prompt.benchmark == "geneval"]
     assert len(tasks) == len(set(tasks)) == 6
     covered = {skill for prompt in limited if prompt.benchmark == "genai_bench" for skill in prompt.skills}
@@ -54,7 +54,7 @@ def test_choose_evenly_returns_exactly_the_limit(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         ({"tag": "colour"}, "tag 'colour' is none of"),
         ({"prompt": "  "}, "prompt is missing or empty"),
@@ -62,19 +62,24 @@ def test_choose_evenly_returns_exactly_the_limit(tmp_path: Path) -> None:
         ({"include": [{"class": "cat"}]}, "include[0]: count None"),
         ({"include": [{"class": "cat", "count": True}]}, "include[0]: count True"),
         ({"include": [{"class": "cat", "count": 1, "color": "mauve"}]}, "color 'mauve' is none of"),
-        ({"include": [{"class": "cat", "count": 1, "position": ["left of", 0]}]}, "clause 0, which does not stand"),
+        (
+            {"include": [{"class": "cat", "count": 1, "position": ["left of", 0]}]},
+            "clause 0, which is not an earlier clause",
+        ),
         ({"exclude": {"class": "cat"}}, "exclude is not a list"),
     ],
 )
-def test_geneval_problems_name_file_and_line(tmp_path: Path, change: dict[str, object], said: str) -> None:
+def test_geneval_problems_are_reported_with_file_and_line(
+    tmp_path: Path, change: dict[str, object], message: str
+) -> None:
     lines = [json.dumps(GENEVAL_LINES[0]), "", json.dumps({**GENEVAL_LINES[0], **change})]
     path = write(tmp_path / "evaluation_metadata.jsonl", "\n".join(lines))
     with pytest.raises(ThroughlineError, match=r"evaluation_metadata\.jsonl:3: ") as caught:
         parse_geneval(path)
-    assert said in str(caught.value)
+    assert message in str(caught.value)
 
 
-def test_all_problems_of_a_file_come_at_once(tmp_path: Path) -> None:
+def test_all_problems_of_a_file_are_reported_at_once(tmp_path: Path) -> None:
     path = write(tmp_path / "g.jsonl", '{"tag": 1}\nnot json\n' + json.dumps(GENEVAL_LINES[0]))
     with pytest.raises(ThroughlineError) as caught:
         parse_geneval(path)
@@ -89,26 +94,28 @@ def test_a_prompt_may_hold_a_unicode_line_separator(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("image", "skills", "said"),
+    ("image", "skills", "message"),
     [
         ('{\n"00000": {"id": "00001", "prompt": "x"}}', "{}", "image.json:2: entry '00000' has id '00001'"),
         ('{"00000": {"id": "00000"},\n"00001": {"id": "00001", "prompt": ""}}', "{}", "image.json:2: entry '00001'"),
         ('{"00000": {"id": "00000",\n "prompt": }}', "{}", "image.json:2: not JSON"),
-        ('{"00000": {"prompt": "x"},\n"00000": {"prompt": "y"}}', "{}", "key '00000' stands twice"),
+        ('{"00000": {"prompt": "x"},\n"00000": {"prompt": "y"}}', "{}", "duplicate key '00000'"),
         ("[]", "{}", "image.json:1: expected an object"),
-        ('{"00000": {"prompt": "x"}}', '{\n"attribute": [0, 7]}', "skills.json:2: skill 'attribute' names id 7"),
+        ('{"00000": {"prompt": "x"}}', '{\n"attribute": [0, 7]}', "skills.json:2: skill 'attribute' lists id 7"),
         ('{"00000": {"prompt": "x"}}', '{"humour": [0]}', "skill 'humour' is none of"),
         ('{"00000": {"prompt": "x"}}', '{"scene": {"0": 1}}', "expected a list of ids"),
     ],
 )
-def test_genai_bench_problems_name_file_and_line(tmp_path: Path, image: str, skills: str, said: str) -> None:
+def test_genai_bench_problems_are_reported_with_file_and_line(
+    tmp_path: Path, image: str, skills: str, message: str
+) -> None:
     with pytest.raises(ThroughlineError) as caught:
         parse_genai_bench(write(tmp_path / "image.json", image), write(tmp_path / "skills.json", skills))
-    assert said in str(caught.value)
+    assert message in str(caught.value)
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         ("Prompt,Kind\nx,y\n", "d.csv:1: header is"),
         ("Prompts,Category\na red car, or not,Colors\n", "d.csv:2: 3 columns"),
@@ -116,20 +123,20 @@ def test_genai_bench_problems_name_file_and_line(tmp_path: Path, image: str, ski
         ("Prompts,Category\n", "no prompts"),
     ],
 )
-def test_drawbench_problems_name_file_and_line(tmp_path: Path, text: str, said: str) -> None:
+def test_drawbench_problems_are_reported_with_file_and_line(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(ThroughlineError) as caught:
         parse_drawbench(write(tmp_path / "d.csv", text))
-    assert said in str(caught.value)
+    assert message in str(caught.value)
 
 
-def test_a_file_that_is_not_utf8_is_named_with_its_line(tmp_path: Path) -> None:
+def test_a_file_that_is_not_utf8_is_reported_with_its_line(tmp_path: Path) -> None:
     path = tmp_path / "d.csv"
     path.write_bytes(b"Prompts,Category\nfine,Text\ncaf\xe9,Text\n")
     with pytest.raises(ThroughlineError, match=r"d\.csv:3: not UTF-8"):
         parse_drawbench(path)
 
 
-def test_another_version_of_a_file_is_refused(tmp_path: Path) -> None:
+def test_another_version_of_a_file_is_rejected(tmp_path: Path) -> None:
     config = write_prompt_files(tmp_path / "files")
     assert config.drawbench is not None
     Path(config.drawbench.path).write_text("Prompts,Category\nx,y\n")
@@ -137,7 +144,7 @@ def test_another_version_of_a_file_is_refused(tmp_path: Path) -> None:
         STAGE.run(config, {}, tmp_path / "out")
 
 
-def test_a_file_with_too_few_prompts_is_refused(tmp_path: Path) -> None:
+def test_a_file_with_too_few_prompts_is_rejected(tmp_path: Path) -> None:
     config = write_prompt_files(tmp_path / "files")
     assert config.geneval is not None
     pinned = config.geneval.model_copy(update={"num_prompts": 553})

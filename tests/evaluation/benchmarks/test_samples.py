@@ -1,4 +1,4 @@
-"""Samples: real checkpoints of tiny models, drawn from by the real sampler."""
+"""Samples: images from real checkpoints of tiny models by the real sampler."""
 
 import hashlib
 import logging
@@ -58,7 +58,7 @@ def test_every_prompt_gets_its_images_with_digests(
     assert len(set(pixels(output).values())) == 12
 
 
-def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(
+def test_a_killed_run_resumes_and_gives_the_same_bytes(
     config: SamplesConfig,
     checkpoints: dict[Strategy, StageOutput],
     prompts: StageOutput,
@@ -66,7 +66,7 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     given = inputs(checkpoints[Strategy.JOINT], prompts)
-    undisturbed = STAGE.run(config, given, tmp_path / "a", "joint|geneval")
+    uninterrupted = STAGE.run(config, given, tmp_path / "a", "joint|geneval")
     real, made = samples.png_bytes, []
 
     def killed_at_the_ninth(image: Image.Image) -> bytes:
@@ -81,8 +81,8 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(
     made.clear()
     made += [Image.new("RGB", (1, 1))] * 9
     resumed = STAGE.run(config, given, tmp_path / "b", "joint|geneval")
-    assert len(made) == 9 + 6  # the first unit of three prompts, twice each, was kept
-    assert resumed.data_version == undisturbed.data_version
+    assert len(made) == 9 + 6  # the first unit, three prompts with two images each, is reused
+    assert resumed.data_version == uninterrupted.data_version
 
 
 def test_arms_share_loaded_models_and_encoded_prompts(
@@ -116,7 +116,7 @@ def test_arms_share_loaded_models_and_encoded_prompts(
     assert output.data_version == alone.data_version
 
 
-def test_the_shifted_arm_samples_the_same_checkpoint_differently(
+def test_the_shifted_arm_gives_other_images_from_the_same_checkpoint(
     config: SamplesConfig, checkpoints: dict[Strategy, StageOutput], prompts: StageOutput, tmp_path: Path
 ) -> None:
     given = inputs(checkpoints[Strategy.TIME_WISE], prompts)
@@ -127,7 +127,7 @@ def test_the_shifted_arm_samples_the_same_checkpoint_differently(
 
 
 @pytest.mark.parametrize(
-    ("partition", "said"),
+    ("partition", "message"),
     [
         ("joint|geneval", "got the checkpoint of static"),
         ("static+shift|geneval", "needs a time gate"),
@@ -136,21 +136,21 @@ def test_the_shifted_arm_samples_the_same_checkpoint_differently(
         (None, "expected '<arm>|<benchmark>'"),
     ],
 )
-def test_a_partition_that_does_not_fit_is_named(
+def test_a_wrong_partition_is_rejected(
     config: SamplesConfig,
     checkpoints: dict[Strategy, StageOutput],
     prompts: StageOutput,
     tmp_path: Path,
     partition: str | None,
-    said: str,
+    message: str,
 ) -> None:
     with pytest.raises(ThroughlineError) as caught:
         STAGE.run(config, inputs(checkpoints[Strategy.STATIC], prompts), tmp_path, partition)
-    assert said in str(caught.value)
+    assert message in str(caught.value)
 
 
 @pytest.mark.parametrize("killed", [False, True])
-def test_prompts_beyond_what_the_encoder_reads_are_counted_and_told(
+def test_truncated_prompts_are_counted_and_warned_about(
     killed: bool,
     config: SamplesConfig,
     checkpoints: dict[Strategy, StageOutput],
@@ -162,7 +162,7 @@ def test_prompts_beyond_what_the_encoder_reads_are_counted_and_told(
     real = samples.read_prompts
 
     def lengthened(output: StageOutput, benchmark: str | None = None) -> list[EvaluationPrompt]:
-        """The second of six prompts, and the last, are longer than 512 tokens."""
+        """Return six prompts, of which the second and the last are longer than 512 tokens."""
         return [
             replace(prompt, prompt=prompt.prompt + " dog" * 600 * (index in (1, 5)))
             for index, prompt in enumerate(real(output, benchmark))
@@ -191,7 +191,7 @@ def test_prompts_beyond_what_the_encoder_reads_are_counted_and_told(
     assert "512 tokens" in message and "shorten them" in message
 
 
-def test_prompts_that_are_read_whole_are_no_matter_for_a_warning(
+def test_complete_prompts_give_no_warning(
     config: SamplesConfig,
     checkpoints: dict[Strategy, StageOutput],
     prompts: StageOutput,

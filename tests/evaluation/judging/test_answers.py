@@ -1,4 +1,4 @@
-"""Judge answers: everything well-formed is read, everything else gets a status and is never guessed or dropped."""
+"""Judge answers: well-formed ones are parsed, all others get a status and are never guessed or dropped."""
 
 import math
 
@@ -8,15 +8,15 @@ from hypothesis import strategies as st
 
 from evaluation.judging.answers import (
     AMBIGUOUS,
-    CUT,
     MISSING,
     NOT_A_NUMBER,
     OK,
     OUT_OF_RANGE,
     RATING_RANGE,
     STATUSES,
-    read_ratings,
-    read_yes_no,
+    TRUNCATED,
+    parse_ratings,
+    parse_yes_no,
 )
 from pipelines.core.model_prompts import RATING_AXES, unified_reward_answer
 
@@ -24,8 +24,8 @@ CLEAN = unified_reward_answer(3.5, 4.25, 2.69)
 
 
 @given(st.lists(st.floats(1, 5), min_size=3, max_size=3))
-def test_the_protocols_own_answer_is_read_back(values: list[float]) -> None:
-    ratings = read_ratings(unified_reward_answer(*values))
+def test_an_answer_in_the_protocols_format_is_parsed(values: list[float]) -> None:
+    ratings = parse_ratings(unified_reward_answer(*values))
     for axis, value in zip(RATING_AXES, values, strict=True):
         assert ratings[axis].status == OK
         assert ratings[axis].value == pytest.approx(value, abs=0.00501)
@@ -50,9 +50,9 @@ def test_the_protocols_own_answer_is_read_back(values: list[float]) -> None:
         "Style Score [1-5]: 2.69 (pleasant colours)",
     ],
 )
-def test_usual_variations_of_a_line_are_read(line: str) -> None:
+def test_common_variations_of_a_line_are_parsed(line: str) -> None:
     answer = f"Let me look.\nAlignment Score (1-5): 4\r\nCoherence Score (1-5): 3\n{line}\nThat is all."
-    style = read_ratings(answer)["Style"]
+    style = parse_ratings(answer)["Style"]
     assert (style.status, style.value) == (OK, 2.69)
 
 
@@ -81,32 +81,32 @@ def test_usual_variations_of_a_line_are_read(line: str) -> None:
         ("Style Score (1-5): 2\nStyle Score (1-5): nan", AMBIGUOUS),
     ],
 )
-def test_a_malformed_line_is_counted_under_its_status(line: str, status: str) -> None:
-    ratings = read_ratings(f"Alignment Score (1-5): 4.00\nCoherence Score (1-5): 3.10\n{line}")
+def test_a_malformed_line_gets_its_status(line: str, status: str) -> None:
+    ratings = parse_ratings(f"Alignment Score (1-5): 4.00\nCoherence Score (1-5): 3.10\n{line}")
     assert (ratings["Style"].status, ratings["Style"].value) == (status, None)
     assert (ratings["Alignment"].value, ratings["Coherence"].value) == (4.0, 3.1)
 
 
-def test_the_same_line_twice_is_one_rating() -> None:
-    assert read_ratings(f"{CLEAN}\n\n{CLEAN}") == read_ratings(CLEAN)
+def test_a_repeated_line_is_one_rating() -> None:
+    assert parse_ratings(f"{CLEAN}\n\n{CLEAN}") == parse_ratings(CLEAN)
 
 
-def test_a_value_on_the_next_line_is_not_taken_for_an_empty_one() -> None:
-    assert read_ratings("Style Score (1-5):\n4.5")["Style"].status == MISSING
+def test_a_value_on_the_next_line_is_not_read() -> None:
+    assert parse_ratings("Style Score (1-5):\n4.5")["Style"].status == MISSING
 
 
 @pytest.mark.parametrize("length", range(len(CLEAN) + 1))
-def test_an_answer_cut_anywhere_never_gives_another_number(length: int) -> None:
-    whole, ratings = read_ratings(CLEAN), read_ratings(CLEAN[:length], is_cut=True)
+def test_an_answer_truncated_anywhere_never_gives_another_number(length: int) -> None:
+    complete, ratings = parse_ratings(CLEAN), parse_ratings(CLEAN[:length], is_truncated=True)
     for axis in RATING_AXES:
-        assert ratings[axis].status in (OK, MISSING, CUT)
-        assert ratings[axis].status != OK or ratings[axis] == whole[axis]
+        assert ratings[axis].status in (OK, MISSING, TRUNCATED)
+        assert ratings[axis].status != OK or ratings[axis] == complete[axis]
     assert ratings["Style"].status != OK
 
 
 @given(st.text(max_size=300))
 def test_any_text_gives_every_axis_a_known_status(text: str) -> None:
-    ratings = read_ratings(text)
+    ratings = parse_ratings(text)
     assert list(ratings) == list(RATING_AXES)
     for rating in ratings.values():
         assert rating.status in STATUSES
@@ -116,18 +116,18 @@ def test_any_text_gives_every_axis_a_known_status(text: str) -> None:
 
 @given(st.floats(-50, -1e-9), st.floats(-50, -1e-9))
 def test_yes_and_no_give_probability_and_share(yes: float, no: float) -> None:
-    found = read_yes_no("Yes", {"Yes": yes, "No": no})
-    assert found.status == OK
-    assert found.probability_yes == pytest.approx(math.exp(yes))
-    assert found.share_yes == pytest.approx(math.exp(yes) / (math.exp(yes) + math.exp(no)), rel=1e-9)
-    assert found.verdict == (yes > no)
+    answer = parse_yes_no("Yes", {"Yes": yes, "No": no})
+    assert answer.status == OK
+    assert answer.probability_yes == pytest.approx(math.exp(yes))
+    assert answer.share_yes == pytest.approx(math.exp(yes) / (math.exp(yes) + math.exp(no)), rel=1e-9)
+    assert answer.verdict == (yes > no)
 
 
-def test_the_share_keeps_its_ratio_where_probabilities_vanish() -> None:
-    found = read_yes_no("Maybe", {"Yes": -900.0, "No": -900.0 - math.log(3)})
-    assert found.probability_yes == 0.0
-    assert found.share_yes == pytest.approx(0.75)
-    assert found.said == "other"
+def test_the_share_is_right_if_probabilities_underflow() -> None:
+    answer = parse_yes_no("Maybe", {"Yes": -900.0, "No": -900.0 - math.log(3)})
+    assert answer.probability_yes == 0.0
+    assert answer.share_yes == pytest.approx(0.75)
+    assert answer.text_answer == "other"
 
 
 @pytest.mark.parametrize(
@@ -144,14 +144,14 @@ def test_the_share_keeps_its_ratio_where_probabilities_vanish() -> None:
     ],
 )
 def test_odd_logprobs_get_a_status(logprobs: dict[str, float], status: str, verdict: bool | None) -> None:
-    found = read_yes_no("Yes", logprobs)
-    assert (found.status, found.verdict) == (status, verdict)
-    assert (found.probability_yes is not None) == (status == OK)
+    answer = parse_yes_no("Yes", logprobs)
+    assert (answer.status, answer.verdict) == (status, verdict)
+    assert (answer.probability_yes is not None) == (status == OK)
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "expected"),
     [("Yes", "yes"), (" no.", "no"), ("**Yes**", "yes"), ("Yesterday", "other"), ("", "other"), ("Not", "other")],
 )
-def test_what_the_text_says_is_kept(text: str, said: str) -> None:
-    assert read_yes_no(text, {"Yes": -1.0, "No": -1.0}).said == said
+def test_the_text_answer_is_the_first_word(text: str, expected: str) -> None:
+    assert parse_yes_no(text, {"Yes": -1.0, "No": -1.0}).text_answer == expected

@@ -16,7 +16,7 @@ from pipelines.laion.sources import scan_entry_list
 from pipelines.runner.outputs import StageOutput
 from pipelines.runner.units import StageResult
 from recaption.engine import VisionAnswer, VisionRequest
-from tests.evaluation.worlds import JUDGE, KnowingPool, plausible_answer, run_stand_in, write_data
+from tests.evaluation.worlds import JUDGE, ScriptedPool, plausible_answer, run_stand_in, write_data
 from training.config import Strategy
 from training.loop.checks import check_loss, check_same_order
 
@@ -64,14 +64,14 @@ def test_same_order_is_proven_by_digest_and_dataset(tmp_path: Path, checkpoints:
     assert not check_same_order([]).passed
 
 
-def calibrate(root: Path, answer: Any, pool: KnowingPool) -> StageOutput:
+def calibrate(root: Path, answer: Any, pool: ScriptedPool) -> StageOutput:
     world, _ = write_data(root)
     pool._answer = answer
     config = JudgeCalibrationConfig(judge=JUDGE, num_images=10, images_per_unit=4)
     return STAGE.run(config, {"images": world.images, "captions": world.captions}, root)
 
 
-def test_a_judge_that_always_says_yes_fails_its_trial(pool: KnowingPool, tmp_path: Path) -> None:
+def test_a_judge_that_always_says_yes_fails_calibration(pool: ScriptedPool, tmp_path: Path) -> None:
     def yes(_: VisionRequest) -> VisionAnswer:
         logprobs = {YES: -0.01, NO: -4.0}
         return VisionAnswer(text=YES, finish_reason="stop", num_prompt_tokens=1, num_answer_tokens=1, logprobs=logprobs)
@@ -84,7 +84,7 @@ def test_a_judge_that_always_says_yes_fails_its_trial(pool: KnowingPool, tmp_pat
     assert "100.0% of own captions and 0.0% of others'" in result.message
 
 
-def test_withdrawn_pictures_are_not_shown_to_the_judge(pool: KnowingPool, tmp_path: Path) -> None:
+def test_withdrawn_images_are_not_shown_to_the_judge(pool: ScriptedPool, tmp_path: Path) -> None:
     world, _ = write_data(tmp_path)
     pool._answer = plausible_answer
 
@@ -101,7 +101,7 @@ def test_withdrawn_pictures_are_not_shown_to_the_judge(pool: KnowingPool, tmp_pa
     assert before - after == set(sorted(before)[:4])
 
 
-def test_a_judge_that_knows_the_pictures_passes(pool: KnowingPool, tmp_path: Path) -> None:
+def test_a_judge_that_knows_the_captions_passes(pool: ScriptedPool, tmp_path: Path) -> None:
     own: dict[bytes, str] = {}
 
     def first_question_is_the_own_caption(request: VisionRequest) -> VisionAnswer:
@@ -114,7 +114,7 @@ def test_a_judge_that_knows_the_pictures_passes(pool: KnowingPool, tmp_path: Pat
     assert check_judge_calibration(output).passed
 
 
-def test_questions_without_a_readable_answer_fail_the_trial(pool: KnowingPool, tmp_path: Path) -> None:
+def test_unreadable_answers_fail_calibration(pool: ScriptedPool, tmp_path: Path) -> None:
     output = calibrate(tmp_path, lambda _: VisionAnswer.failed("no"), pool)
     table = output.manifest.conservation
     assert table is not None and table.dropped == {"answer_failed": 20}

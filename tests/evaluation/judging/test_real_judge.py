@@ -1,4 +1,4 @@
-"""The judge for real: a tiny random Qwen3-VL in vLLM on Ray answers about samples, request after request."""
+"""A real judge: a tiny random Qwen3-VL in vLLM on Ray scores samples, one request after another."""
 
 import json
 import math
@@ -69,7 +69,7 @@ def test_one_process_judges_several_requests(config: ScoresConfig, prompts: Stag
     answers = pq.read_table(genai.path("answers.parquet")).to_pylist()
     assert all(math.isfinite(row["logprob_yes"]) and math.isfinite(row["logprob_no"]) for row in answers)
     assert {row["value"] for row in pq.read_table(geneval.path("scores.parquet")).to_pylist()} <= {0.0, 1.0}
-    # A random model rates nothing: every axis of every image is a counted reason, and its words are kept.
+    # A random model gives no valid rating: every axis of every image is dropped with a reason.
     table = drawbench.manifest.conservation
     assert table is not None and (table.rows_in, table.rows_out) == (9, 0)
     assert set(table.dropped) <= {"missing", "cut", "not_a_number"}

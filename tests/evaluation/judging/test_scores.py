@@ -1,4 +1,4 @@
-"""Scores: what is asked, how answers become scores, conservation, and resuming."""
+"""Scores: questions, scores from answers, conservation, and resuming."""
 
 import dataclasses
 import math
@@ -14,13 +14,13 @@ from pipelines.core.manifest import DROPPED_NAME
 from pipelines.core.model_prompts import NO, YES, unified_reward_prompt, vqascore_question
 from pipelines.runner.outputs import StageOutput
 from recaption.engine import VisionAnswer, VisionRequest
-from tests.evaluation.worlds import JUDGE, KnowingPool, plausible_answer, write_samples
+from tests.evaluation.worlds import JUDGE, ScriptedPool, plausible_answer, write_samples
 
 CONFIG = ScoresConfig(judge=JUDGE, images_per_unit=4)
 
 
-def says(yes: float) -> VisionAnswer:
-    """Answer Yes with probability `yes`, which leaves a tenth of the rest to other words."""
+def yes_with(yes: float) -> VisionAnswer:
+    """Return an answer with P("Yes") = `yes`; other words than No get a tenth of the rest."""
     logprobs = {YES: math.log(yes), NO: math.log(0.9 * (1 - yes))}
     return VisionAnswer(text="Yes", finish_reason="length", num_prompt_tokens=9, num_answer_tokens=1, logprobs=logprobs)
 
@@ -34,35 +34,35 @@ def rows(output: StageOutput, name: str) -> list[dict[str, object]]:
     return pq.read_table(output.path(name)).to_pylist()
 
 
-def test_vqascore_is_the_raw_probability_of_yes(pool: KnowingPool, prompts: StageOutput, tmp_path: Path) -> None:
-    asked: list[VisionRequest] = []
-    pool._answer = lambda request: asked.append(request) or says(0.8)  # type: ignore[func-returns-value]
+def test_vqascore_is_the_raw_probability_of_yes(pool: ScriptedPool, prompts: StageOutput, tmp_path: Path) -> None:
+    requests: list[VisionRequest] = []
+    pool._answer = lambda request: requests.append(request) or yes_with(0.8)  # type: ignore[func-returns-value]
     output = run(tmp_path, prompts, "genai_bench")
     scores = rows(output, "scores.parquet")
     assert len(scores) == 7
-    assert asked[0].text == vqascore_question("a red apple on grass")
-    assert asked[0].want_logprobs_of == (YES, NO)
-    assert asked[0].max_tokens == 1
+    assert requests[0].text == vqascore_question("a red apple on grass")
+    assert requests[0].want_logprobs_of == (YES, NO)
+    assert requests[0].max_tokens == 1
     assert all(row["value"] == pytest.approx(0.8) for row in scores)
     assert all(row["share_yes"] == pytest.approx(0.8 / 0.98) for row in scores)
     assert scores[0]["skills"] == ["basic", "attribute", "scene"]
 
 
-def test_geneval_needs_every_clause(pool: KnowingPool, prompts: StageOutput, tmp_path: Path) -> None:
+def test_geneval_needs_every_clause(pool: ScriptedPool, prompts: StageOutput, tmp_path: Path) -> None:
     def knows_two_cats_and_stars(request: VisionRequest) -> VisionAnswer:
         true = ("a star", "a yellow star", "two cats", "a cat", "a dog", "a car")
-        return says(0.9 if request.text in {vqascore_question(statement) for statement in true} else 0.2)
+        return yes_with(0.9 if request.text in {vqascore_question(statement) for statement in true} else 0.2)
 
     pool._answer = knows_two_cats_and_stars
     output = run(tmp_path, prompts, "geneval")
-    right = {row["prompt_id"] for row in rows(output, "scores.parquet") if row["value"] == 1.0}
-    assert right == {"geneval-00000", "geneval-00002"}  # a star; two cats and not three
+    fulfilled = {row["prompt_id"] for row in rows(output, "scores.parquet") if row["value"] == 1.0}
+    assert fulfilled == {"geneval-00000", "geneval-00002"}  # a star; two cats and not three
     kinds = [row["kind"] for row in rows(output, "answers.parquet") if row["prompt_id"] == "geneval-00004"]
     assert kinds == ["clause:object", "clause:object", "clause:position"] * 2
     assert output.manifest.summary["questions_version"] == "geneval-vqa-1"
 
 
-def test_every_unreadable_rating_is_a_counted_drop(pool: KnowingPool, prompts: StageOutput, tmp_path: Path) -> None:
+def test_every_unreadable_rating_is_a_counted_drop(pool: ScriptedPool, prompts: StageOutput, tmp_path: Path) -> None:
     texts = {
         "A red car.": "Alignment Score (1-5): 4\nCoherence Score (1-5): 6\nStyle Score (1-5): nan",
         "Three cats.": "I cannot rate this.",
@@ -70,8 +70,8 @@ def test_every_unreadable_rating_is_a_counted_drop(pool: KnowingPool, prompts: S
 
     def answer(request: VisionRequest) -> VisionAnswer:
         text = next((text for prompt, text in texts.items() if request.text == unified_reward_prompt(prompt)), None)
-        whole = "Alignment Score (1-5): 4\nCoherence Score (1-5): 3\nStyle Score (1-5): 2.5"
-        return VisionAnswer(text=text or whole, finish_reason="stop", num_prompt_tokens=1, num_answer_tokens=1)
+        default = "Alignment Score (1-5): 4\nCoherence Score (1-5): 3\nStyle Score (1-5): 2.5"
+        return VisionAnswer(text=text or default, finish_reason="stop", num_prompt_tokens=1, num_answer_tokens=1)
 
     pool._answer = answer
     output = run(tmp_path, prompts, "drawbench", CONFIG.model_copy(update={"max_unscored_share": 0.6}))
@@ -87,9 +87,9 @@ def test_every_unreadable_rating_is_a_counted_drop(pool: KnowingPool, prompts: S
     assert output.manifest.summary["means"]["unified_style"] == 2.5
 
 
-def test_a_failed_answer_is_counted_with_its_error(pool: KnowingPool, prompts: StageOutput, tmp_path: Path) -> None:
+def test_a_failed_answer_is_counted_with_its_error(pool: ScriptedPool, prompts: StageOutput, tmp_path: Path) -> None:
     def answer(request: VisionRequest) -> VisionAnswer:
-        return VisionAnswer.failed("image too large") if "red apple" in request.text else says(0.5)
+        return VisionAnswer.failed("image too large") if "red apple" in request.text else yes_with(0.5)
 
     pool._answer = answer
     output = run(tmp_path, prompts, "genai_bench")
@@ -98,18 +98,18 @@ def test_a_failed_answer_is_counted_with_its_error(pool: KnowingPool, prompts: S
     assert rows(output, DROPPED_NAME)[0]["detail"] == "image too large"
 
 
-def test_a_judge_that_can_not_do_it_stops_the_stage(pool: KnowingPool, prompts: StageOutput, tmp_path: Path) -> None:
+def test_a_judge_that_cannot_answer_stops_the_stage(pool: ScriptedPool, prompts: StageOutput, tmp_path: Path) -> None:
     pool._answer = lambda _: VisionAnswer.failed("no")
-    with pytest.raises(ThroughlineError, match=r"4 of 4 scores can't be read .* \(test/judge\)"):
+    with pytest.raises(ThroughlineError, match=r"4 of 4 scores cannot be read .* \(test/judge\)"):
         run(tmp_path, prompts, "genai_bench")
 
 
 @pytest.mark.parametrize("benchmark", ["geneval", "genai_bench", "drawbench"])
-def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(
-    pool: KnowingPool, prompts: StageOutput, tmp_path: Path, benchmark: str
+def test_a_killed_run_resumes_and_gives_the_same_bytes(
+    pool: ScriptedPool, prompts: StageOutput, tmp_path: Path, benchmark: str
 ) -> None:
     config = CONFIG.model_copy(update={"images_per_unit": 2})
-    undisturbed = run(tmp_path / "a", prompts, benchmark, config)
+    uninterrupted = run(tmp_path / "a", prompts, benchmark, config)
     num_batches, answered = pool.num_batches, []
 
     def killed_at_the_third(request: VisionRequest) -> VisionAnswer:
@@ -124,11 +124,11 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(
     pool.num_batches, pool._answer = 0, plausible_answer
     resumed = run(tmp_path / "b", prompts, benchmark, config)
     assert pool.num_batches == num_batches - 1
-    assert resumed.data_version == undisturbed.data_version
+    assert resumed.data_version == uninterrupted.data_version
 
 
 def test_batches_answered_out_of_order_give_the_same_bytes(
-    pool: KnowingPool, prompts: StageOutput, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    pool: ScriptedPool, prompts: StageOutput, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     in_order = run(tmp_path / "a", prompts, "geneval")
     real = pool.answer
@@ -136,20 +136,24 @@ def test_batches_answered_out_of_order_give_the_same_bytes(
     assert run(tmp_path / "b", prompts, "geneval").data_version == in_order.data_version
 
 
-def test_workers_and_ports_leave_the_scores_alone(pool: KnowingPool, prompts: StageOutput, tmp_path: Path) -> None:
+def test_the_endpoints_address_does_not_change_the_scores(
+    pool: ScriptedPool, prompts: StageOutput, tmp_path: Path
+) -> None:
     once = run(tmp_path / "a", prompts, "genai_bench")
     elsewhere = JUDGE.model_copy(update={"base_url": "http://10.0.0.1/v1"})
     again = run(tmp_path / "b", prompts, "genai_bench", CONFIG.model_copy(update={"judge": elsewhere}))
     assert once.data_version == again.data_version
 
 
-def test_samples_of_another_partition_are_refused(pool: KnowingPool, prompts: StageOutput, tmp_path: Path) -> None:
+def test_samples_of_another_partition_are_rejected(pool: ScriptedPool, prompts: StageOutput, tmp_path: Path) -> None:
     samples = write_samples(tmp_path, "static", "geneval", prompts)
     with pytest.raises(ThroughlineError, match="got samples of static"):
         STAGE.run(CONFIG, {"samples": [samples], "prompt_sets": [prompts]}, tmp_path, "joint|geneval")
 
 
-def test_an_answer_table_keeps_what_was_asked_and_said(pool: KnowingPool, prompts: StageOutput, tmp_path: Path) -> None:
+def test_the_answer_table_holds_raw_and_parsed_answers(
+    pool: ScriptedPool, prompts: StageOutput, tmp_path: Path
+) -> None:
     pool._answer = lambda request: dataclasses.replace(plausible_answer(request), text="Hm")
     output = run(tmp_path, prompts, "genai_bench")
     answers = rows(output, "answers.parquet")

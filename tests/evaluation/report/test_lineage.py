@@ -1,4 +1,4 @@
-"""Following manifests where an input was one file of an output that others read whole."""
+"""Following manifests if one input is a single file of an output that other stages read as a whole."""
 
 from pathlib import Path
 

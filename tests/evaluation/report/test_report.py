@@ -1,4 +1,4 @@
-"""The report: one file that opens offline, the same bytes from the same lineage, nothing unescaped or forgotten."""
+"""The report: one file that opens offline, the same bytes from the same lineage, all texts escaped."""
 
 import json
 import re
@@ -30,11 +30,11 @@ from pipelines.runner.outputs import StageOutput
 from pipelines.runner.units import StageResult, StageRun
 from tests.evaluation.worlds import (
     JUDGE,
-    KnowingPool,
+    ScriptedPool,
     StandInConfig,
-    answering,
     plausible_answer,
     run_stand_in,
+    use_judge,
     write_checkpoint,
     write_data,
     write_prompt_sets,
@@ -49,7 +49,7 @@ ARMS = ("penultimate", "time_wise", "time_wise+shift", "fuse_dit")
 
 
 class Page(HTMLParser):
-    """Collects what a page refers to, and whether its tags are balanced."""
+    """Collects a page's references and text; asserts that its tags are balanced."""
 
     _VOID = ("meta", "img", "br", "col", "link", "input", "hr")
 
@@ -77,7 +77,7 @@ class Page(HTMLParser):
 
 
 def build(root: Path) -> StageOutput:
-    """Make a whole small lineage up to the results."""
+    """Make a small lineage up to the results."""
     _, dataset = write_data(root)
     prompts = write_prompt_sets(root)
     strategies = (Strategy.PENULTIMATE, Strategy.TIME_WISE, Strategy.FUSE_DIT)
@@ -86,23 +86,23 @@ def build(root: Path) -> StageOutput:
     for arm in ARMS:
         for benchmark in BENCHMARKS:
             samples = write_samples(root, arm, benchmark, prompts, checkpoints[Strategy(arm.removesuffix("+shift"))])
-            given = {"samples": [samples], "prompt_sets": [prompts]}
-            scores.append(SCORES.run(ScoresConfig(judge=JUDGE), given, root, f"{arm}|{benchmark}"))
+            inputs = {"samples": [samples], "prompt_sets": [prompts]}
+            scores.append(SCORES.run(ScoresConfig(judge=JUDGE), inputs, root, f"{arm}|{benchmark}"))
     analyses = [
         FUSION_ANALYSIS.run(FusionAnalysisConfig(), {"checkpoint": [item]}, root, strategy.value)
         for strategy, item in checkpoints.items()
     ]
-    given = {"scores": scores, "checkpoint": list(checkpoints.values()), "fusion_analysis": analyses}
-    return RESULTS.run(ResultsConfig(num_resamples=200), given, root)
+    inputs = {"scores": scores, "checkpoint": list(checkpoints.values()), "fusion_analysis": analyses}
+    return RESULTS.run(ResultsConfig(num_resamples=200), inputs, root)
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StageOutput]:
-    with answering(KnowingPool(plausible_answer)):
+    with use_judge(ScriptedPool(plausible_answer)):
         yield build(tmp_path_factory.mktemp("lineage"))
 
 
-def test_the_report_needs_nothing_but_itself(results: StageOutput, tmp_path: Path) -> None:
+def test_the_report_needs_no_other_file(results: StageOutput, tmp_path: Path) -> None:
     report = STAGE.run(CONFIG, {"results": [results]}, tmp_path)
     html = report.path("report.html").read_text()
     page = Page(html)
@@ -123,14 +123,14 @@ def test_two_machines_write_the_same_bytes(results: StageOutput, tmp_path: Path)
     assert str(tmp_path) not in here.path("report.html").read_text()
 
 
-def test_texts_of_the_web_stay_texts(results: StageOutput, tmp_path: Path) -> None:
+def test_texts_from_the_web_are_escaped(results: StageOutput, tmp_path: Path) -> None:
     html = STAGE.run(CONFIG, {"results": [results]}, tmp_path).path("report.html").read_text()
     assert "<b>& friends</b>" not in html
     assert "&lt;b&gt;&amp; friends&lt;/b&gt;" in html
     assert "It shows &lt;much&gt;." in html
 
 
-def test_every_section_is_there_with_its_numbers(results: StageOutput, tmp_path: Path) -> None:
+def test_every_section_has_its_numbers(results: StageOutput, tmp_path: Path) -> None:
     page = Page(STAGE.run(CONFIG, {"results": [results]}, tmp_path).path("report.html").read_text())
     assert results.data_version in page.text
     expected = (
@@ -138,8 +138,8 @@ def test_every_section_is_there_with_its_numbers(results: StageOutput, tmp_path:
         "paper, other judge: do not compare absolutes", "time-wise + shift", "Same prompt and same starting noise",
         "Which layers are listened to", "not a number", "evaluation_metadata.jsonl",
     )  # fmt: skip
-    for said in expected:
-        assert said in page.text, said
+    for text in expected:
+        assert text in page.text, text
     assert page.text.count("a drawn scene number") == 5
     for stage in collect([results]):
         assert stage in page.text
@@ -147,15 +147,15 @@ def test_every_section_is_there_with_its_numbers(results: StageOutput, tmp_path:
 
 def test_each_grid_shows_the_same_prompts_for_every_arm(results: StageOutput, tmp_path: Path) -> None:
     html = STAGE.run(CONFIG, {"results": [results]}, tmp_path).path("report.html").read_text()
-    pictures = re.findall(r'<img src="data:[^"]+" alt="([^:"]+): ([^"]+)"', html)
+    images = re.findall(r'<img src="data:[^"]+" alt="([^:"]+): ([^"]+)"', html)
     by_arm: dict[str, list[str]] = {}
-    for arm, prompt in pictures:
+    for arm, prompt in images:
         by_arm.setdefault(arm, []).append(prompt)
     assert len(by_arm) == len(ARMS)
     assert len({tuple(prompts) for prompts in by_arm.values()}) == 1
 
 
-def test_withdrawn_pictures_are_not_shown(results: StageOutput, tmp_path: Path) -> None:
+def test_withdrawn_images_are_not_shown(results: StageOutput, tmp_path: Path) -> None:
     lineage = collect([results])
     before = [item.sample_key for item in sample_captions(lineage, 6, 32)]
 
@@ -170,21 +170,21 @@ def test_withdrawn_pictures_are_not_shown(results: StageOutput, tmp_path: Path) 
     after = [item.sample_key for item in sample_captions({**lineage, "dataset": [dataset]}, 6, 32)]
     assert len(before) == len(after) == 6
     assert before[0] not in after
-    every = {item.sample_key for item in sample_captions({**lineage, "dataset": [dataset]}, 100, 32)}
-    assert before[0] not in every and before[1] in every
+    everything = {item.sample_key for item in sample_captions({**lineage, "dataset": [dataset]}, 100, 32)}
+    assert before[0] not in everything and before[1] in everything
 
 
-def test_the_judges_trial_is_shown_where_there_is_one(results: StageOutput, tmp_path: Path) -> None:
+def test_judge_calibration_is_shown_if_it_is_an_input(results: StageOutput, tmp_path: Path) -> None:
     lineage = collect([results])
-    given = {"images": lineage["images"], "captions": lineage["captions"]}
+    inputs = {"images": lineage["images"], "captions": lineage["captions"]}
     root = results.folder.parent.parent
-    trial = JUDGE_CALIBRATION.run(JudgeCalibrationConfig(judge=JUDGE, num_images=9), given, root)
-    report = STAGE.run(CONFIG, {"results": [results], "judge_calibration": [trial]}, tmp_path)
+    calibration = JUDGE_CALIBRATION.run(JudgeCalibrationConfig(judge=JUDGE, num_images=9), inputs, root)
+    report = STAGE.run(CONFIG, {"results": [results], "judge_calibration": [calibration]}, tmp_path)
     assert "area under the ROC curve" in report.path("report.html").read_text()
 
 
 def _gate_times(results: StageOutput) -> StageOutput:
-    """A stand-in of trajectory_analysis over the checkpoint with a gate."""
+    """Write a stand-in for trajectory_analysis of the checkpoint with a time gate."""
     names = {"forward": 0.0412, "cfg_1": 0.05, "cfg_6": 0.1234}
     steps = [
         {
@@ -196,11 +196,11 @@ def _gate_times(results: StageOutput) -> StageOutput:
         }
         for t in (0.0, 0.3, 0.7)
     ]
-    found = {"num_samples": 7, "num_steps": 3, "mean_absolute_difference": names, "steps": steps}
+    comparison = {"num_samples": 7, "num_steps": 3, "mean_absolute_difference": names, "steps": steps}
 
     def produce(run: StageRun[StandInConfig]) -> StageResult:
         with run.unit("times") as unit:
-            unit.write("times.json", json.dumps(found).encode())
+            unit.write("times.json", json.dumps(comparison).encode())
         return StageResult()
 
     (checkpoint,) = (item for item in collect([results])["checkpoint"] if item.manifest.partition == "time_wise")
@@ -208,20 +208,20 @@ def _gate_times(results: StageOutput) -> StageOutput:
     return run_stand_in(root, "trajectory_analysis", produce, {"checkpoint": [checkpoint]}, "time_wise")
 
 
-def test_the_times_that_gates_see_are_shown_where_they_were_looked_at(results: StageOutput, tmp_path: Path) -> None:
+def test_gate_times_are_shown_if_they_are_an_input(results: StageOutput, tmp_path: Path) -> None:
     without = STAGE.run(CONFIG, {"results": [results]}, tmp_path).path("report.html").read_text()
     assert "Which time the gates see" not in Page(without).text and "#times" not in without
-    given = {"results": [results], "trajectory_analysis": [_gate_times(results)]}
-    html = STAGE.run(CONFIG, given, tmp_path).path("report.html").read_text()
+    inputs = {"results": [results], "trajectory_analysis": [_gate_times(results)]}
+    html = STAGE.run(CONFIG, inputs, tmp_path).path("report.html").read_text()
     page = Page(html)
     assert page.open == [] and "#times" in page.references and 'id="times"' in html
-    for said in ("On 7 held-out samples", "held out, noised", "0.041", "guidance 6", "0.123", "over 3 sampling steps"):
-        assert said in page.text, said
+    for text in ("On 7 held-out samples", "held out, noised", "0.041", "guidance 6", "0.123", "over 3 sampling steps"):
+        assert text in page.text, text
     assert "time_wise: mean time read off the latents" in page.text
     assert html.count("trajectory_analysis") == 1, "a row of the provenance"
 
 
-def test_a_broken_lineage_is_named(results: StageOutput, tmp_path: Path) -> None:
+def test_a_missing_upstream_output_is_named(results: StageOutput, tmp_path: Path) -> None:
     shutil.copytree(results.folder.parent.parent, tmp_path / "copy")
     copied = StageOutput.load(tmp_path / "copy" / "results" / results.data_version / MANIFEST_NAME)
     lost = collect([copied])["captions"][0]
@@ -230,7 +230,7 @@ def test_a_broken_lineage_is_named(results: StageOutput, tmp_path: Path) -> None
         STAGE.run(CONFIG, {"results": [copied]}, tmp_path)
 
 
-def test_a_report_beyond_its_size_is_refused(results: StageOutput, tmp_path: Path) -> None:
+def test_a_report_above_its_maximum_size_is_rejected(results: StageOutput, tmp_path: Path) -> None:
     with pytest.raises(ThroughlineError, match="lower thumbnail_px"):
         STAGE.run(CONFIG.model_copy(update={"max_num_bytes": 100_000}), {"results": [results]}, tmp_path)
 
@@ -242,7 +242,7 @@ def test_a_report_beyond_its_size_is_refused(results: StageOutput, tmp_path: Pat
         (-3.456, 2, True, "−3.46"), (3.456, 2, True, "+3.46"), (None, 1, False, "–"),
     ],
 )  # fmt: skip
-def test_numbers_are_set_with_care(value: float | None, digits: int, signed: bool, shown: str) -> None:
+def test_numbers_have_typographic_signs(value: float | None, digits: int, signed: bool, shown: str) -> None:
     assert show(value, digits, signed=signed) == shown
 
 

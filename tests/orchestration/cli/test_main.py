@@ -124,7 +124,7 @@ def test_what_the_system_refuses_is_one_sentence_and_a_mistake_of_ours_is_not(
     (tmp_path / "file").write_text("not a folder")
     said = _main("run", "--profile", "single_gpu")
     assert said == (
-        f"error: {tmp_path}/file: it is there already, and is not what was expected; mend that and run the same "
+        f"error: {tmp_path}/file: already exists and is not what was expected; mend that and run the same "
         "command again: what is finished is kept"
     )
 

@@ -1,4 +1,4 @@
-"""A stage of small units for Ray's workers, which import it: units that kill their worker, raise, or take notes."""
+"""A stage of small units that Ray workers import: its units can kill their worker or raise, and record attempts."""
 
 import os
 import signal
@@ -22,11 +22,11 @@ class RayToyConfig(FrozenConfig):
     """Unit that kills its worker, `deaths` times."""
     deaths: int = execution_field(0)
     notes: str = execution_field()
-    """Folder where each try of a unit leaves a file."""
+    """Folder in which each attempt at a unit creates a file."""
     wrong: str | None = execution_field(None)
     """Unit that raises."""
-    most_waiting: int = execution_field(NUM_UNITS)
-    """Units that may have been taken and not be finished."""
+    max_pending: int = execution_field(NUM_UNITS)
+    """Units that may have been taken but not finished."""
 
 
 def produce(run: StageRun[RayToyConfig]) -> None:
@@ -34,24 +34,24 @@ def produce(run: StageRun[RayToyConfig]) -> None:
 
     def units() -> Iterator[tuple[str, int]]:
         for number, name in enumerate(NAMES):
-            assert number - len(finished) < run.config.most_waiting, "units are taken faster than they are done"
+            assert number - len(finished) < run.config.max_pending, "units are taken faster than they finish"
             yield name, number
 
     with ray_tasks(run, run.config.workers) as tasks:
         for unit in run_units(run, tasks, units(), make_unit):
-            finished.append(unit.name)  # noqa: PERF401 - units() looks at it meanwhile
+            finished.append(unit.name)  # noqa: PERF401 - units() reads it meanwhile
 
 
 def make_unit(run: StageRun[RayToyConfig], name: str, number: int) -> None:
     config = run.config
-    tries = [path for path in Path(config.notes).iterdir() if path.name.startswith(name)]
-    (Path(config.notes) / f"{name}-{len(tries)}").touch()
+    attempts = [path for path in Path(config.notes).iterdir() if path.name.startswith(name)]
+    (Path(config.notes) / f"{name}-{len(attempts)}").touch()
     with run.unit(name) as unit:
         unit.write(f"a-{name}.bin", bytes([number]) * 1000, num_rows=3)
-        if name == config.deadly and len(tries) < config.deaths:
+        if name == config.deadly and len(attempts) < config.deaths:
             os.kill(os.getpid(), signal.SIGKILL)
         if name == config.wrong:
-            raise ThroughlineError(f"{run.label}: unit {name} is wrong; mend it")
+            raise ThroughlineError(f"{run.label}: unit {name} is wrong; fix it")
         unit.write(f"deep/b-{name}.bin", name.encode())
         unit.drop(f"{number:032x}", "odd", "because")
         unit.account(rows_in=4, rows_out=3)

@@ -1,4 +1,4 @@
-"""A small chain of the data stages for the tests on Ray, and a server that holds pictures back."""
+"""A small chain of the data stages for the tests on Ray, and a server that delays some images."""
 
 import asyncio
 import threading
@@ -22,7 +22,7 @@ from tests.pipelines.laion.laion_world import images_config, laion_row, run_capt
 
 
 class GatedServer(HostileServer):
-    """Holds answers under /held/ back until its gate is opened."""
+    """Delays answers to paths under /held/ until its gate is opened."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -45,7 +45,7 @@ def wait_until(condition: Callable[[], Any], process: Any = None) -> None:
         time.sleep(0.02)
 
 
-def whole(output: StageOutput) -> bool:
+def is_intact(output: StageOutput) -> bool:
     return not damaged_files(output.folder, output.manifest, read_bytes=True)
 
 
@@ -56,29 +56,29 @@ def run_chain(
     workers: WorkersConfig,
     before_shards: Callable[[], Any] = lambda: None,
 ) -> dict[str, StageOutput]:
-    """Run the data stages, each unit in the way of `workers`; captions stand for a model's."""
+    """Run the data stages with `workers`; captions are made without a model."""
     subset = run_subset(source, root, drop_duplicate_urls=False, workers=workers)
     config = images_config(server, workers=workers)
     patient = config.fetch.model_copy(update={"read_seconds": 100.0, "total_seconds": 200.0})
     config = config.model_copy(update={"fetch": patient})
-    pictures = images.STAGE.run(config, {"subset": [subset]}, root, "00000")
-    captions = run_captions(pictures, root)
+    downloaded = images.STAGE.run(config, {"subset": [subset]}, root, "00000")
+    captions = run_captions(downloaded, root)
     before_shards()
-    inputs = {"images": [pictures], "captions": [captions]}
+    inputs = {"images": [downloaded], "captions": [captions]}
     tars = shards.STAGE.run(ShardsConfig(workers=workers), inputs, root, "00000")
     rolled_up = dataset.STAGE.run(
         DatasetConfig(near_duplicates=4, duplicate_images=True, workers=workers), {"shards": [tars]}, root
     )
-    return {"subset": subset, "images": pictures, "shards": tars, "dataset": rolled_up}
+    return {"subset": subset, "images": downloaded, "shards": tars, "dataset": rolled_up}
 
 
 def versions(outputs: dict[str, StageOutput]) -> dict[str, str]:
-    assert all(whole(output) for output in outputs.values())
+    assert all(is_intact(output) for output in outputs.values())
     return {name: output.data_version for name, output in outputs.items()}
 
 
 def write_source(server: HostileServer, folder: Path) -> Path:
-    """36 rows in shards of 8, each with one that is held back; some are bad, some are the same picture."""
+    """36 rows in shards of 8, each with one delayed image; some images are bad, some are duplicates."""
     paths = [f"/{'held' if number % 8 == 7 else 'scene'}/{number % 30}" for number in range(36)]
     paths[4::9] = ["/404?x", "/truncated.jpg", "/noai", "/html"]
     rows = [laion_row(server.url(path), f"text {number}") for number, path in enumerate(paths)]

@@ -1,4 +1,4 @@
-"""A Ray cluster of a head and two nodes on one machine, of which one is killed in mid-job, and later another one."""
+"""A Ray cluster of a head and two nodes on one machine; both nodes are killed while they work."""
 
 import os
 import threading
@@ -39,13 +39,13 @@ def cluster() -> Iterator[Any]:
 
 
 def _hold_shards(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
-    """Let a shard wait, after it noted in `folder` that it was begun, until there is a file ``gate``."""
+    """Make each shard create a file in `folder` when it begins, and then wait for the file ``gate``."""
     make = shards._make_unit
 
     def held(run: StageRun[ShardsConfig], name: str, item: None) -> None:
         import time
 
-        (folder / f"begun-{run.scratch.parent.name}").touch()  # a name of this attempt
+        (folder / f"begun-{run.scratch.parent.name}").touch()  # unique to this attempt
         while not (folder / "gate").exists():
             time.sleep(0.02)
         make(run, name, item)
@@ -54,7 +54,7 @@ def _hold_shards(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
     monkeypatch.setattr(shards, "_make_unit", held)
 
 
-def test_nodes_killed_in_mid_job_cost_no_row_and_make_none_twice(
+def test_killing_nodes_mid_job_loses_and_duplicates_no_row(
     cluster: Any, gated: GatedServer, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     workers = WorkersConfig(ray_address=cluster.address)
@@ -65,13 +65,13 @@ def test_nodes_killed_in_mid_job_cost_no_row_and_make_none_twice(
     def kill_nodes() -> None:
         first, second = cluster.worker_nodes
         try:
-            # Each node has room for one shard, so two pictures asked for are both nodes at work.
+            # Each node has room for one shard, so two requested images mean that both nodes are working.
             wait_until(lambda: sum(path.startswith("/held/") for path in gated.requests) >= 2)
             cluster.remove_node(first, allow_graceful=False)
             killed.append("images")
             gated.gate.set()
             wait_until(lambda: len(list(held.glob("begun-*"))) >= 2)
-            cluster.remove_node(second, allow_graceful=False)  # the one that came late does the rest
+            cluster.remove_node(second, allow_graceful=False)  # the node added later does the rest
             killed.append("shards")
         finally:
             gated.gate.set()
@@ -87,8 +87,8 @@ def test_nodes_killed_in_mid_job_cost_no_row_and_make_none_twice(
         on_ray = run_chain(gated, source, tmp_path / "ray", workers, before_shards=add_a_node)
         killer.join()
     assert killed == ["images", "shards"]
-    again = [record.getMessage() for record in caplog.records if "it is done again" in record.getMessage()]
-    assert {message.split()[0] for message in again} == {"images", "shards"}
+    retries = [record.getMessage() for record in caplog.records if "retrying" in record.getMessage()]
+    assert {message.split()[0] for message in retries} == {"images", "shards"}
     assert versions(on_ray) == versions(run_chain(gated, source, tmp_path / "here", WorkersConfig()))
 
     for part in range(2):

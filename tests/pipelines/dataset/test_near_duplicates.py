@@ -1,4 +1,4 @@
-"""Perceptual hashes of changed pictures, and the search for pairs against comparing all."""
+"""Perceptual hashes of changed images, and the search for pairs compared with brute force."""
 
 import io
 
@@ -22,20 +22,20 @@ def scene(seed: int) -> Image.Image:
     return Image.fromarray(small).resize((256, 256), Image.Resampling.BICUBIC)
 
 
-def saved(picture: Image.Image, quality: int) -> Image.Image:
+def saved(image: Image.Image, quality: int) -> Image.Image:
     stream = io.BytesIO()
-    picture.save(stream, "JPEG", quality=quality)
+    image.save(stream, "JPEG", quality=quality)
     return Image.open(stream)
 
 
-def test_a_hash_survives_size_quality_and_brightness_and_tells_pictures_apart() -> None:
+def test_a_hash_is_robust_to_size_quality_and_brightness_and_distinguishes_images() -> None:
     hashes = [perceptual_hash(scene(seed)) for seed in range(20)]
     for seed in range(20):
-        picture = scene(seed)
+        image = scene(seed)
         for changed in (
-            saved(picture, 30),
-            picture.resize((97, 97), Image.Resampling.LANCZOS),
-            ImageEnhance.Brightness(picture).enhance(0.8),
+            saved(image, 30),
+            image.resize((97, 97), Image.Resampling.LANCZOS),
+            ImageEnhance.Brightness(image).enhance(0.8),
         ):
             assert distance(perceptual_hash(changed), hashes[seed]) <= 4
     apart = [distance(hashes[i], hashes[j]) for i in range(20) for j in range(i)]
@@ -53,7 +53,7 @@ def test_hashes_are_the_same_on_every_machine() -> None:
     assert perceptual_hash(Image.fromarray(grey[1].astype(np.uint8))) == RECORDED[1]
 
 
-def test_one_colour_is_one_hash_but_for_black() -> None:
+def test_all_single_colours_except_black_have_the_same_hash() -> None:
     flat = np.repeat(np.arange(256, dtype=np.uint8), 32 * 32).reshape(256, 32, 32)
     assert set(hash_grey(flat[1:]).tolist()) == {1 << 63}
     assert hash_grey(flat[:1]).tolist() == [0]
@@ -76,16 +76,14 @@ def clustered_hashes(num_groups: int, group_size: int, flips: int, seed: int) ->
 @settings(max_examples=60, deadline=None)
 @given(num_groups=st.integers(0, 12), group_size=st.integers(1, 20), flips=st.integers(0, 9), most=st.integers(0, 12),
        seed=st.integers(0, 9))  # fmt: skip
-def test_pairs_are_those_that_comparing_all_finds(
-    num_groups: int, group_size: int, flips: int, most: int, seed: int
-) -> None:
+def test_pairs_are_those_of_comparing_all(num_groups: int, group_size: int, flips: int, most: int, seed: int) -> None:
     hashes = clustered_hashes(num_groups, group_size, flips, seed)
     first, second = near_pairs(hashes, most)
     assert list(zip(first.tolist(), second.tolist(), strict=True)) == all_pairs(hashes, most)
 
 
 @pytest.mark.parametrize("most", [2, 4, 8])
-def test_pairs_among_many_hashes_are_found_by_wider_blocks_too(most: int) -> None:
+def test_pairs_among_many_hashes_are_found_with_wider_blocks_too(most: int) -> None:
     hashes = clustered_hashes(700, 3, most // 2, seed=most)
     first, second = near_pairs(hashes, most)
     found = list(zip(first.tolist(), second.tolist(), strict=True))
@@ -94,7 +92,7 @@ def test_pairs_among_many_hashes_are_found_by_wider_blocks_too(most: int) -> Non
 
 @settings(max_examples=60, deadline=None)
 @given(num_groups=st.integers(1, 6), group_size=st.integers(1, 12), flips=st.integers(0, 5), most=st.integers(0, 6))
-def test_losers_are_near_their_winner_and_winners_are_not_near_each_other(
+def test_duplicates_are_near_their_winner_and_winners_are_not_near_each_other(
     num_groups: int, group_size: int, flips: int, most: int
 ) -> None:
     hashes = clustered_hashes(num_groups, group_size, flips, 1)

@@ -29,7 +29,7 @@ def key_of(index: int) -> str:
     return f"{index:032x}"
 
 
-def picture(index: int) -> bytes:
+def image_bytes(index: int) -> bytes:
     stream = io.BytesIO()
     Image.new("RGB", (8, 8), (index * 10, 0, 0)).save(stream, "PNG")
     return stream.getvalue()
@@ -43,7 +43,7 @@ def write_shards(folder: Path, bad: Sequence[int] = (), contradicting: Sequence[
         with path.open("wb") as stream:
             writer = ShardWriter(stream, path.name)
             for index in range(first, min(first + 10, NUM_SAMPLES)):
-                image = b"no picture" if index in bad else picture(index)
+                image = b"not an image" if index in bad else image_bytes(index)
                 stated = "other" if index in contradicting else str(index)
                 writer.add(key_of(index), image, str(index), {"sample_key": key_of(index), "caption": stated})
             writer.finish()
@@ -69,7 +69,7 @@ def captions(found: Sequence[SampleBatch]) -> list[int]:
     return [item for batch in found for item in batch.items]
 
 
-def test_order_is_that_of_training() -> None:
+def test_order_is_the_same_as_in_training() -> None:
     order, of_training = SampleOrder("version", 3, 11), DataOrder("version", 3, 4, 11)
     for step in range(9):
         np.testing.assert_array_equal(order.take(step * 4, step * 4 + 4), of_training.indices(step))
@@ -80,7 +80,7 @@ def test_order_is_that_of_training() -> None:
     num_samples=st.integers(1, 40), batch_size=st.integers(1, 7), num_ranks=st.integers(1, 4),
     num_workers=st.integers(1, 3), consumed=st.integers(0, 50), length=st.integers(0, 60),
 )  # fmt: skip
-def test_shares_are_disjoint_and_complete_whatever_the_layout(
+def test_shares_are_disjoint_and_complete_in_any_layout(
     num_samples: int, batch_size: int, num_ranks: int, num_workers: int, consumed: int, length: int
 ) -> None:
     order = SampleOrder("version", 0, num_samples)
@@ -101,7 +101,7 @@ def test_shares_are_disjoint_and_complete_whatever_the_layout(
 
 
 @pytest.mark.parametrize("num_workers", [0, 3])
-def test_an_epoch_is_every_sample_once_in_the_declared_order(samples: ShardSamples, num_workers: int) -> None:
+def test_an_epoch_yields_every_sample_once_in_the_declared_order(samples: ShardSamples, num_workers: int) -> None:
     found = batches(samples, Share(batch_size=4, stop=NUM_SAMPLES), num_workers)
     assert captions(found) == SampleOrder(samples.data_version, 7, NUM_SAMPLES).take(0, NUM_SAMPLES).tolist()
     assert sorted(captions(found)) == list(range(NUM_SAMPLES))
@@ -110,7 +110,7 @@ def test_an_epoch_is_every_sample_once_in_the_declared_order(samples: ShardSampl
     assert sorted(captions(second)) == list(range(NUM_SAMPLES)) and captions(second) != captions(found)
 
 
-def test_a_run_goes_on_in_another_layout_where_it_stopped(samples: ShardSamples) -> None:
+def test_a_run_resumes_in_another_layout(samples: ShardSamples) -> None:
     whole = SampleOrder(samples.data_version, 7, NUM_SAMPLES).take(0, 60).tolist()
     seen: list[int] = []
     consumed = 0
@@ -127,7 +127,7 @@ def test_a_run_goes_on_in_another_layout_where_it_stopped(samples: ShardSamples)
     assert seen == whole[:consumed]
 
 
-def test_what_the_loader_fetched_ahead_does_not_count_as_consumed(samples: ShardSamples) -> None:
+def test_prefetched_batches_do_not_count_as_consumed(samples: ShardSamples) -> None:
     loader = iter(DataLoader(ShardStream(samples, Share(batch_size=2), seed=7), batch_size=None, num_workers=2))
     last = [next(loader) for _ in range(3)][-1]
     del loader
@@ -152,7 +152,7 @@ def test_samples_are_a_map_style_dataset_with_the_same_order(samples: ShardSampl
     assert len(loader) == len(found) == 3
 
 
-def test_copies_in_other_processes_do_not_disturb_each_other(samples: ShardSamples) -> None:
+def test_copies_in_other_processes_are_independent(samples: ShardSamples) -> None:
     expected = [sample.caption for sample in samples[:]]
     copy = pickle.loads(pickle.dumps(samples))
     assert [sample.caption for sample in copy[:]] == expected
@@ -168,7 +168,7 @@ def test_copies_in_other_processes_do_not_disturb_each_other(samples: ShardSampl
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_a_bad_sample_is_left_out_counted_and_named_and_nothing_moves(tmp_path: Path, num_workers: int) -> None:
+def test_a_bad_sample_is_skipped_and_listed_and_no_other_moves(tmp_path: Path, num_workers: int) -> None:
     damaged = ShardSamples.of_shards(write_shards(tmp_path, bad=[4], contradicting=[17]))
     stream = ShardStream(damaged, Share(batch_size=4, stop=NUM_SAMPLES), seed=7)
     found = list(DataLoader(stream, batch_size=None, num_workers=num_workers))
@@ -178,20 +178,20 @@ def test_a_bad_sample_is_left_out_counted_and_named_and_nothing_moves(tmp_path: 
     skipped = {item.name: item.reason for batch in found for item in batch.skipped}
     assert skipped.keys() == {f"{key_of(4)} in shard-00000.tar", f"{key_of(17)} in shard-00001.tar"}
     assert "UnidentifiedImageError" in skipped[f"{key_of(4)} in shard-00000.tar"]
-    assert "its JSON is about" in skipped[f"{key_of(17)} in shard-00001.tar"]
+    assert "its JSON has key" in skipped[f"{key_of(17)} in shard-00001.tar"]
     for batch, start in zip(found, range(0, NUM_SAMPLES, 4), strict=True):
         bad = sum(index in (4, 17) for index in order[start : start + 4])
         assert len(batch.skipped) == bad and len(batch.items) == len(order[start : start + 4]) - bad
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
-def test_a_run_of_bad_samples_stops_with_their_names(tmp_path: Path, num_workers: int) -> None:
+def test_a_run_of_bad_samples_is_an_error_with_their_names(tmp_path: Path, num_workers: int) -> None:
     samples = ShardSamples.of_shards(write_shards(tmp_path))
     run = ShardStream(samples, Share(batch_size=4), seed=7).order.take(3, 6).tolist()
     write_shards(tmp_path, bad=run)
     share = Share(batch_size=4, stop=NUM_SAMPLES)
     stream = ShardStream(ShardSamples.of_shards(samples.paths), share, seed=7, max_bad_run=3)
-    with pytest.raises(ThroughlineError, match="3 bad samples in a row: ") as caught:
+    with pytest.raises(ThroughlineError, match="3 consecutive bad samples: ") as caught:
         list(DataLoader(stream, batch_size=None, num_workers=num_workers))
     assert all(key_of(index) in str(caught.value) for index in run)
     lenient = ShardStream(ShardSamples.of_shards(samples.paths), share, seed=7, max_bad_run=4)
@@ -206,7 +206,7 @@ def test_a_missing_shard_stops_at_once(tmp_path: Path) -> None:
     assert not isinstance(caught.value, BadSampleError)
 
 
-def test_an_impossible_share_is_refused() -> None:
+def test_an_invalid_share_is_rejected() -> None:
     for wrong in ({"batch_size": 0}, {"rank": 2, "num_ranks": 2}, {"consumed": -1}):
         with pytest.raises(ValueError, match="expected at least 1"):
             Share(**{"batch_size": 1, **wrong})

@@ -1,4 +1,4 @@
-"""A decoder that dies or hangs on demand; a module of its own, because worker processes import it."""
+"""Decoders that crash or hang on demand, in a module that worker processes can import."""
 
 import gc
 import os
@@ -28,15 +28,15 @@ def decode_or_misbehave(body: bytes, transform: ImageTransform) -> DecodeOutcome
 
 
 def decode_to_much(body: bytes, transform: ImageTransform) -> DecodeOutcome:
-    """Return so much that most of a worker's time goes into handing it over."""
+    """Return so much data that a worker spends most of its time sending it."""
     return DecodeOutcome(status=FetchStatus.OK, image=bytes(8 << 20))
 
 
 class UnloadableDecoder:
-    """Ends whichever process it is sent to."""
+    """Ends any process that unpickles it."""
 
     def __reduce__(self) -> tuple[object, ...]:
         return os._exit, (1,)
 
     def __call__(self, body: bytes, transform: ImageTransform) -> DecodeOutcome:
-        raise AssertionError("no process has it")
+        raise AssertionError("no process can load it")

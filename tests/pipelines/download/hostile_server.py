@@ -1,4 +1,4 @@
-"""A loopback server that answers as badly as the web does: raw bytes per path, so that HTTP itself can be broken."""
+"""A loopback server that misbehaves like the web: raw bytes per path, so that even HTTP can be malformed."""
 
 import asyncio
 import gzip
@@ -14,8 +14,8 @@ from PIL import Image, PngImagePlugin
 Handler = Callable[[asyncio.StreamReader, asyncio.StreamWriter, str], Awaitable[None]]
 
 
-def picture(width: int = 300, height: int = 280, mode: str = "RGB", seed: int = 0) -> Image.Image:
-    """Return a smooth picture with some structure, the same for the same arguments."""
+def make_image(width: int = 300, height: int = 280, mode: str = "RGB", seed: int = 0) -> Image.Image:
+    """Return a smooth image with some structure, determined by the arguments."""
     rng = np.random.default_rng(seed)
     small = rng.integers(0, 256, (5, 6, 3), dtype=np.uint8)
     return Image.fromarray(small, "RGB").resize((width, height), Image.Resampling.BICUBIC).convert(mode)
@@ -27,12 +27,12 @@ def encode(image: Image.Image, kind: str, **options: object) -> bytes:
     return buffer.getvalue()
 
 
-JPEG = encode(picture(), "JPEG", quality=90)
-PNG = encode(picture(), "PNG")
+JPEG = encode(make_image(), "JPEG", quality=90)
+PNG = encode(make_image(), "PNG")
 
 
 def response(body: bytes, status: str = "200 OK", content_type: str = "image/jpeg", **headers: str) -> bytes:
-    # The server hangs up after each answer, and says so: a client that reuses the connection would race the hang-up.
+    # The server closes the connection after each response and announces it, so that clients do not reuse it.
     lines = [f"HTTP/1.1 {status}", f"Content-Length: {len(body)}", "Connection: close"]
     if content_type:
         lines.append(f"Content-Type: {content_type}")
@@ -53,19 +53,19 @@ def bomb_png() -> bytes:
 
 
 def _gif(frames: int) -> bytes:
-    images = [picture(64, 64, seed=seed) for seed in range(frames)]
+    images = [make_image(64, 64, seed=seed) for seed in range(frames)]
     return encode(images[0], "GIF", save_all=True, append_images=images[1:])
 
 
 def _webp_animation() -> bytes:
-    images = [picture(64, 64, seed=seed) for seed in range(3)]
+    images = [make_image(64, 64, seed=seed) for seed in range(3)]
     return encode(images[0], "WEBP", save_all=True, append_images=images[1:])
 
 
 def _text_bomb_png() -> bytes:
     info = PngImagePlugin.PngInfo()
     info.add_text("comment", "x" * 3_000_000, zip=True)
-    return encode(picture(64, 64), "PNG", pnginfo=info)
+    return encode(make_image(64, 64), "PNG", pnginfo=info)
 
 
 def bomb_gif() -> bytes:
@@ -75,19 +75,19 @@ def bomb_gif() -> bytes:
 
 
 def _apng() -> bytes:
-    images = [picture(64, 64, seed=seed) for seed in range(3)]
+    images = [make_image(64, 64, seed=seed) for seed in range(3)]
     return encode(images[0], "PNG", save_all=True, append_images=images[1:])
 
 
-# path -> the whole answer
+# path -> complete response
 FIXED: dict[str, bytes] = {
     "/jpeg": response(JPEG),
     "/png": response(PNG, content_type="image/png"),
-    "/webp": response(encode(picture(), "WEBP"), content_type="image/webp"),
+    "/webp": response(encode(make_image(), "WEBP"), content_type="image/webp"),
     "/gif": response(_gif(1), content_type="image/gif"),
-    "/grey.jpg": response(encode(picture(mode="L"), "JPEG")),
-    "/cmyk.jpg": response(encode(picture(mode="CMYK"), "JPEG")),
-    "/palette.png": response(encode(picture(mode="P"), "PNG")),
+    "/grey.jpg": response(encode(make_image(mode="L"), "JPEG")),
+    "/cmyk.jpg": response(encode(make_image(mode="CMYK"), "JPEG")),
+    "/palette.png": response(encode(make_image(mode="P"), "PNG")),
     "/wrong-type": response(JPEG, content_type="text/html"),
     "/no-type": response(JPEG, content_type=""),
     "/gzipped": response(gzip.compress(JPEG), Content_Encoding="gzip"),
@@ -134,9 +134,9 @@ FIXED: dict[str, bytes] = {
     "/text": response(b"hello, I am text"),
     "/json": response(b'{"error": "no image"}'),
     "/svg": response(b'<?xml version="1.0"?><svg xmlns="http://www.w3.org/2000/svg"/>', content_type="image/svg+xml"),
-    "/bmp": response(encode(picture(32, 32), "BMP"), content_type="image/bmp"),
-    "/tiff": response(encode(picture(32, 32), "TIFF"), content_type="image/tiff"),
-    "/avif": response(encode(picture(32, 32), "AVIF"), content_type="image/avif"),
+    "/bmp": response(encode(make_image(32, 32), "BMP"), content_type="image/bmp"),
+    "/tiff": response(encode(make_image(32, 32), "TIFF"), content_type="image/tiff"),
+    "/avif": response(encode(make_image(32, 32), "AVIF"), content_type="image/avif"),
     "/pdf": response(b"%PDF-1.7 ...", content_type="application/pdf"),
     "/mp4": response(b"\x00\x00\x00\x18ftypmp42....", content_type="video/mp4"),
     "/zeros": response(bytes(5000)),
@@ -148,10 +148,10 @@ FIXED: dict[str, bytes] = {
     "/bomb.png": response(bomb_png()),
     "/bomb.gif": response(bomb_gif(), content_type="image/gif"),
     "/apng": response(_apng(), content_type="image/png"),
-    "/pixel": response(encode(picture(1, 1), "GIF"), content_type="image/gif"),
+    "/pixel": response(encode(make_image(1, 1), "GIF"), content_type="image/gif"),
     "/text-bomb.png": response(_text_bomb_png()),
-    "/tiny": response(encode(picture(3, 3), "PNG")),
-    "/wide": response(encode(picture(900, 12), "PNG")),
+    "/tiny": response(encode(make_image(3, 3), "PNG")),
+    "/wide": response(encode(make_image(900, 12), "PNG")),
     "/animated.gif": response(_gif(3)),
     "/animated.webp": response(_webp_animation()),
     "/noai": response(JPEG, X_Robots_Tag="noai"),
@@ -212,7 +212,7 @@ FIXED: dict[str, bytes] = {
 
 
 class HostileServer:
-    """Serves `FIXED` and the behaviours that need time or memory, on a loopback port, in a thread of its own."""
+    """Serves `FIXED`, and behaviours that need time or state, on a loopback port in a thread."""
 
     def __init__(self) -> None:
         self.requests = Counter[str]()
@@ -257,7 +257,7 @@ class HostileServer:
         self.most_concurrent = max(self.most_concurrent, self.concurrent)
         try:
             first = await reader.readexactly(1)
-            if first == b"\x16":  # a TLS greeting, which this server doesn't understand
+            if first == b"\x16":  # a TLS ClientHello, which this server does not support
                 writer.write(FIXED["/400"])
                 return
             head = first + await reader.readuntil(b"\r\n\r\n")
@@ -277,7 +277,7 @@ class HostileServer:
             writer.write(FIXED[path])
         elif path.startswith("/scene/"):
             seed = int(path.rsplit("/", 1)[1])
-            writer.write(response(encode(picture(280 + seed % 50, 300, seed=seed), "JPEG")))
+            writer.write(response(encode(make_image(280 + seed % 50, 300, seed=seed), "JPEG")))
         elif path.startswith("/slow-scene/"):
             await asyncio.sleep(0.15)
             writer.write(response(JPEG))

@@ -1,4 +1,4 @@
-"""A web server that behaves: it keeps connections alive, which it counts, and speaks TLS if asked to."""
+"""A well-behaved web server: it keeps connections alive, counts them, and optionally uses TLS."""
 
 import datetime as dt
 import ipaddress
@@ -15,7 +15,7 @@ from tests.pipelines.download.hostile_server import JPEG
 
 
 class PoliteServer(LoopbackServer):
-    """Answers every path with a picture; with a certificate (a file that holds its key too) over TLS alone."""
+    """Serves an image at every path; only over TLS if given a certificate (a file that includes its key)."""
 
     def __init__(self, certificate: Path | None = None) -> None:
         self.num_connections = 0
@@ -48,7 +48,7 @@ class PoliteServer(LoopbackServer):
         if certificate is not None:
             context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
             context.load_cert_chain(certificate)
-            # The greeting is the connection's own thread's business, so that one that fails doesn't end the server.
+            # Do the handshake in the connection's thread, so that a failed one does not end the server.
             self._server.socket = context.wrap_socket(
                 self._server.socket, server_side=True, do_handshake_on_connect=False
             )
@@ -62,7 +62,7 @@ class PoliteServer(LoopbackServer):
 
 
 def self_signed(path: Path) -> Path:
-    """Write a certificate for 127.0.0.1 that nobody vouches for, with its key."""
+    """Write a self-signed certificate for 127.0.0.1, with its key."""
     key = ec.generate_private_key(ec.SECP256R1())
     name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "127.0.0.1")])
     now = dt.datetime.now(dt.UTC)

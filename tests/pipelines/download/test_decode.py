@@ -12,14 +12,14 @@ from PIL import Image, ImageCms
 from pipelines.download.config import ImageFormat, ImageTransform
 from pipelines.download.decode import DecodeOutcome, decode, sniff
 from pipelines.download.status import FetchStatus
-from tests.pipelines.download.hostile_server import JPEG, PNG, encode, picture
+from tests.pipelines.download.hostile_server import JPEG, PNG, encode, make_image
 
 TRANSFORM = ImageTransform(jpeg_quality=100, jpeg_subsampling="4:4:4")
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
 
 
 def decoded(body: bytes, transform: ImageTransform = TRANSFORM) -> np.ndarray:
-    """Return the picture made from `body` as (H, W, 3) integers."""
+    """Return the image made from `body` as (H, W, 3) integers."""
     outcome = decode(body, transform)
     assert outcome.status == FetchStatus.OK, outcome
     image = Image.open(io.BytesIO(outcome.image))
@@ -65,7 +65,7 @@ def test_orientation_is_applied_and_the_size_is_as_shown(orientation: int) -> No
     assert_colour(pixels[150:, :], BLUE)
 
 
-def test_transparency_lies_over_white_and_its_edge_does_not_darken() -> None:
+def test_transparency_is_composited_over_white_without_dark_edges() -> None:
     for mode, clear, solid in (("RGBA", (0, 0, 0, 0), (255, 0, 0, 255)), ("LA", (0, 0), (128, 255))):
         pixels = decoded(encode(halves(clear, solid, mode), "PNG"))
         assert_colour(pixels[:, :120], WHITE)
@@ -73,7 +73,7 @@ def test_transparency_lies_over_white_and_its_edge_does_not_darken() -> None:
         assert pixels[:, 120:136, 0].min() >= (240 if mode == "RGBA" else 118)
 
 
-def test_transparent_palettes_lie_over_white() -> None:
+def test_transparent_palettes_are_composited_over_white() -> None:
     image = halves(GREEN, RED).quantize(4)
     index = image.getpixel((10, 10))
     pixels = decoded(encode(image, "PNG", transparency=index))
@@ -100,7 +100,7 @@ def test_cmyk_and_bilevel_and_grey() -> None:
 
 
 def _swapped_profile() -> bytes:
-    """sRGB with the colorants of red and blue exchanged: a profile whose effect nobody can miss."""
+    """sRGB with the colorants of red and blue swapped: a profile with an obvious effect."""
     profile = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
     count = struct.unpack(">I", profile[128:132])[0]
     places = {bytes(profile[132 + 12 * i : 136 + 12 * i]): 132 + 12 * i for i in range(count)}
@@ -121,8 +121,8 @@ def test_profiles_are_applied_and_broken_ones_noted() -> None:
         assert_colour(decoded(broken)[:, :120], RED)
 
 
-def test_animation_policy_and_pictures_within_pictures() -> None:
-    frames = [picture(64, 64, seed=seed) for seed in range(3)]
+def test_animation_policy_and_multi_picture_files() -> None:
+    frames = [make_image(64, 64, seed=seed) for seed in range(3)]
     for kind in ("GIF", "WEBP", "PNG"):
         body = encode(frames[0], kind, save_all=True, append_images=frames[1:])
         assert decode(body, TRANSFORM).status == FetchStatus.ANIMATED, kind
@@ -133,45 +133,45 @@ def test_animation_policy_and_pictures_within_pictures() -> None:
 
 def test_limits_hold_on_the_header_before_pixels_are_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pipelines.download.decode._load", lambda *_: pytest.fail("pixels were decoded"))
-    body = encode(picture(200, 100), "PNG")
+    body = encode(make_image(200, 100), "PNG")
     assert decode(body, ImageTransform(max_source_pixels=19_999)).status == FetchStatus.TOO_MANY_PIXELS
     assert decode(body, ImageTransform(min_source_side_px=101)).status == FetchStatus.TOO_SMALL
     assert decode(body, ImageTransform(max_source_aspect=1.9)).status == FetchStatus.ASPECT_EXTREME
     assert decode(body, ImageTransform(formats=(ImageFormat.JPEG,))).status == FetchStatus.FORMAT_NOT_ALLOWED
 
 
-def test_the_same_bytes_give_the_same_picture() -> None:
+def test_the_same_bytes_give_the_same_image() -> None:
     assert decode(JPEG, TRANSFORM) == decode(JPEG, TRANSFORM)
 
 
 @settings(max_examples=150, deadline=None)
 @given(st.binary(max_size=200), st.sampled_from([b"", JPEG[:4], PNG[:8], b"GIF89a", b"RIFF\x00\x00\x00\x00WEBPVP8L"]))
-def test_no_bytes_raise(body: bytes, start: bytes) -> None:
+def test_arbitrary_bytes_never_raise(body: bytes, start: bytes) -> None:
     assert decode(start + body, TRANSFORM).status != FetchStatus.OK
     sniff(start + body)
 
 
 @settings(max_examples=150, deadline=None)
 @given(st.sampled_from(["JPEG", "PNG", "WEBP", "GIF"]), st.data())
-def test_no_flipped_byte_raises(kind: str, data: st.DataObject) -> None:
-    body = bytearray(encode(picture(40, 30), kind))
+def test_flipped_bytes_never_raise(kind: str, data: st.DataObject) -> None:
+    body = bytearray(encode(make_image(40, 30), kind))
     for _ in range(data.draw(st.integers(1, 4))):
         place = data.draw(st.integers(0, len(body) - 1))
         body[place] ^= data.draw(st.integers(1, 255))
     assert isinstance(decode(bytes(body), TRANSFORM), DecodeOutcome)
 
 
-def test_a_png_that_lies_about_its_chunks_is_an_outcome() -> None:
+def test_a_png_with_a_false_chunk_length_is_an_outcome() -> None:
     chunk = struct.pack(">I", 2**31 - 1) + b"IDAT" + zlib.compress(b"") + b"\0\0\0\0"
     assert decode(PNG[:33] + chunk, TRANSFORM).status in (FetchStatus.IMAGE_TRUNCATED, FetchStatus.IMAGE_CORRUPT)
 
 
 @pytest.mark.parametrize("size", [(1024, 768), (515, 777), (2060, 4100), (600, 400), (511, 900)])
 @pytest.mark.parametrize("orientation", [1, 6])
-def test_scaled_decoding_gives_the_same_picture_but_for_fine_detail(size: tuple[int, int], orientation: int) -> None:
+def test_scaled_decoding_differs_only_in_fine_detail(size: tuple[int, int], orientation: int) -> None:
     exif = Image.Exif()
     exif[0x0112] = orientation
-    body = encode(picture(*size, seed=5), "JPEG", quality=95, exif=exif)
+    body = encode(make_image(*size, seed=5), "JPEG", quality=95, exif=exif)
     scaled = TRANSFORM.model_copy(update={"jpeg_decoding": "scaled"})
     whole, quick = decode(body, TRANSFORM), decode(body, scaled)
     assert (quick.width_px, quick.height_px, quick.source_sha256) == (
@@ -180,14 +180,14 @@ def test_scaled_decoding_gives_the_same_picture_but_for_fine_detail(size: tuple[
     assert (quick.width_px, quick.height_px) == (size if orientation == 1 else size[::-1])
     difference = np.abs(decoded(body) - decoded(body, scaled))
     assert difference.mean() < 1  # a shift by a pixel would be 3 and more
-    # At less than twice the size there is nothing that the decoder could shrink.
+    # Below twice the size, the decoder has nothing to shrink.
     assert (quick.image == whole.image) == (min(size) < 2 * TRANSFORM.size_px)
 
 
-def test_scaled_decoding_never_goes_below_the_size_and_leaves_other_formats_alone() -> None:
+def test_scaled_decoding_never_goes_below_the_size_and_does_not_affect_other_formats() -> None:
     scaled = TRANSFORM.model_copy(update={"jpeg_decoding": "scaled"})
     with_detail = Image.effect_noise((512, 512), 60).convert("RGB")
     kept = decoded(encode(with_detail, "JPEG", quality=95), scaled)
-    assert kept.std() > 15  # a picture shrunk to 128 px and enlarged again would have lost it
-    body = encode(picture(1024, 1024), "PNG")
+    assert kept.std() > 15  # an image shrunk to 128 px and enlarged again would have lost it
+    body = encode(make_image(1024, 1024), "PNG")
     assert decode(body, scaled) == decode(body, TRANSFORM)

@@ -1,3 +1,4 @@
+import hashlib
 import json
 import re
 import signal
@@ -17,11 +18,11 @@ from pipelines.core.manifest import Conservation, damaged_files
 from pipelines.core.sample_key import sample_key
 from pipelines.download import images
 from pipelines.download.config import FetchConfig, ImagesConfig
-from pipelines.download.images import read_shards
+from pipelines.download.passes import read_shards
 from pipelines.download.tables import image_units
 from pipelines.runner.outputs import StageOutput
 from pipelines.runner.units import StageRun
-from tests.pipelines.download.hostile_server import HostileServer
+from tests.pipelines.download.hostile_server import JPEG, HostileServer
 from tests.pipelines.laion.laion_world import (
     entry_list,
     images_config,
@@ -62,7 +63,9 @@ def test_an_empty_subset_is_an_empty_output(server: HostileServer, tmp_path: Pat
 
 
 @pytest.mark.slow
-def test_a_shard_without_pictures_has_a_status_for_each_row_and_no_table(server: HostileServer, tmp_path: Path) -> None:
+def test_a_shard_without_images_has_a_status_for_each_row_and_no_image_table(
+    server: HostileServer, tmp_path: Path
+) -> None:
     urls = [server.url("/404?x") for _ in range(3)] + [server.url(f"/scene/{index}") for index in range(2)]
     output = run_images(server, subset_of(urls, tmp_path), tmp_path, rows_per_shard=3)
     assert [entry.path for entry in output.manifest.files] == [
@@ -73,7 +76,9 @@ def test_a_shard_without_pictures_has_a_status_for_each_row_and_no_table(server:
     ]
 
 
-def test_an_unreachable_host_is_one_sentence_and_finished_shards_stay(server: HostileServer, tmp_path: Path) -> None:
+def test_an_unreachable_host_gives_a_clear_error_and_finished_shards_are_kept(
+    server: HostileServer, tmp_path: Path
+) -> None:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     good = [server.url(f"/scene/{index}") for index in range(20)]
@@ -85,7 +90,7 @@ def test_an_unreachable_host_is_one_sentence_and_finished_shards_stay(server: Ho
     with pytest.raises(ThroughlineError) as caught:
         run_images(server, subset, tmp_path, **options)
     message = str(caught.value)
-    assert message.startswith("images 00000 shard 00001: 20 of 20 rows in a row failed")
+    assert message.startswith("images 00000 shard 00001: 20 of 20 consecutive rows failed")
     assert f"connect_error (127.0.0.1:{port}: econnrefused), 20 times" in message
     assert "\n" not in message
     server.requests.clear()
@@ -105,7 +110,7 @@ def test_failures_below_the_share_and_opt_outs_do_not_stop(server: HostileServer
     subset = subset_of([server.url(f"{path}?{index}") for index, path in enumerate(paths)], tmp_path)
     output = run_images(server, subset, tmp_path, rows_per_shard=40, failure_window=20, max_failure_share=0.85)
     assert output.manifest.summary["statuses"] == {"http_not_found": 17, "ok": 3, "opted_out": 20}
-    with pytest.raises(ThroughlineError, match=r"17 of 20 rows in a row failed, more than the allowed share 0\.8;"):
+    with pytest.raises(ThroughlineError, match=r"17 of 20 consecutive rows failed, more than the allowed share 0\.8;"):
         run_images(server, subset, tmp_path / "strict", rows_per_shard=40, failure_window=20, max_failure_share=0.8)
 
 
@@ -169,7 +174,7 @@ def no_retries(server: HostileServer) -> FetchConfig:
 
 
 @pytest.mark.slow
-def test_a_second_pass_asks_again_for_what_can_heal_and_for_nothing_else(server: HostileServer, tmp_path: Path) -> None:
+def test_a_second_pass_retries_transient_failures_only(server: HostileServer, tmp_path: Path) -> None:
     paths = ["/heals/1/a", "/scene/1", "/heals/9/b", "/404", "/scene/2", "/heals/1/c", "/scene/3", "/scene/4", "/noai"]
     subset = subset_of([server.url(path) for path in paths], tmp_path)
     server.requests.clear()
@@ -185,15 +190,15 @@ def test_a_second_pass_asks_again_for_what_can_heal_and_for_nothing_else(server:
         rows_in=9, rows_out=6, dropped={"http_not_found": 1, "http_server_error": 1, "opted_out": 1}
     )
     assert output.manifest.summary["asked_again"] == {"rows": 3, "healed": 2}
-    pictures = [row["url"] for unit in image_units(output) for row in unit.read().to_pylist()]
-    assert pictures == [server.url(path) for path in paths if path not in ("/heals/9/b", "/404", "/noai")]
+    urls = [row["url"] for unit in image_units(output) for row in unit.read().to_pylist()]
+    assert urls == [server.url(path) for path in paths if path not in ("/heals/9/b", "/404", "/noai")]
     assert not damaged_files(output.folder, output.manifest, read_bytes=True)
-    # A web that was well from the start gives the same pictures, byte by byte.
-    well = run_images(server, subset, tmp_path, fetch=no_retries(server), rows_per_shard=3)
-    assert [unit.read() for unit in image_units(well)] == [unit.read() for unit in image_units(output)]
+    # Without failures the images are the same, byte for byte.
+    healthy = run_images(server, subset, tmp_path, fetch=no_retries(server), rows_per_shard=3)
+    assert [unit.read() for unit in image_units(healthy)] == [unit.read() for unit in image_units(output)]
 
 
-def test_passes_end_with_the_last_row_that_can_heal(server: HostileServer, tmp_path: Path) -> None:
+def test_passes_end_when_no_retryable_row_is_left(server: HostileServer, tmp_path: Path) -> None:
     subset = subset_of([server.url(path) for path in ("/scene/1", "/heals/2/d")], tmp_path)
     output = run_images(
         server, subset, tmp_path, fetch=no_retries(server), retry_passes=10, retry_pass_seconds=0.0, rows_per_shard=1
@@ -202,7 +207,7 @@ def test_passes_end_with_the_last_row_that_can_heal(server: HostileServer, tmp_p
 
 
 @pytest.mark.slow
-def test_a_download_killed_between_passes_goes_on_with_the_second(server: HostileServer, tmp_path: Path) -> None:
+def test_a_download_killed_between_passes_resumes_with_the_second(server: HostileServer, tmp_path: Path) -> None:
     paths = ["/scene/1", "/heals/1/e", "/scene/2", "/heals/1/f", "/heals/9/g", "/scene/3"]
     subset = subset_of([server.url(path) for path in paths], tmp_path)
     options = {"fetch": no_retries(server), "retry_passes": 1, "rows_per_shard": 2}
@@ -233,16 +238,16 @@ def run_later(
 
 
 @pytest.mark.slow
-def test_a_later_pass_fetches_failed_rows_alone_and_takes_over_the_rest(server: HostileServer, tmp_path: Path) -> None:
+def test_a_later_pass_fetches_failed_rows_only_and_copies_the_rest(server: HostileServer, tmp_path: Path) -> None:
     paths = ["/scene/1", "/scene/2", "/heals/1/h", "/scene/3", "/heals/9/i", "/404", "/no-status", "/scene/4"]
     subset = subset_of([server.url(path) for path in paths], tmp_path)
     options = {"fetch": no_retries(server), "rows_per_shard": 2}
     server.requests.clear()
     first = run_images(server, subset, tmp_path, **options)
     assert server.requests == Counter(paths)
-    asked_before = server.requests.copy()
+    earlier_requests = server.requests.copy()
     second = run_later(server, subset, first, tmp_path, **options)
-    assert server.requests - asked_before == {"/heals/1/h": 1, "/heals/9/i": 1, "/no-status": 1}
+    assert server.requests - earlier_requests == {"/heals/1/h": 1, "/heals/9/i": 1, "/no-status": 1}
     assert second.manifest.inputs["earlier"] == (first.ref,)
     assert second.manifest.conservation == Conservation(
         rows_in=8, rows_out=5, dropped={"bad_http": 1, "http_not_found": 1, "http_server_error": 1}
@@ -251,7 +256,7 @@ def test_a_later_pass_fetches_failed_rows_alone_and_takes_over_the_rest(server: 
     assert [row["num_passes"] for row in rows_of(second)] == [1, 1, 2, 1, 2, 1, 2, 1]
     files = {entry.path: entry.sha256 for entry in second.manifest.files}
     same = {entry.path for entry in first.manifest.files if files.get(entry.path) == entry.sha256}
-    # In the last shard a row was asked for in vain: its pictures stay as they are, its statuses count the attempt.
+    # In the last shard a retry failed again: its images are unchanged, its statuses count the attempt.
     assert same == {"images-00000.parquet", "status-00000.parquet", "images-00003.parquet"}
     before = {row["url"]: row for unit in image_units(first) for row in unit.read().to_pylist()}
     after = {row["url"]: row for unit in image_units(second) for row in unit.read().to_pylist()}
@@ -261,7 +266,7 @@ def test_a_later_pass_fetches_failed_rows_alone_and_takes_over_the_rest(server: 
     assert [row["num_passes"] for row in rows_of(third)] == [1, 1, 2, 1, 3, 1, 3, 1]
 
 
-def test_a_later_pass_starts_from_the_same_rows_and_configuration_alone(server: HostileServer, tmp_path: Path) -> None:
+def test_a_later_pass_requires_the_same_rows_and_configuration(server: HostileServer, tmp_path: Path) -> None:
     subset = subset_of([server.url("/scene/1")], tmp_path)
     other = subset_of([server.url("/scene/2")], tmp_path / "other")
     first = run_images(server, subset, tmp_path)
@@ -269,12 +274,12 @@ def test_a_later_pass_starts_from_the_same_rows_and_configuration_alone(server: 
         run_later(server, other, first, tmp_path)
     with pytest.raises(ThroughlineError, match="another subset or configuration"):
         run_later(server, subset, first, tmp_path, later_passes=2)
-    with pytest.raises(ThroughlineError, match="starts from the output of 0, which the request has to name"):
+    with pytest.raises(ThroughlineError, match="starts from the output of later_passes 0; give that as the input"):
         run_images(server, subset, tmp_path, later_passes=1)
 
 
 @pytest.mark.slow
-def test_another_order_of_completion_changes_nothing(server: HostileServer, tmp_path: Path) -> None:
+def test_the_order_of_completion_does_not_matter(server: HostileServer, tmp_path: Path) -> None:
     paths = [f"/slow-scene/{index}" if index % 3 == 0 else f"/scene/{index}" for index in range(20)]
     subset = subset_of([server.url(path) for path in paths], tmp_path)
     versions = {
@@ -300,9 +305,7 @@ def _stated_subset(run: StageRun[_SubsetLike]) -> None:
 
 
 @pytest.mark.slow
-def test_bytes_that_are_not_the_source_tables_are_recorded_and_kept_or_dropped(
-    server: HostileServer, tmp_path: Path
-) -> None:
+def test_drifted_images_are_recorded_and_kept_or_dropped(server: HostileServer, tmp_path: Path) -> None:
     urls = tuple(server.url(f"/scene/{index}") for index in range(3))
     plain = run_images(server, subset_of(list(urls), tmp_path / "plain"), tmp_path / "plain")
     digests = {row["url"]: row["source_sha256"] for unit in image_units(plain) for row in unit.read().to_pylist()}
@@ -322,7 +325,21 @@ def test_bytes_that_are_not_the_source_tables_are_recorded_and_kept_or_dropped(
     assert (lost["sample_key"], lost["reason"]) == (sample_key(urls[1], "text"), "drifted")
 
 
-def test_settings_that_decide_which_rows_arrive_are_part_of_the_fingerprint() -> None:
+def test_drift_is_counted_over_all_passes(server: HostileServer, tmp_path: Path) -> None:
+    urls = (server.url("/jpeg"), server.url("/heals/1/drift"), server.url("/heals/1/same"))
+    stage = plain_stage(name="subset", code_version="1", config_type=_SubsetLike, produce=_stated_subset)
+    expected = ("0" * 64, "0" * 64, hashlib.sha256(JPEG).hexdigest())
+    subset = stage.run(_SubsetLike(urls=urls, expected=expected), {}, tmp_path, "00000")
+    server.requests.clear()
+    passes = {"fetch": no_retries(server), "retry_passes": 1, "retry_pass_seconds": 0.0}
+    output = run_images(server, subset, tmp_path, **passes)
+    assert output.manifest.summary["drift"] == {"drifted": 2, "same": 1}
+    server.requests.clear()
+    strict = run_images(server, subset, tmp_path, drift="drop", **passes)
+    assert strict.manifest.summary["drift"] == {"drifted": 2, "same": 1}
+
+
+def test_settings_that_decide_which_rows_succeed_are_part_of_the_fingerprint() -> None:
     def fingerprint(config: ImagesConfig) -> str:
         return images.STAGE.fingerprint(config, {})
 
@@ -331,7 +348,7 @@ def test_settings_that_decide_which_rows_arrive_are_part_of_the_fingerprint() ->
         assert fingerprint(ImagesConfig(fetch=fetch)) != fingerprint(ImagesConfig())
 
 
-def test_a_row_that_leads_to_an_opted_out_domain_ends_there(server: HostileServer, tmp_path: Path) -> None:
+def test_a_redirect_to_an_opted_out_domain_drops_the_row(server: HostileServer, tmp_path: Path) -> None:
     urls = [server.url("/redirect-opted-out-domain"), server.url("/redirect-denied-domain"), server.url("/redirect")]
     lists = {
         "opt_outs": entry_list(tmp_path / "opt-outs.txt", "artist.example"),
@@ -347,14 +364,14 @@ def test_a_row_that_leads_to_an_opted_out_domain_ends_there(server: HostileServe
     }
 
 
-def test_without_lists_earlier_downloads_are_still_found(tmp_path: Path) -> None:
+def test_without_lists_existing_downloads_are_still_found(tmp_path: Path) -> None:
     fetch = identity_of(FetchConfig())
     assert not {"opt_outs", "urls_denied", "domains_denied"} & fetch.keys()
     listed = entry_list(tmp_path / "list.txt", "artist.example")
     assert identity_of(FetchConfig(opt_outs=listed)) == fetch | {"opt_outs": {"sha256": listed.sha256}}
 
 
-def test_progress_tells_failures_by_reason(
+def test_progress_shows_failures_by_reason(
     server: HostileServer, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     subset = subset_of([server.url("/404?x"), server.url("/jpeg")], tmp_path)

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from pipelines.download.resize import resize_and_crop
-from tests.pipelines.download.hostile_server import picture
+from tests.pipelines.download.hostile_server import make_image
 
 FILTERS = ["bilinear", "bicubic", "lanczos", "box"]
 CHANNELS = {"L": 1, "RGB": 3, "RGBA": 4, "CMYK": 4}
@@ -35,14 +35,14 @@ def by_pillow(image: Image.Image, size_px: int, resample: str) -> Image.Image:
     "size", [(64, 64), (80, 70), (70, 81), (250, 64), (16, 16), (1, 1), (500, 333), (3000, 50), (50, 3000)]
 )
 @pytest.mark.parametrize("resample", FILTERS)
-def test_the_centre_square_is_resized_as_pillow_does(size: tuple[int, int], resample: str) -> None:
+def test_the_centre_square_is_resized_as_by_pillow(size: tuple[int, int], resample: str) -> None:
     for mode in ("L", "RGB", "CMYK"):
         image = noise(mode, size)
         assert largest_difference(resize_and_crop(image, 64, resample), by_pillow(image, 64, resample)) <= 2
 
 
 @pytest.mark.parametrize("resample", FILTERS)
-def test_colours_count_as_much_as_they_are_opaque(resample: str) -> None:
+def test_colours_are_weighted_by_opacity(resample: str) -> None:
     image = Image.new("RGBA", (200, 200), (0, 0, 255, 0))
     image.paste((255, 0, 0, 255), (0, 0, 90, 200))
     found = np.asarray(resize_and_crop(image, 64, resample))
@@ -53,7 +53,7 @@ def test_colours_count_as_much_as_they_are_opaque(resample: str) -> None:
 
 
 @pytest.mark.parametrize("mode", ["L", "RGB"])
-def test_a_picture_in_several_pieces_of_memory_gives_what_one_in_one_piece_does(mode: str) -> None:
+def test_an_image_in_several_blocks_of_memory_gives_the_same_result(mode: str) -> None:
     square = noise("L", (2100, 2100)).convert(mode)
     wide = Image.new(mode, (8400, 2100))  # 17 MB and more: Pillow takes memory in pieces of 16 MiB
     wide.paste(square, (3150, 0))
@@ -61,8 +61,8 @@ def test_a_picture_in_several_pieces_of_memory_gives_what_one_in_one_piece_does(
 
 
 @pytest.mark.parametrize("size", [(300, 280), (1000, 257), (500, 333), (3000, 300), (333, 1024)])
-def test_it_is_the_square_that_resizing_all_and_cropping_gives(size: tuple[int, int]) -> None:
-    image = picture(*size, seed=3)
+def test_the_square_is_that_of_resizing_first_and_cropping_then(size: tuple[int, int]) -> None:
+    image = make_image(*size, seed=3)
     short = min(size)
     whole = image.resize((256 * size[0] // short, 256 * size[1] // short), Image.Resampling.BILINEAR)
     left, top = round((whole.width - 256) / 2), round((whole.height - 256) / 2)
@@ -72,7 +72,7 @@ def test_it_is_the_square_that_resizing_all_and_cropping_gives(size: tuple[int, 
     assert difference < 0.6 * moved  # both round the square's place to a whole pixel, of the source or of the result
 
 
-def test_a_square_of_the_size_is_left_as_it_is() -> None:
+def test_a_square_of_the_target_size_is_unchanged() -> None:
     image = noise("RGB", (256, 300))
     assert largest_difference(resize_and_crop(image, 256, "bicubic"), image.crop((0, 22, 256, 278))) == 0
 

@@ -1,4 +1,4 @@
-"""`throughline lint` finds planted damage of every kind, and nothing in sound shards of ours or others'."""
+"""`throughline lint` finds every kind of damage, and nothing in intact shards of ours or others."""
 
 import gzip
 import io
@@ -22,14 +22,15 @@ from pipelines.core.errors import ThroughlineError
 from pipelines.runner.outputs import StageOutput
 from pipelines.runner.units import StageRun
 from pipelines.shards.format import ShardWriter
-from pipelines.shards.lint import KINDS, LintReport, lint_folder
+from pipelines.shards.lint import lint_folder
+from pipelines.shards.lint_checks import KINDS, LintReport
 from pipelines.shards.tar import DamagedTarError, walk
 from tests.plain_stage import plain_stage
 
 Members = list[tuple[str, bytes]]
 
 
-def picture(seed: int, image_format: str = "JPEG") -> bytes:
+def image_bytes(seed: int, image_format: str = "JPEG") -> bytes:
     stream = io.BytesIO()
     pixels = np.random.default_rng(seed).integers(0, 256, (24, 24, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(stream, image_format)
@@ -40,7 +41,7 @@ def sample(key: str, seed: int = 0) -> Members:
     caption = f"čaj {key}"
     record = {"key": key.rpartition("/")[2], "caption": caption}
     return [
-        (f"{key}.jpg", picture(seed)),
+        (f"{key}.jpg", image_bytes(seed)),
         (f"{key}.json", json.dumps(record).encode()),
         (f"{key}.txt", caption.encode()),
     ]
@@ -79,7 +80,7 @@ def our_shards(root: Path) -> StageOutput:
                 with unit.open(name, num_rows=len(keys)) as stream:
                     writer = ShardWriter(stream, name)
                     for seed, key in enumerate(keys):
-                        writer.add(key, picture(seed), f"čaj {key}", {"sample_key": key, "caption": f"čaj {key}"})
+                        writer.add(key, image_bytes(seed), f"čaj {key}", {"sample_key": key, "caption": f"čaj {key}"})
                     index = writer.finish()
                 unit.write(f"shard-{number:05d}.index.json", index.to_bytes(), num_rows=len(keys))
 
@@ -87,11 +88,11 @@ def our_shards(root: Path) -> StageOutput:
     return stage.run(_Config(), {}, root, "00000")
 
 
-def test_sound_shards_of_ours_and_others_have_no_findings(tmp_path: Path) -> None:
+def test_intact_shards_of_ours_and_others_have_no_findings(tmp_path: Path) -> None:
     our_shards(tmp_path)
     with TarWriter(str(tmp_path / "wds.tar")) as writer:
         for index in range(3):
-            writer.write({"__key__": f"{index:05d}", "jpg": picture(index), "txt": "t", "json": {"caption": "t"}})
+            writer.write({"__key__": f"{index:05d}", "jpg": image_bytes(index), "txt": "t", "json": {"caption": "t"}})
     long_key = "folder/" + "x" * 180
     for tar_format in (tarfile.PAX_FORMAT, tarfile.GNU_FORMAT):
         (tmp_path / f"format-{tar_format}.tar").write_bytes(tar_bytes(sample(f"{long_key}-{tar_format}"), tar_format))
@@ -126,7 +127,7 @@ TAR_DAMAGE: dict[str, Callable[[bytes], bytes]] = {
 
 
 @pytest.mark.parametrize("kind", TAR_DAMAGE)
-def test_damage_of_the_tar_is_found_and_the_next_shard_still_read(tmp_path: Path, kind: str) -> None:
+def test_damage_of_the_tar_is_found_and_the_next_shard_is_still_read(tmp_path: Path, kind: str) -> None:
     path = write(tmp_path, sample("a1") + sample("a2"))
     path.write_bytes(TAR_DAMAGE[kind](path.read_bytes()))
     write(tmp_path, sample("b1") + sample("b2"), "00001.tar")
@@ -142,18 +143,18 @@ MEMBER_DAMAGE: dict[str, tuple[Members, str]] = {
     "duplicate_member": ([*sample("a1"), sample("a1")[2]], "a1"),
     "split_sample": ([sample("a1")[0], *sample("a2"), *sample("a1")[1:]], "a1"),
     "missing_member": ([*sample("a1"), *sample("a2")[:2], *sample("a3")], "a2"),
-    "json_unreadable": ([*sample("a1"), ("a2.jpg", picture(0)), ("a2.json", b"{"), ("a2.txt", b"t")], "a2"),
-    "text_unreadable": ([("a2.jpg", picture(0)), ("a2.json", b"{}"), ("a2.txt", b"\xff\xfe")], "a2"),
+    "json_unreadable": ([*sample("a1"), ("a2.jpg", image_bytes(0)), ("a2.json", b"{"), ("a2.txt", b"t")], "a2"),
+    "text_unreadable": ([("a2.jpg", image_bytes(0)), ("a2.json", b"{}"), ("a2.txt", b"\xff\xfe")], "a2"),
     "caption_disagrees": ([("a2.json", b'{"caption": "one"}'), ("a2.txt", b"other")], "a2"),
     "key_disagrees": ([("a2.json", b'{"key": "a3"}'), ("a2.txt", b"other")], "a2"),
     "image_unreadable": ([("a2.jpg", b"\xff\xd8\xffnothing"), ("a2.txt", b"t")], "a2"),
-    "image_suffix": ([("a2.jpg", picture(0, "PNG")), ("a2.txt", b"t")], "a2"),
-    "pickle": ([("a2.jpg", picture(0)), ("a2.emb", pickle.dumps([1, 2]))], "a2"),
+    "image_suffix": ([("a2.jpg", image_bytes(0, "PNG")), ("a2.txt", b"t")], "a2"),
+    "pickle": ([("a2.jpg", image_bytes(0)), ("a2.emb", pickle.dumps([1, 2]))], "a2"),
 }
 
 
 @pytest.mark.parametrize("kind", MEMBER_DAMAGE)
-def test_damage_of_members_is_found_with_its_key_and_nothing_else_is(tmp_path: Path, kind: str) -> None:
+def test_damage_of_members_is_found_with_its_key_and_nothing_else(tmp_path: Path, kind: str) -> None:
     members, key = MEMBER_DAMAGE[kind]
     write(tmp_path, members)
     report = lint_folder(tmp_path)
@@ -190,8 +191,8 @@ def test_torch_and_object_arrays_are_pickles_whatever_their_suffix(tmp_path: Pat
     assert [item.detail.split()[0] for item in lint_folder(tmp_path).findings] == ["bin", "npy", "pkl"]
 
 
-def test_pixels_are_decoded_on_demand_alone(tmp_path: Path) -> None:
-    write(tmp_path, [("a1.jpg", picture(0)[:-100]), ("a1.txt", b"t")])
+def test_pixels_are_decoded_only_on_request(tmp_path: Path) -> None:
+    write(tmp_path, [("a1.jpg", image_bytes(0)[:-100]), ("a1.txt", b"t")])
     assert lint_folder(tmp_path).findings == []
     (finding,) = lint_folder(tmp_path, decode=True).findings
     assert finding.kind == "image_unreadable" and "truncated" in finding.detail
@@ -223,26 +224,26 @@ def test_damage_of_an_output_is_found_by_its_manifest(tmp_path: Path, kind: str)
 def test_digests_in_the_json_and_a_changed_index_are_compared(tmp_path: Path) -> None:
     output = our_shards(tmp_path / "ours")
     path = output.path("shard-00000.tar")
-    other = picture(9).ljust(len(picture(1)), b"\0")[: len(picture(1))]
+    other = image_bytes(9).ljust(len(image_bytes(1)), b"\0")[: len(image_bytes(1))]
     alone = tmp_path / "alone"
     alone.mkdir()
-    (alone / path.name).write_bytes(path.read_bytes().replace(picture(1), other))
+    (alone / path.name).write_bytes(path.read_bytes().replace(image_bytes(1), other))
     (alone / "shard-00000.index.json").write_bytes(
         output.path("shard-00000.index.json").read_bytes().replace(b'"cc"', b'"cd"')
     )
     found = lint_folder(alone).findings
     assert [(item.kind, item.key) for item in found] == [("hash_disagrees", "bb"), ("index_disagrees", "cc")]
-    assert "jpg has not the image_sha256" in found[0].detail
+    assert "jpg does not have the image_sha256" in found[0].detail
 
 
-def test_every_kind_of_finding_is_planted_here() -> None:
+def test_every_kind_of_finding_is_tested_here() -> None:
     elsewhere = {"not_a_file", "duplicate_key"}
     assert {*TAR_DAMAGE, *MEMBER_DAMAGE, *OUR_DAMAGE, *elsewhere} == set(KINDS)
 
 
 @settings(max_examples=150, deadline=None)
 @given(place=st.integers(0, 10_239), byte=st.integers(0, 255), cut=st.booleans())
-def test_a_damaged_tar_ends_in_members_or_in_one_error(place: int, byte: int, cut: bool) -> None:
+def test_a_damaged_tar_gives_members_or_one_error(place: int, byte: int, cut: bool) -> None:
     data = tar_bytes(sample("a1"))
     damaged = data[:place] if cut else data[:place] + bytes([byte]) + data[place + 1 :]
     try:
@@ -253,7 +254,9 @@ def test_a_damaged_tar_ends_in_members_or_in_one_error(place: int, byte: int, cu
         assert len(members) == 3
 
 
-def test_command_says_where_counts_and_exits_with_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_command_prints_findings_and_counts_and_exits_with_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     write(tmp_path, [("a1\x1b[2J.jpg", b""), ("a1\x1b[2J.txt", b"t")])
     with pytest.raises(SystemExit) as caught:
         main(["lint", str(tmp_path)])
@@ -272,14 +275,14 @@ def test_command_says_where_counts_and_exits_with_one(tmp_path: Path, capsys: py
     assert record["findings"][0]["shard"] == "00000.tar"
 
 
-def test_command_exits_with_zero_where_nothing_is_found(tmp_path: Path) -> None:
+def test_command_exits_with_zero_if_nothing_is_found(tmp_path: Path) -> None:
     write(tmp_path, sample("a1"))
     with pytest.raises(SystemExit) as caught:
         main(["lint", str(tmp_path)])
     assert caught.value.code == 0
 
 
-def test_a_folder_without_tars_is_refused(tmp_path: Path) -> None:
+def test_a_folder_without_tars_is_rejected(tmp_path: Path) -> None:
     with pytest.raises(ThroughlineError, match="no tars here"):
         lint_folder(tmp_path)
     with pytest.raises(ThroughlineError, match="no such folder"):

@@ -1,4 +1,4 @@
-"""Finds the tables of captions and of the pictures they were written for, without reading all of them."""
+"""Finds captions and the images they describe among finished outputs, reading only the tables that are needed."""
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from pipelines.runner.outputs import StageOutput
 
 @dataclass(frozen=True)
 class CaptionTable:
-    """A table of captions and the table of pictures that it belongs to."""
+    """A table of captions and the table of images that it was made from."""
 
     captions_path: Path
     images_path: Path
@@ -22,26 +22,29 @@ class CaptionTable:
         table = pq.read_table(self.captions_path, columns=["sample_key", "caption"])
         return dict(zip(table["sample_key"].to_pylist(), table["caption"].to_pylist(), strict=True))
 
-    def pictures(self, sample_keys: Collection[str]) -> dict[str, tuple[str, bytes]]:
-        """Return sample_key -> (alt_text, encoded picture) of the keys asked for; other pictures are passed over."""
+    def images(self, sample_keys: Collection[str]) -> dict[str, tuple[str, bytes]]:
+        """Return sample_key -> (alt_text, encoded image) for the given keys.
+
+        Raises ThroughlineError if an image is missing.
+        """
         import pyarrow.parquet as pq
 
-        found: dict[str, tuple[str, bytes]] = {}
+        images: dict[str, tuple[str, bytes]] = {}
         columns = ["sample_key", "alt_text", "image"]
         for batch in pq.ParquetFile(self.images_path).iter_batches(batch_size=256, columns=columns):
             for index, key in enumerate(batch.column("sample_key").to_pylist()):
                 if key in sample_keys:
-                    found[key] = (batch.column("alt_text")[index].as_py() or "", batch.column("image")[index].as_py())
-        missing = sorted(set(sample_keys) - set(found))
+                    images[key] = (batch.column("alt_text")[index].as_py() or "", batch.column("image")[index].as_py())
+        missing = sorted(set(sample_keys) - set(images))
         if missing:
-            raise ThroughlineError(f"{self.images_path}: no picture for the caption of {missing[0]}; re-run captions")
-        return found
+            raise ThroughlineError(f"{self.images_path}: no image for the caption of {missing[0]}; re-run captions")
+        return images
 
 
 def caption_tables(images: Sequence[StageOutput], captions: Sequence[StageOutput]) -> list[CaptionTable]:
-    """Return every table of captions with its pictures, by part and name.
+    """Return all caption tables with their image tables, ordered by part and name.
 
-    Raises ThroughlineError where the pictures of some captions are not among the inputs.
+    Raises ThroughlineError if the images of some captions are not among the inputs.
     """
     by_version = {item.data_version: item for item in images}
     tables = []
@@ -49,19 +52,19 @@ def caption_tables(images: Sequence[StageOutput], captions: Sequence[StageOutput
         for ref in output.manifest.inputs.get("images", ()):
             if ref.data_version not in by_version:
                 raise ThroughlineError(
-                    f"captions {output.manifest.partition}: made for images {ref.data_version}, which are not given; "
-                    "give the images that the captions were made for"
+                    f"captions {output.manifest.partition}: made from images {ref.data_version}, which is not among "
+                    "the inputs; add it"
                 )
-            pictures = by_version[ref.data_version]
+            images_output = by_version[ref.data_version]
             for path in output.files(".parquet"):
                 if path.name.startswith("captions-"):
-                    images_path = pictures.path(f"images-{path.name.removeprefix('captions-')}")
+                    images_path = images_output.path(f"images-{path.name.removeprefix('captions-')}")
                     tables.append(CaptionTable(path, images_path))
     return tables
 
 
-def evenly(count: int, wanted: int) -> list[int]:
-    """Return at most `wanted` indices spread evenly over range(count)."""
-    if wanted >= count:
+def even_indices(count: int, limit: int) -> list[int]:
+    """Return at most `limit` indices, spread evenly over range(count)."""
+    if limit >= count:
         return list(range(count))
-    return [(2 * index + 1) * count // (2 * wanted) for index in range(wanted)]
+    return [(2 * index + 1) * count // (2 * limit) for index in range(limit)]

@@ -1,4 +1,4 @@
-"""Charts: well-formed SVG whatever the numbers, with axes that a reader can trust."""
+"""Charts: well-formed SVG for any numbers, with correct axes."""
 
 import math
 from xml.etree import ElementTree as ET
@@ -8,9 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from evaluation.analysis.fusion_analysis import draw, flow_times, summarise
-from evaluation.report.charts import (
-    Estimate,
+from evaluation.analysis.charts import (
+    IntervalRow,
     Panel,
     Series,
     bar_chart,
@@ -21,6 +20,7 @@ from evaluation.report.charts import (
     nice_ticks,
     standalone_svg,
 )
+from evaluation.analysis.fusion_analysis import flow_times, summarise, weight_panels
 from training.config import Strategy
 
 finite = st.floats(-1e6, 1e6, allow_nan=False).map(lambda value: round(value, 6))
@@ -33,7 +33,7 @@ def parse(panel: Panel) -> ET.Element:
 
 
 @given(finite, finite)
-def test_ticks_lie_within_the_range_at_even_steps(first: float, second: float) -> None:
+def test_ticks_are_evenly_spaced_within_the_range(first: float, second: float) -> None:
     low, high = min(first, second), max(first, second)
     ticks = nice_ticks(low, high)
     slack = 1e-6 * max(abs(low), abs(high), 1e-6)
@@ -55,13 +55,13 @@ def test_a_gap_in_a_line_stays_a_gap() -> None:
     assert (path.get("d") or "").count("M") == 2
 
 
-def test_an_interval_chart_says_where_there_are_no_scores() -> None:
-    svg = inline_svg([interval_chart([Estimate("a", None), Estimate("b", None)], title="t")], "d")
+def test_an_interval_chart_without_scores_says_so() -> None:
+    svg = inline_svg([interval_chart([IntervalRow("a", None), IntervalRow("b", None)], title="t")], "d")
     assert "no scores" in svg
-    parse(interval_chart([Estimate("a", (0.0, 0.0, 0.0)), Estimate("b", None)], title="t"))
+    parse(interval_chart([IntervalRow("a", (0.0, 0.0, 0.0)), IntervalRow("b", None)], title="t"))
 
 
-def test_a_heatmap_leaves_cells_at_the_centre_empty() -> None:
+def test_a_heatmap_draws_no_cell_at_the_centre() -> None:
     settings = {"title": "t", "x_label": "x", "y_label": "y", "row_names": ["0"], "column_names": ["1", "2", "3"]}
     cells = [
         item.get("fill")
@@ -73,13 +73,13 @@ def test_a_heatmap_leaves_cells_at_the_centre_empty() -> None:
 
 @pytest.mark.parametrize("strategy", Strategy)
 @pytest.mark.parametrize("size", [1.0, 0.001, 0.0])
-def test_weights_of_every_strategy_can_be_drawn(strategy: Strategy, size: float) -> None:
+def test_weight_panels_of_every_strategy_are_well_formed(strategy: Strategy, size: float) -> None:
     times = flow_times(5)
     assert times == [0.0, 0.25, 0.5, 0.75, 1.0]
     rng = np.random.default_rng(1)
     weights = np.exp(size * rng.normal(size=(3, 5, 7)))
     weights /= weights.sum(-1, keepdims=True)
-    panels = draw(weights, times, strategy)
+    panels = weight_panels(weights, times, strategy)
     assert panels
     for panel in panels:
         parse(panel)

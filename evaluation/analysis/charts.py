@@ -1,7 +1,7 @@
-"""Draws the evaluation's charts as SVG text: the same bytes on every machine, in colours that follow light and dark.
+"""Draws charts as SVG text: the same bytes on every machine, with colours for light and dark mode.
 
-Written out by hand instead of through matplotlib, whose output depends on its version and on installed fonts, and
-which can't follow the reader's colour scheme.
+It does not use matplotlib, whose output depends on its version and the installed fonts and cannot follow the reader's
+colour scheme.
 """
 
 import math
@@ -28,7 +28,7 @@ CHART_STYLE = """\
 
 
 def palette(dark: bool) -> str:
-    """Return the CSS variables of the charts' colours."""
+    """Return the CSS variables that define the charts' colours."""
     colours = DARK_COLOURS if dark else LIGHT_COLOURS
     return (_VARIABLES_DARK if dark else _VARIABLES_LIGHT) + "".join(
         f"--s{index}:{colour};" for index, colour in enumerate(colours)
@@ -37,7 +37,7 @@ def palette(dark: bool) -> str:
 
 @dataclass(frozen=True)
 class Series:
-    """A line: its name, its points, and the number of its colour. `low` and `high` draw a band behind it."""
+    """A line: its name, points and colour number. `low` and `high` draw a band behind it."""
 
     name: str
     xs: Sequence[float]
@@ -49,7 +49,7 @@ class Series:
 
 @dataclass(frozen=True)
 class Panel:
-    """A drawing with its size in px, to be put into a page or a file."""
+    """A drawing with its size in px, to be placed in a page or a file."""
 
     width: float
     height: float
@@ -95,7 +95,7 @@ def line_chart(
     rule_at: float | None = None,
     rule_label: str = "",
 ) -> Panel:
-    """Draw lines over one x axis; a dashed rule marks a value of y. Points that aren't finite break a line."""
+    """Draw lines over one x axis; a dashed rule marks a value of y. A point that is not finite breaks its line."""
     left, right, top, bottom = 58.0, 14.0, 30.0, 40.0
     xs = [x for item in series for x in item.xs]
     if not xs:
@@ -143,7 +143,7 @@ def line_chart(
 
 
 def legend(series: Sequence[Series], *, width: float = 540, per_row: int = 5) -> Panel:
-    """Name the lines of a chart, each beside a dot of its colour."""
+    """Draw the names of a chart's lines, each with a dot of its colour."""
     left, row_height = 58.0, 18.0
     parts = []
     for index, item in enumerate(series):
@@ -176,9 +176,9 @@ def bar_chart(
     width: float = 540,
     height: float = 200,
 ) -> Panel:
-    """Draw one bar per value, from zero up or down, numbered from 1.
+    """Draw one bar per value, up or down from zero, numbered from 1.
 
-    `lows` and `highs` add a thin range, a dashed rule marks a value of y.
+    `lows` and `highs` add a thin range line; a dashed rule marks a value of y.
     """
     left, right, top, bottom = 58.0, 14.0, 30.0, 40.0
     y_high = 1.08 * max([0.0, *values, *(highs or ()), rule_at or 0.0])
@@ -210,7 +210,7 @@ def bar_chart(
         parts.append(_text(width - right, height - 6, rule_label, "end"))
     parts += [
         _text(left + (index + 0.5) * slot, height - bottom + 16, str(index + 1), "middle")
-        for index in _label_steps(len(values), max(1, int((width - left - right) // 30)))
+        for index in _label_indices(len(values), max(1, int((width - left - right) // 30)))
     ]
     parts.append(_text((left + width - right) / 2, height - 6, x_label, "middle"))
     middle_y = number((top + height - bottom) / 2)
@@ -231,7 +231,7 @@ def heatmap(
     width: float = 540,
     cell_height: float = 12.0,
 ) -> Panel:
-    """Draw one cell per value: the warm colour above `centre`, the cold one below, full at `scale` from it."""
+    """Draw one cell per value: a warm colour above `centre`, a cold one below, fully opaque `scale` away from it."""
     left, right, top, bottom = 58.0, 14.0, 30.0, 40.0
     num_columns = len(column_names)
     cell_width = (width - left - right) / num_columns
@@ -255,11 +255,11 @@ def heatmap(
     )
     parts += [
         _text(left - 7, top + (row + 0.5) * cell_height + 4, row_names[row], "end")
-        for row in _label_steps(len(row_names), max(1, int(frame_height // 14)))
+        for row in _label_indices(len(row_names), max(1, int(frame_height // 14)))
     ]
     parts += [
         _text(left + (column + 0.5) * cell_width, height - bottom + 16, column_names[column], "middle")
-        for column in _label_steps(num_columns, max(1, int(frame_width // 30)))
+        for column in _label_indices(num_columns, max(1, int(frame_width // 30)))
     ]
     parts.append(_text((left + width - right) / 2, height - 6, x_label, "middle"))
     middle = top + frame_height / 2
@@ -268,8 +268,8 @@ def heatmap(
 
 
 @dataclass(frozen=True)
-class Estimate:
-    """A row of an interval chart: its name, its value with an interval (None: nothing to show), its colour."""
+class IntervalRow:
+    """A row of an interval chart: its name, (value, low, high) or None without scores, and colour number."""
 
     name: str
     value: tuple[float, float, float] | None
@@ -277,16 +277,16 @@ class Estimate:
 
 
 def interval_chart(
-    estimates: Sequence[Estimate], *, title: str, width: float = 320, row_height: float = 26.0, names: bool = True
+    rows: Sequence[IntervalRow], *, title: str, width: float = 320, row_height: float = 26.0, names: bool = True
 ) -> Panel:
-    """Draw one dot with its interval per row; the dashed rule stands at the first row's value."""
+    """Draw one dot with its interval per row, and a dashed rule at the first row's value."""
     left, right, top, bottom = (112.0 if names else 12.0), 16.0, 30.0, 26.0
-    height = top + bottom + row_height * len(estimates)
+    height = top + bottom + row_height * len(rows)
     parts = [_text(left, 16, title, extra=' class="title"')]
-    shown = [item.value for item in estimates if item.value is not None]
+    shown = [item.value for item in rows if item.value is not None]
     if names:
         parts += [
-            _text(left - 10, top + (row + 0.5) * row_height + 4, item.name, "end") for row, item in enumerate(estimates)
+            _text(left - 10, top + (index + 0.5) * row_height + 4, item.name, "end") for index, item in enumerate(rows)
         ]
     if not shown:
         return Panel(width, height, "".join([*parts, _text(left, top + 20, "no scores")]))
@@ -301,14 +301,14 @@ def interval_chart(
         x = number(to_x(tick))
         parts.append(f'<path class="grid" d="M{x} {number(top)}V{number(height - bottom)}"/>')
         parts.append(_text(to_x(tick), height - bottom + 16, tick_label(tick), "middle"))
-    if estimates[0].value is not None:
-        x = number(to_x(estimates[0].value[0]))
+    if rows[0].value is not None:
+        x = number(to_x(rows[0].value[0]))
         parts.append(f'<path class="rule" d="M{x} {number(top)}V{number(height - bottom)}"/>')
-    for row, item in enumerate(estimates):
+    for index, item in enumerate(rows):
         if item.value is None:
             continue
         value, low, high = item.value
-        y = number(top + (row + 0.5) * row_height)
+        y = number(top + (index + 0.5) * row_height)
         parts.append(
             f'<path class="line" stroke="var(--s{item.colour})" d="M{number(to_x(low))} {y}H{number(to_x(high))}"/>'
             f'<circle cx="{number(to_x(value))}" cy="{y}" r="4" fill="var(--s{item.colour})">'
@@ -317,13 +317,13 @@ def interval_chart(
     return Panel(width, height, "".join(parts))
 
 
-def _label_steps(count: int, room: int) -> list[int]:
-    step = next((step for step in (1, 2, 3, 4, 5, 6, 10, 12, 20, 50) if count / step <= room), count)
+def _label_indices(count: int, max_labels: int) -> list[int]:
+    step = next((step for step in (1, 2, 3, 4, 5, 6, 10, 12, 20, 50) if count / step <= max_labels), count)
     return list(range(0, count, step))
 
 
 def inline_svg(panels: Sequence[Panel], description: str) -> str:
-    """Return panels below each other as one SVG element for a page that holds palette and `CHART_STYLE`."""
+    """Return panels, stacked, as one SVG element for a page that includes the palette and `CHART_STYLE`."""
     width = max(panel.width for panel in panels)
     height = sum(panel.height for panel in panels)
     parts, offset = [], 0.0
@@ -338,7 +338,7 @@ def inline_svg(panels: Sequence[Panel], description: str) -> str:
 
 
 def standalone_svg(panels: Sequence[Panel], description: str) -> str:
-    """Return panels as an SVG file that brings its own colours for light and dark."""
+    """Return panels, stacked, as an SVG file that includes its own colours for light and dark mode."""
     style = (
         f"<style>svg{{{palette(dark=False)}background:#fff}}\n{CHART_STYLE}"
         f"@media (prefers-color-scheme:dark){{svg{{{palette(dark=True)}background:#14181d}}}}</style>"
