@@ -198,3 +198,6 @@ class ReportConfig(FrozenConfig):
     """Width and height of the report's images; at 160 px an image takes about 6 kB."""
     max_num_bytes: int = Field(8_000_000, ge=100_000)
     """Maximum size of the report."""
+    stages: tuple[str, ...] = execution_field(())
+    """Modules of the graph's stages in its order, in which the report lists them; the graph sets it. Empty: the
+    installed stages, by their inputs."""

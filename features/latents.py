@@ -12,9 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 from features.config import LatentsConfig
 from features.cost import latents_cost
+from features.inspection import FEATURE_ROWS, check_finite
 from pipelines.core.errors import ThroughlineError
 from pipelines.core.manifest import Conservation
 from pipelines.core.progress import Progress
+from pipelines.runner.checks import Check
 from pipelines.runner.outputs import StageOutput
 from pipelines.runner.stage import Stage
 from pipelines.runner.units import StageResult, StageRun
@@ -122,4 +124,15 @@ def _summary(run: StageRun[LatentsConfig]) -> dict[str, Any]:
     return {"num_images": sum(unit.rows[1] for unit in units if unit.rows), **notes}
 
 
-STAGE = Stage(name="latents", code_version="1", config_type=LatentsConfig, produce=produce, cost=latents_cost)
+STAGE = Stage(
+    name="latents",
+    code_version="1",
+    config_type=LatentsConfig,
+    produce=produce,
+    description="The autoencoder's posterior of every image, unscaled.",
+    rows=FEATURE_ROWS,
+    checks=(Check(name="finite", description="No NaN or infinity in the latents.", function=check_finite),),
+    preview=None,
+    funnel_label=None,
+    cost=latents_cost,
+)

@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 from features.config import TextFeaturesConfig
 from features.cost import text_features_cost
+from features.inspection import FEATURE_ROWS, check_finite
 from pipelines.core.manifest import Conservation
 from pipelines.core.progress import Progress
+from pipelines.runner.checks import Check
 from pipelines.runner.outputs import StageOutput
 from pipelines.runner.stage import Stage
 from pipelines.runner.units import StageResult, StageRun
@@ -109,5 +111,14 @@ def _summary(run: StageRun[TextFeaturesConfig]) -> dict[str, Any]:
 
 
 STAGE = Stage(
-    name="text_features", code_version="1", config_type=TextFeaturesConfig, produce=produce, cost=text_features_cost
+    name="text_features",
+    code_version="1",
+    config_type=TextFeaturesConfig,
+    produce=produce,
+    description="The frozen text encoder's hidden states of every caption, all layers, unpadded.",
+    rows=FEATURE_ROWS,
+    checks=(Check(name="finite", description="No NaN or infinity in the features.", function=check_finite),),
+    preview=None,
+    funnel_label=None,
+    cost=text_features_cost,
 )

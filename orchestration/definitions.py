@@ -30,7 +30,7 @@ def build_definitions(execution: Execution) -> dg.Definitions:
     jobs = [build_job(EVERYTHING_JOB, nodes, execution, "Every asset of the graph, all partitions.")]
     if evaluation:
         jobs.append(
-            build_job(EVALUATION_JOB, evaluation, execution, "The evaluation alone, from checkpoints that are there.")
+            build_job(EVALUATION_JOB, evaluation, execution, "The evaluation alone, from existing checkpoints.")
         )
     assets = [build_asset(node, execution) for node in nodes]
     assets += [asset for node in nodes if (asset := build_files_asset(node, execution)) is not None]

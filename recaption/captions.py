@@ -15,11 +15,13 @@ from typing import TYPE_CHECKING, Any
 from pipelines.core.errors import ThroughlineError
 from pipelines.core.manifest import Conservation
 from pipelines.core.model_prompts import caption_prompt
+from pipelines.runner.rows import RowTable
 from pipelines.runner.stage import Stage
 from pipelines.runner.units import StageResult, StageRun, Unit
-from recaption.checks import EMPTY, caption_flags, count_flags
+from recaption.checks import CAPTION_QUALITY, EMPTY, caption_flags, count_flags
 from recaption.config import CaptionsConfig
 from recaption.cost import captions_cost
+from recaption.preview import preview_captions
 
 if TYPE_CHECKING:
     from recaption.engine import VisionAnswer, VisionRequest
@@ -186,4 +188,15 @@ def _summary(run: StageRun[CaptionsConfig]) -> dict[str, Any]:
     }
 
 
-STAGE = Stage(name="captions", code_version="1", config_type=CaptionsConfig, produce=produce, cost=captions_cost)
+STAGE = Stage(
+    name="captions",
+    code_version="1",
+    config_type=CaptionsConfig,
+    produce=produce,
+    description="A dense caption of every image by the vision-language model.",
+    rows=RowTable("captions-"),
+    checks=(CAPTION_QUALITY,),
+    preview=preview_captions,
+    funnel_label="Pictures captioned",
+    cost=captions_cost,
+)

@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+from pipelines.runner.checks import Check, CheckResult, Severity
 from pipelines.runner.outputs import StageOutput
 from recaption.config import CaptionCheckConfig
 
@@ -14,6 +15,8 @@ REFUSAL = "refusal"
 REPETITION = "repetition"
 TOO_SHORT = "too_short"
 FLAGS = (EMPTY, TRUNCATED, REFUSAL, REPETITION, TOO_SHORT)
+_MAX_SHARES = {EMPTY: 0.01, TRUNCATED: 0.05, REFUSAL: 0.01, REPETITION: 0.05}
+"""Share of an output's captions that may carry a flag before its check fails."""
 
 _WORD = re.compile(r"\w+")
 # Openings of refusals by instruction-tuned models. Only the start of a caption counts: an image may show such words.
@@ -72,3 +75,20 @@ def caption_quality(captions: StageOutput) -> CaptionQuality:
         for row in pq.read_table(path, columns=["flags"]).column("flags").to_pylist()
     ]
     return CaptionQuality(num_captions=len(flags), num_flagged=count_flags(flags))
+
+
+def check_caption_quality(captions: StageOutput) -> CheckResult:
+    """Check that few captions are empty, truncated, refusals or repetitive."""
+    quality = caption_quality(captions)
+    over = [f"{quality.share(flag):.1%} {flag}" for flag, limit in _MAX_SHARES.items() if quality.share(flag) > limit]
+    numbers = {"num_captions": quality.num_captions, **{f"num_{k}": v for k, v in quality.num_flagged.items()}}
+    message = ", ".join(over) or "few captions are empty, truncated, refusals or repetitive"
+    return CheckResult(not over, message, numbers)
+
+
+CAPTION_QUALITY = Check(
+    name="caption_quality",
+    description="Few captions are empty, truncated, refusals, or repeat themselves.",
+    function=check_caption_quality,
+    severity=Severity.WARNING,
+)

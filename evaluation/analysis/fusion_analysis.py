@@ -8,6 +8,7 @@ from typing import Any
 from evaluation.config import FusionAnalysisConfig
 from pipelines.core.errors import ThroughlineError
 from pipelines.runner.outputs import StageOutput
+from pipelines.runner.rows import DERIVED
 from pipelines.runner.stage import Stage
 from pipelines.runner.units import StageResult, StageRun
 from training.config import ModelConfig, Strategy
@@ -218,4 +219,15 @@ def produce(run: StageRun[FusionAnalysisConfig]) -> StageResult:
     return StageResult(summary=summarise(weights, strategy))
 
 
-STAGE = Stage(name="fusion_analysis", code_version="1", config_type=FusionAnalysisConfig, produce=produce, cost=None)
+STAGE = Stage(
+    name="fusion_analysis",
+    code_version="1",
+    config_type=FusionAnalysisConfig,
+    produce=produce,
+    description="The fusion weight of each layer, by block and time.",
+    rows=DERIVED,
+    checks=(),
+    preview=None,
+    funnel_label=None,
+    cost=None,
+)

@@ -9,6 +9,7 @@ from typing import Any
 from evaluation.config import BENCHMARKS, ResultsConfig, parse_partition
 from pipelines.core.errors import ThroughlineError
 from pipelines.runner.outputs import StageOutput
+from pipelines.runner.rows import DERIVED
 from pipelines.runner.stage import Stage
 from pipelines.runner.units import StageResult, StageRun
 from training.config import PAPER_ARMS
@@ -222,4 +223,15 @@ def produce(run: StageRun[ResultsConfig]) -> StageResult:
     return StageResult(summary=summary, seeds={"bootstrap": config.seed})
 
 
-STAGE = Stage(name="results", code_version="1", config_type=ResultsConfig, produce=produce, cost=None)
+STAGE = Stage(
+    name="results",
+    code_version="1",
+    config_type=ResultsConfig,
+    produce=produce,
+    description="The paper's tables in this run's own numbers, with bootstrap intervals.",
+    rows=DERIVED,
+    checks=(),
+    preview=None,
+    funnel_label=None,
+    cost=None,
+)

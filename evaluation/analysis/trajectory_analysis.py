@@ -7,6 +7,8 @@ from typing import Any
 from evaluation.analysis.gate_time import FORWARD, compare, read_held_out
 from evaluation.config import TrajectoryAnalysisConfig
 from pipelines.core.errors import ThroughlineError
+from pipelines.runner.outputs import Inputs, StageOutput
+from pipelines.runner.rows import DERIVED
 from pipelines.runner.stage import Stage
 from pipelines.runner.units import StageResult, StageRun
 from training.config import CheckpointConfig
@@ -111,6 +113,22 @@ def _write(run: StageRun[TrajectoryAnalysisConfig], comparison: dict[str, Any]) 
         unit.notes.update({name: value for name, value in comparison.items() if name != "steps"})
 
 
+def preview_trajectories(analysis: StageOutput, inputs: Inputs) -> str:
+    """Return a table of the mean differences between estimated and true time."""
+    differences = analysis.manifest.summary["mean_absolute_difference"]
+    rows = [f"| {name} | {value} |" for name, value in differences.items()]
+    return "| latents | mean absolute difference from t |\n|---|---:|\n" + "\n".join(rows)
+
+
 STAGE = Stage(
-    name="trajectory_analysis", code_version="1", config_type=TrajectoryAnalysisConfig, produce=produce, cost=None
+    name="trajectory_analysis",
+    code_version="1",
+    config_type=TrajectoryAnalysisConfig,
+    produce=produce,
+    description="The time that gates estimate from the latents along sampling, against the schedule's.",
+    rows=DERIVED,
+    checks=(),
+    preview=preview_trajectories,
+    funnel_label=None,
+    cost=None,
 )

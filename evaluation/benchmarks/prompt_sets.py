@@ -11,6 +11,7 @@ from pipelines.core.digest import file_sha256
 from pipelines.core.errors import ThroughlineError
 from pipelines.core.manifest import SourceFile
 from pipelines.runner.outputs import StageOutput
+from pipelines.runner.rows import NO_ROWS
 from pipelines.runner.stage import Stage
 from pipelines.runner.units import StageResult, StageRun
 
@@ -139,4 +140,15 @@ def produce(run: StageRun[PromptSetsConfig]) -> StageResult:
     )
 
 
-STAGE = Stage(name="prompt_sets", code_version="1", config_type=PromptSetsConfig, produce=produce, cost=None)
+STAGE = Stage(
+    name="prompt_sets",
+    code_version="1",
+    config_type=PromptSetsConfig,
+    produce=produce,
+    description="The prompts of GenEval, GenAI-Bench and DrawBench, from files pinned by digest.",
+    rows=NO_ROWS,
+    checks=(),
+    preview=None,
+    funnel_label=None,
+    cost=None,
+)

@@ -13,7 +13,9 @@ from evaluation.benchmarks.prompt_sets import read_prompts
 from evaluation.config import SamplesConfig, parse_partition
 from pipelines.core.config import ModelRef
 from pipelines.core.errors import ThroughlineError
-from pipelines.runner.outputs import StageOutput
+from pipelines.runner.outputs import Inputs, StageOutput
+from pipelines.runner.preview import NUM_IMAGES, thumbnail
+from pipelines.runner.rows import DERIVED
 from pipelines.runner.stage import Stage
 from pipelines.runner.units import FinishedUnit, StageResult, StageRun
 from training.config import Arm, SamplerConfig
@@ -202,4 +204,21 @@ def _write_table(run: StageRun[SamplesConfig], rows: Sequence[dict[str, Any]]) -
         pq.write_table(pa.Table.from_pylist(list(rows), schema=schema), stream)
 
 
-STAGE = Stage(name="samples", code_version="2", config_type=SamplesConfig, produce=produce, cost=samples_cost)
+def preview_samples(samples: StageOutput, inputs: Inputs) -> str:
+    """Return thumbnails of the first images."""
+    files = samples.files(".png")[:NUM_IMAGES]
+    return " ".join(thumbnail(path.read_bytes(), path.stem) for path in files)
+
+
+STAGE = Stage(
+    name="samples",
+    code_version="2",
+    config_type=SamplesConfig,
+    produce=produce,
+    description="Images sampled from a checkpoint for a benchmark's prompts; all arms start from the same noise.",
+    rows=DERIVED,
+    checks=(),
+    preview=preview_samples,
+    funnel_label=None,
+    cost=samples_cost,
+)

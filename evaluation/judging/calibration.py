@@ -4,18 +4,23 @@ The captions come from a model, so this measures agreement with the captioner an
 """
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from evaluation.config import JudgeCalibrationConfig
 from evaluation.judging.answers import OK, parse_yes_no
 from evaluation.judging.caption_tables import caption_tables, even_indices
+from evaluation.judging.checks import CALIBRATION
 from evaluation.judging.judges import ANSWER_FAILED
 from pipelines.core.digest import digest_json
 from pipelines.core.errors import ThroughlineError
+from pipelines.core.manifest import DROPPED_NAME
 from pipelines.core.model_prompts import NO, YES, vqascore_question
 from pipelines.laion.block_lists import read_keys
+from pipelines.runner.outputs import StageOutput
+from pipelines.runner.rows import FoundRow, RowReader, RowSearch, table_names
 from pipelines.runner.stage import Stage
 from pipelines.runner.units import StageResult, StageRun, Unit
 from recaption.engine import VisionAnswer, VisionRequest
@@ -174,6 +179,29 @@ def produce(run: StageRun[JudgeCalibrationConfig]) -> StageResult:
     return StageResult(summary=_summary(rows, len(pairs)))
 
 
+def find_calibration_rows(calibration: StageOutput, search: RowSearch) -> Iterator[FoundRow]:
+    """Yield the wanted rows: by their image, by their caption shown with another image, or by an unread answer."""
+    import pyarrow.parquet as pq
+
+    for name in table_names(calibration, "calibration"):
+        for row in pq.read_table(calibration.path(name), columns=["sample_key", "statement_key"]).to_pylist():
+            yield from (FoundRow(key, name, {}) for key in {*row.values()} if key in search.keys)
+    for name in table_names(calibration, Path(DROPPED_NAME).stem):
+        for text in pq.read_table(calibration.path(name), columns=["sample_key"])["sample_key"].to_pylist():
+            key = text.partition("|")[0]
+            if key in search.keys:
+                yield FoundRow(key, name, {})
+
+
 STAGE = Stage(
-    name="judge_calibration", code_version="2", config_type=JudgeCalibrationConfig, produce=produce, cost=None
+    name="judge_calibration",
+    code_version="2",
+    config_type=JudgeCalibrationConfig,
+    produce=produce,
+    description="How well the judge distinguishes a training image's own caption from another image's.",
+    rows=RowReader(find_calibration_rows),
+    checks=(CALIBRATION,),
+    preview=None,
+    funnel_label=None,
+    cost=None,
 )

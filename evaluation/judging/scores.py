@@ -10,6 +10,7 @@ from evaluation.benchmarks.geneval import QUESTIONS_VERSION
 from evaluation.benchmarks.prompt_files import EvaluationPrompt
 from evaluation.benchmarks.prompt_sets import read_prompts
 from evaluation.config import ScoresConfig, parse_partition
+from evaluation.judging.checks import SCORE_CHECKS
 from evaluation.judging.cost import scores_cost
 from evaluation.judging.judges import (
     METRICS,
@@ -23,6 +24,7 @@ from evaluation.judging.judges import (
 )
 from pipelines.core.errors import ThroughlineError
 from pipelines.runner.outputs import StageOutput
+from pipelines.runner.rows import DERIVED
 from pipelines.runner.stage import Stage
 from pipelines.runner.units import StageResult, StageRun, Unit
 from recaption.engine import VisionAnswer, VisionRequest
@@ -188,4 +190,15 @@ def produce(run: StageRun[ScoresConfig]) -> StageResult:
     return StageResult(summary=_summary(config, benchmark, answers, scores))
 
 
-STAGE = Stage(name="scores", code_version="1", config_type=ScoresConfig, produce=produce, cost=scores_cost)
+STAGE = Stage(
+    name="scores",
+    code_version="1",
+    config_type=ScoresConfig,
+    produce=produce,
+    description="The judge model's answers about the samples, raw and as scores.",
+    rows=DERIVED,
+    checks=SCORE_CHECKS,
+    preview=None,
+    funnel_label=None,
+    cost=scores_cost,
+)

@@ -10,26 +10,18 @@ from typing import Any
 
 from evaluation.config import Benchmark, parse_partition
 from evaluation.judging.caption_tables import caption_tables, even_indices
+from evaluation.report.lineage import Lineage
 from pipelines.core.manifest import EARLIER
 from pipelines.dataset.dataset import left_out_as_withdrawn
 from pipelines.runner.outputs import StageOutput
+from pipelines.runner.stage import Stage
 
-Lineage = Mapping[str, Sequence[StageOutput]]
-
-FUNNEL_STAGES: Mapping[str, str] = {
-    "laion_subset": "Rows that pass the filters",
-    "laion_selection": "Rows kept of all parts together",
-    "images": "Pictures downloaded and decoded",
-    "captions": "Pictures captioned",
-    "shards": "Pairs written to shards",
-    "dataset": "Samples to train on",
-}
 _WEBP_QUALITY = 82
 
 
 @dataclass(frozen=True)
 class FunnelStep:
-    """What a stage took in and gave out, summed over its parts."""
+    """Rows into and out of a stage, summed over its parts."""
 
     stage: str
     label: str
@@ -39,10 +31,10 @@ class FunnelStep:
     """(reason, rows), most frequent first."""
 
 
-def funnel(lineage: Lineage) -> list[FunnelStep]:
-    """Return the steps from metadata rows to training samples, those that counted rows.
+def funnel(lineage: Lineage, stages: Mapping[str, Stage[Any]]) -> list[FunnelStep]:
+    """Return the steps from metadata rows to training samples: the stages with a label that counted rows.
 
-    An output that another took the place of counts with neither its rows nor its losses.
+    Ignores outputs that a later output of the same stage replaced.
     """
     replaced = {
         ref.data_version
@@ -51,16 +43,17 @@ def funnel(lineage: Lineage) -> list[FunnelStep]:
         for ref in item.manifest.inputs.get(EARLIER, ())
     }
     steps = []
-    for stage, label in FUNNEL_STAGES.items():
-        outputs = [item for item in lineage.get(stage, ()) if item.data_version not in replaced]
-        tables = [item.manifest.conservation for item in outputs if item.manifest.conservation]
-        if not tables:
+    for name, outputs in lineage.items():
+        label = stages[name].funnel_label if name in stages else None
+        current = [item for item in outputs if item.data_version not in replaced]
+        tables = [item.manifest.conservation for item in current if item.manifest.conservation]
+        if label is None or not tables:
             continue
         reasons: Counter[str] = Counter()
         for table in tables:
             reasons.update(table.dropped)
         dropped = sorted(reasons.items(), key=lambda item: (-item[1], item[0]))
-        steps.append(FunnelStep(stage, label, sum(t.rows_in for t in tables), sum(t.rows_out for t in tables), dropped))
+        steps.append(FunnelStep(name, label, sum(t.rows_in for t in tables), sum(t.rows_out for t in tables), dropped))
     return steps
 
 

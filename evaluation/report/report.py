@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from evaluation.config import BENCHMARKS, ReportConfig
-from evaluation.report.lineage import collect
+from evaluation.report.lineage import collect, stages_of
 from pipelines.core.errors import ThroughlineError
-from pipelines.runner.outputs import StageOutput
+from pipelines.runner.outputs import Inputs, StageOutput
+from pipelines.runner.registry import load_stage
+from pipelines.runner.rows import DERIVED
 from pipelines.runner.stage import Stage
 from pipelines.runner.units import StageResult, StageRun
 
@@ -229,7 +231,7 @@ def render(config: ReportConfig, results_output: StageOutput, lineage: Mapping[s
         judges_of=lambda benchmarks: _judges_of(results, benchmarks),
         lineage_id=results_output.data_version,
         facts=_facts(lineage, results),
-        funnel=report_data.funnel(lineage),
+        funnel=report_data.funnel(lineage, stages_of(lineage, config.stages)),
         captions=report_data.sample_captions(lineage, config.num_captions, size_px),
         caption_prompt=next((item.manifest.summary.get("prompt") for item in lineage.get("captions", ())), None),
         interval_charts=_interval_charts(results),
@@ -269,7 +271,8 @@ def produce(run: StageRun[ReportConfig]) -> StageResult:
     are optional. Raises ThroughlineError if an upstream output is missing, or the file would be too large.
     """
     results = run.input("results")
-    lineage = collect(output for outputs in run.inputs.values() for output in outputs)
+    order = [load_stage(module).name for module in run.config.stages]
+    lineage = collect((output for outputs in run.inputs.values() for output in outputs), order)
     html = render(run.config, results, lineage).encode()
     if len(html) > run.config.max_num_bytes:
         raise ThroughlineError(
@@ -281,4 +284,21 @@ def produce(run: StageRun[ReportConfig]) -> StageResult:
     return StageResult(summary={"num_bytes": len(html), "results": results.data_version})
 
 
-STAGE = Stage(name="report", code_version="1", config_type=ReportConfig, produce=produce, cost=None)
+def preview_report(report: StageOutput, inputs: Inputs) -> str:
+    """Return a link to the HTML file."""
+    path = report.path("report.html")
+    return f"Open [{path.name}]({path.as_uri()}) in a browser: `{path}`"
+
+
+STAGE = Stage(
+    name="report",
+    code_version="1",
+    config_type=ReportConfig,
+    produce=produce,
+    description="One HTML file that opens offline: funnel, captions, loss curves, sample grids, tables, weights.",
+    rows=DERIVED,
+    checks=(),
+    preview=preview_report,
+    funnel_label=None,
+    cost=None,
+)

@@ -18,7 +18,7 @@ from orchestration.cli import options
 from orchestration.cli.options import UnusableFolder, load_profile, require_home, require_output_root
 from orchestration.cli.ray_probe import named_clusters, probe
 from orchestration.console import CROSS, TICK
-from orchestration.defs.event_storage import described_storage
+from orchestration.defs.event_storage import describe_storage
 from orchestration.defs.instance import dagster_home
 from orchestration.profiles.profile import Profile
 from pipelines.cluster.session import LOCAL_RAY
@@ -305,7 +305,7 @@ def _source(profile: Profile) -> Iterator[Diagnostic]:
 
 def _storage(profile: Profile) -> Diagnostic:
     try:
-        return Diagnostic(Severity.GOOD, described_storage(dagster_home(Path(profile.home))))
+        return Diagnostic(Severity.GOOD, describe_storage(dagster_home(Path(profile.home))))
     except ThroughlineError as error:
         # The error of a missing package ends with the command that installs it.
         message, _, fix = str(error).partition("; install it with: ")

@@ -12,26 +12,23 @@ from orchestration.cli.options import add_profile_arguments, load_execution
 from orchestration.console import Console
 from orchestration.defs.assets import is_recorded
 from orchestration.defs.file_events import unrecorded_files
-from orchestration.defs.instance import open_instance, process_tags
-from orchestration.defs.jobs import EVERYTHING_JOB, build_job
+from orchestration.defs.instance import open_instance
+from orchestration.defs.jobs import EVERYTHING_JOB, run_job
 from orchestration.graph.execution import Execution
 from orchestration.graph.graph import Node, PartitionKind
 from orchestration.graph.resolution import Task
 from orchestration.launch.launcher import ON_OTHER_MACHINE
 from pipelines.core.environment import home_folder
-from pipelines.core.errors import ThroughlineError
 from pipelines.core.progress import duration
 from pipelines.runner.locks import WAITING
 from pipelines.runner.outputs import StageOutput
 from pipelines.storage.mirror import location_of
 
 if TYPE_CHECKING:
-    from dagster import DagsterInstance, ExecuteInProcessResult
+    from orchestration.defs.instance import DagsterInstance
 
 _TABLE_1 = {"geneval": "GenEval", "genai": "GenAI-Bench", "unified_style": "UnifiedReward style"}
-"""Columns of table 1 that the paper reports too, with their headings."""
-_INTERRUPTIONS = ("DagsterExecutionInterruptedError", "KeyboardInterrupt")
-_QUIET = {"loggers": {"console": {"config": {"log_level": "CRITICAL"}}}}
+"""Columns of table 1 that the paper prints too, and how they are headed."""
 
 
 class ConsoleObserver:
@@ -81,15 +78,7 @@ class Run:
         if all(self._is_up_to_date(node) for node in nodes):
             return
         self.tallies.clear()
-        job = build_job(name, nodes, self._execution, "A run of the command line.", reporter=self)
-        result = job.execute_in_process(
-            run_config=_QUIET,
-            instance=self._instance,
-            tags={"throughline/profile": self._plan.profile.name, **process_tags()},
-            raise_on_error=False,
-        )
-        if not result.success:
-            raise ThroughlineError(_failure(result))
+        run_job(name, nodes, self._execution, self._instance, reporter=self)
 
     def _is_up_to_date(self, node: Node) -> bool:
         """Return whether every partition is finished and recorded in Dagster; if so, tally them as reused."""
@@ -122,26 +111,6 @@ def _rows(tasks: Sequence[Task]) -> str:
     if not counted:
         return ""
     return f": {sum(item.rows_in for item in counted):,} rows in, {sum(item.rows_out for item in counted):,} out"
-
-
-def _failure(result: "ExecuteInProcessResult") -> str:
-    """Return a failed run's error as one sentence; raises KeyboardInterrupt if a person or a signal stopped the run."""
-    for event in result.all_events:
-        if event.is_step_failure:
-            data = event.step_failure_data
-            if data.user_failure_data and data.user_failure_data.description:
-                return str(data.user_failure_data.description)
-            if data.error:
-                if data.error.cls_name in _INTERRUPTIONS:
-                    raise KeyboardInterrupt
-                cause = data.error
-                while cause.cause is not None:
-                    cause = cause.cause
-                return f"{event.step_key}: {cause.message.strip()}"
-    for event in result.all_events:
-        if event.is_failure and event.message:
-            return str(event.message)
-    return "the run failed without an error message; see it in `throughline ui`"
 
 
 def print_results(console: Console, results: StageOutput, report: StageOutput | None) -> None:

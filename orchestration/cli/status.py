@@ -62,7 +62,8 @@ def run_audit(arguments: argparse.Namespace) -> int:
 
 def _audited_refs(plan: "Plan", run: str | None) -> "list[InputRef]":
     """Return the outputs that a run ID or a data version names; None names all final outputs."""
-    from orchestration.lineage.audit import find_output, refs_of_run
+    from orchestration.defs.run_history import refs_of_run
+    from orchestration.lineage.audit import find_output
     from pipelines.core.environment import home_folder
 
     if run is None:

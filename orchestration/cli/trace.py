@@ -14,7 +14,7 @@ from pipelines.core.errors import ThroughlineError
 
 if TYPE_CHECKING:
     from orchestration.graph.resolution import Plan
-    from orchestration.lineage.trace import Holder, Trace
+    from orchestration.lineage.trace import Trace, TracedOutput
     from pipelines.laion.config import EntryList
 
 _SHOWN_ROWS = 5
@@ -181,9 +181,8 @@ def is_append_only_edit(data: bytes, sha256: str) -> bool:
 
 def _recomputed(plan: "Plan") -> dict[str, int]:
     """Return the assets that a longer list invalidates, with the number of their partitions."""
-    from orchestration.lineage.trace import CALIBRATION, DATASET
-
-    names = plan.graph.downstream({DATASET, CALIBRATION})
+    readers = {name for name, node in plan.graph.nodes.items() if "withdrawn" in node.stage.config_type.model_fields}
+    names = plan.graph.downstream(readers)
     return {name: len(plan.partitions(name)) for name in plan.graph.nodes if name in names}
 
 
@@ -226,7 +225,7 @@ def trace_lines(found: "Trace") -> Iterator[str]:
         yield from (f"  could not be read: {problem}" for problem in found.unreadable)
 
 
-def _age(holder: "Holder") -> str:
+def _age(holder: "TracedOutput") -> str:
     return " old" if holder.is_current is False else ""
 
 
@@ -235,7 +234,7 @@ def _plain(text: str) -> str:
     return text if text.isprintable() else json.dumps(text)
 
 
-def _where(holder: "Holder") -> str:
+def _where(holder: "TracedOutput") -> str:
     """Return how an output uses its rows: how often training drew them, their splits, or the files with them."""
     if holder.first_step is not None:
         return f"drawn {_count(holder.times_drawn, 'time')}, first in step {holder.first_step}"

@@ -64,7 +64,7 @@ class _RowFlow:
 
     def __init__(self, inputs: ProfileInputs, graph: Graph) -> None:
         self._inputs, self._graph = inputs, graph
-        self._in_profile = graph.wanted(inputs.profile)
+        self._in_profile = graph.enabled(inputs.profile)
         self._rows_in: dict[str, Quantity] = {}
         self._rows_out: dict[str, Quantity] = {}
 

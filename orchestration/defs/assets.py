@@ -1,4 +1,4 @@
-"""Dagster's assets, made from the graph: each is thin, and carries out its tasks of the plan."""
+"""Dagster's assets, made from the graph: each only runs its tasks of the plan and records the outcomes."""
 
 import time
 from collections.abc import Iterator, Mapping
@@ -12,7 +12,7 @@ from dagster._core.definitions.data_version import (
 )
 from dagster._core.storage.tags import EXTERNALLY_MANAGED_ASSETS_TAG
 
-from orchestration.defs.asset_checks import Check, checks_of, look
+from orchestration.defs.asset_checks import check_results, check_specs
 from orchestration.defs.file_events import (
     dagster_name,
     file_materialization,
@@ -24,7 +24,6 @@ from orchestration.defs.file_events import (
 from orchestration.defs.metadata import describe
 from orchestration.graph.execution import Execution, Outcome
 from orchestration.graph.graph import (
-    PART_PARTITIONS,
     Coverage,
     Input,
     Node,
@@ -38,9 +37,11 @@ from pipelines.core.errors import ThroughlineError
 from pipelines.core.progress import progress_text
 from pipelines.runner.locks import WAITING
 
+PART_PARTITIONS = "part"
+"""Name of Dagster's dynamic partitions, one per LAION metadata file; the index registers them."""
 _OBSERVE_SECONDS = 60.0
-_MAX_PICTURED = 64
-"""Partitions of one run beyond which its records carry no pictures: they lie in Dagster's database."""
+_MAX_PREVIEWS = 64
+"""A run of more partitions records no previews, to keep Dagster's database small."""
 
 
 def partitions_definition(plan: Plan, kind: PartitionKind) -> "dg.PartitionsDefinition | None":
@@ -60,8 +61,8 @@ def _static_keys(plan: Plan, kind: PartitionKind) -> list[str]:
 
 
 def partition_mapping(plan: Plan, upstream: PartitionKind, downstream: PartitionKind) -> "dg.PartitionMapping | None":
-    """Return which upstream partitions go into a downstream one; never Dagster's guess, except where nothing is
-    divided upstream."""
+    """Return the explicit mapping between two partition sets; None, Dagster's default, only if the upstream asset is
+    unpartitioned."""
     rule = coverage(upstream, downstream)
     if rule is Coverage.SAME:
         return dg.IdentityPartitionMapping()
@@ -76,8 +77,10 @@ def partition_mapping(plan: Plan, upstream: PartitionKind, downstream: Partition
 
 
 class LogObserver:
-    """Tells Dagster what a stage does while it runs: progress as lines of the event log and, once a minute, as an
-    observation of the asset, whose numbers its page plots; waits as lines too, all else as captured output."""
+    """Reports a running stage to Dagster: progress and waits in the event log, other lines as captured output.
+
+    Once a minute progress is also recorded as an observation, whose numbers the asset's page plots.
+    """
 
     def __init__(self, context: "dg.AssetExecutionContext | dg.OpExecutionContext", asset: str) -> None:
         self._context, self._asset = context, asset
@@ -96,7 +99,7 @@ class LogObserver:
 
 
 def observation(asset: str, record: Mapping[str, Any]) -> dg.AssetObservation:
-    """Return the event that shows a progress record of a stage: done, total, rate, and the stage's own counts."""
+    """Return the observation of a progress record: done, total, rate, and the stage's own counts."""
     partition = str(record["label"]).removeprefix(asset).strip() or None
     numbers = {"done": record["done"], "total": record.get("total"), "per_second": record.get("rate")}
     shown = {name: value for name, value in {**numbers, **(record.get("details") or {})}.items() if value is not None}
@@ -106,14 +109,13 @@ def observation(asset: str, record: Mapping[str, Any]) -> dg.AssetObservation:
 def build_asset(node: Node, execution: Execution) -> dg.AssetsDefinition:
     """Return the asset of a node."""
     plan = execution.plan
-    checks = checks_of(node.name)
     spec = dg.AssetSpec(
         node.name,
         deps=[
             dg.AssetDep(dagster_name(item), partition_mapping=_mapping(plan, item, node.partition))
-            for item in _drawn(node)
+            for item in _dagster_deps(node)
         ],
-        description=node.description,
+        description=node.stage.description,
         group_name=node.group.value,
         kinds=set(node.kinds),
         code_version=node.stage.code_version,
@@ -124,14 +126,14 @@ def build_asset(node: Node, execution: Execution) -> dg.AssetsDefinition:
     @dg.multi_asset(
         name=node.name,
         specs=[spec],
-        check_specs=[dg.AssetCheckSpec(check.name, asset=node.name, description=check.description) for check in checks],
+        check_specs=check_specs(node, plan),
         backfill_policy=(
             None
             if node.partition is PartitionKind.NONE
             else dg.BackfillPolicy.multi_run(plan.profile.partitions_per_run(node.name))
         ),
     )
-    def carry_out(context: dg.AssetExecutionContext) -> Iterator[Any]:
+    def materialize_asset(context: dg.AssetExecutionContext) -> Iterator[Any]:
         keys = context.partition_keys if context.has_partition_key or context.has_partition_key_range else [None]
         try:
             outcomes = execution.materialize(node.name, keys, LogObserver(context, node.name))
@@ -146,14 +148,14 @@ def build_asset(node: Node, execution: Execution) -> dg.AssetsDefinition:
             yield dg.MaterializeResult(asset_key=node.name)
         for event in unrecorded_files(context.instance, plan, node.name):
             context.log_event(event)
-        for check in checks:
-            yield check_result(plan, node.name, check, outcomes)
+        for _, result in check_results(node, plan, outcomes):
+            yield result
 
-    return carry_out
+    return materialize_asset
 
 
-def _drawn(node: Node) -> list[Input]:
-    return [item for item in node.inputs if item.drawn]
+def _dagster_deps(node: Node) -> list[Input]:
+    return [item for item in node.inputs if item.is_dagster_dep]
 
 
 def _result(outcome: Outcome) -> dg.MaterializeResult:
@@ -168,15 +170,15 @@ def _result(outcome: Outcome) -> dg.MaterializeResult:
 
 def _log_materializations(context: dg.AssetExecutionContext, outcomes: list[Outcome]) -> None:
     """Record each partition of a run of several with its own data version."""
-    _record_ourselves(context)
+    _disable_automatic_events(context)
     for outcome in outcomes:
-        context.log_event(materialization(context.instance, outcome, pictures=len(outcomes) <= _MAX_PICTURED))
+        context.log_event(materialization(context.instance, outcome, with_preview=len(outcomes) <= _MAX_PREVIEWS))
 
 
-def _record_ourselves(context: dg.AssetExecutionContext) -> None:
-    """Keep Dagster from recording any partition of a run itself: it would give all of them one data version.
+def _disable_automatic_events(context: dg.AssetExecutionContext) -> None:
+    """Keep Dagster from recording the partitions of a run itself: it would give all of them one data version.
 
-    The tag is for this process alone: what is stored of the run does not change.
+    Sets a tag in this process only; the stored run does not change.
     """
     tags = context.run.tags
     assert isinstance(tags, dict)
@@ -184,15 +186,15 @@ def _record_ourselves(context: dg.AssetExecutionContext) -> None:
 
 
 def materialization(
-    instance: dg.DagsterInstance, outcome: Outcome, *, pictures: bool = True
+    instance: dg.DagsterInstance, outcome: Outcome, *, with_preview: bool = True
 ) -> dg.AssetMaterialization:
-    """Return the event that records an outcome: data version and provenance come from its manifest."""
+    """Return the event that records an outcome, with data version and provenance from its manifest."""
     task = outcome.task
     assert task.output is not None
     return dg.AssetMaterialization(
         asset_key=task.node.name,
         partition=task.partition,
-        metadata=describe(task, reused=outcome.reused, pictures=pictures),
+        metadata=describe(task, reused=outcome.reused, with_preview=with_preview),
         tags={
             DATA_VERSION_TAG: task.output.data_version,
             DATA_VERSION_IS_USER_PROVIDED_TAG: "true",
@@ -203,7 +205,7 @@ def materialization(
 
 
 def is_recorded(instance: dg.DagsterInstance, task: Task) -> bool:
-    """Whether Dagster's latest materialization of a finished task is of this very data version."""
+    """Return whether Dagster's latest materialization of a task has the data version of its finished output."""
     if task.output is None:
         return False
     record = instance.get_latest_data_version_record(dg.AssetKey(task.node.name), partition_key=task.partition)
@@ -213,9 +215,9 @@ def is_recorded(instance: dg.DagsterInstance, task: Task) -> bool:
 
 
 def _provenance_tags(instance: dg.DagsterInstance, task: Task) -> dict[str, str]:
-    """Return the tags by which Dagster tells later whether an input has changed since."""
+    """Return the tags by which Dagster later detects that an input has changed."""
     tags: dict[str, str] = {}
-    for item in _drawn(task.node):
+    for item in _dagster_deps(task.node):
         inputs = (task.inputs or {})[item.name]
         versions = {task.partition if item.file else each.manifest.partition: each.data_version for each in inputs}
         tags |= input_tags(instance, dagster_name(item), versions)
@@ -228,10 +230,10 @@ def _mapping(plan: Plan, item: Input, downstream: PartitionKind) -> "dg.Partitio
 
 
 def build_files_asset(node: Node, execution: Execution) -> "dg.AssetsDefinition | None":
-    """Return the asset that stands between a node and the partitions that read single files of its output.
+    """Return the asset between a node and the partitions that read single files of its output; None if there are none.
 
-    Dagster knows no edge to a file: with an edge to the whole, every part would turn stale with any of them. Its events
-    are recorded with the node's own; materialising it alone only records them. None where nothing reads it so.
+    Dagster has no edge to a file, and with an edge to the whole output a change of one part would make every part
+    stale. The events of this asset are recorded together with the node's; materializing it alone only records them.
     """
     plan = execution.plan
     reader = plan.graph.file_reader(node.name)
@@ -241,7 +243,7 @@ def build_files_asset(node: Node, execution: Execution) -> "dg.AssetsDefinition 
     spec = dg.AssetSpec(
         name,
         deps=[node.name],
-        description=f"Each part's own file of {node.name}: what depends on that part alone reads it and nothing else.",
+        description=f"Each part's own file of {node.name}, for assets that depend on that part alone.",
         group_name=node.group.value,
         kinds=set(node.kinds),
         code_version=node.stage.code_version,
@@ -249,7 +251,7 @@ def build_files_asset(node: Node, execution: Execution) -> "dg.AssetsDefinition 
     )
 
     @dg.multi_asset(name=name, specs=[spec], backfill_policy=dg.BackfillPolicy.single_run())
-    def carry_out(context: dg.AssetExecutionContext) -> Iterator[Any]:
+    def record_files(context: dg.AssetExecutionContext) -> Iterator[Any]:
         keys = context.partition_keys
         try:
             events = [file_materialization(context.instance, plan, node.name, key) for key in keys]
@@ -258,44 +260,16 @@ def build_files_asset(node: Node, execution: Execution) -> "dg.AssetsDefinition 
         if len(events) == 1:
             yield file_result(events[0])
             return
-        _record_ourselves(context)
+        _disable_automatic_events(context)
         for event in events:
             context.log_event(event)
         yield dg.MaterializeResult(asset_key=name)
 
-    return carry_out
-
-
-def check_result(plan: Plan, asset: str, check: Check, outcomes: list[Outcome]) -> dg.AssetCheckResult:
-    """Return what a check found in some partitions of an asset."""
-    findings = {outcome.task.partition or asset: look(check, plan, outcome.task) for outcome in outcomes}
-    failed = {name: finding for name, finding in findings.items() if not finding.passed}
-    said = next(iter((failed or findings).values())).sentence
-    metadata: dict[str, Any] = {}
-    if len(findings) == 1:
-        metadata |= next(iter(findings.values())).numbers
-    else:
-        rows = [
-            f"| {name.replace('|', ' on ')} | {'yes' if finding.passed else 'no'} | {finding.sentence} |"
-            for name, finding in findings.items()
-        ]
-        metadata["by_partition"] = dg.MetadataValue.md(
-            "| partition | passed | finding |\n|---|---|---|\n" + "\n".join(rows)
-        )
-        if failed:
-            said = f"{len(failed)} of {len(findings)} partitions, such as {next(iter(failed))}: {said}"
-    return dg.AssetCheckResult(
-        asset_key=asset,
-        check_name=check.name,
-        passed=not failed,
-        severity=dg.AssetCheckSeverity.ERROR if check.severe else dg.AssetCheckSeverity.WARN,
-        description=said,
-        metadata=metadata,
-    )
+    return record_files
 
 
 def register_parts(instance: dg.DagsterInstance, plan: Plan) -> None:
-    """Make Dagster's parts those of the finished index: add new ones, in order, and take away those that are gone."""
+    """Sync Dagster's part partitions with the index: add new parts in order, delete removed ones."""
     wanted = plan.parts()
     known = instance.get_dynamic_partitions(PART_PARTITIONS)
     for gone in sorted(set(known) - set(wanted)):

@@ -1,7 +1,7 @@
-"""Where Dagster keeps runs, events and schedules: SQLite in its folder, or the PostgreSQL that the environment names.
+"""Selects Dagster's storage of runs, events and schedules: SQLite in its folder, or PostgreSQL by environment variable.
 
-Once a folder is set up for PostgreSQL its dagster.yaml says so, without the address: a colleague who has not set the
-variable is told, and never begins a second history in SQLite beside the first.
+Once a folder is set up for PostgreSQL, its dagster.yaml records that, without the address: a user who has not set the
+variable gets an error instead of a second, separate history in SQLite.
 """
 
 import importlib.util
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 INSTALL = "pip install 'throughline[postgres]'"
 _MODULE = "orchestration.defs.postgres"
 POSTGRES_SECTION = f"""\
-# Runs, events and schedules are kept in PostgreSQL, at the address that {POSTGRES_URL} holds.
+# Runs, events and schedules are stored in PostgreSQL, at the address in {POSTGRES_URL}.
 storage:
   custom:
     module: {_MODULE}
@@ -30,21 +30,21 @@ storage:
 _SECTIONS = ("storage", "run_storage", "event_log_storage", "schedule_storage")
 _DRIVERS = ("postgresql", "postgresql+psycopg2")
 _CONNECT_SECONDS = 10
-_SET_UP_KEY = 0x7468726F7567686C
-"""Of the advisory lock; "throughl" in ASCII."""
+_SETUP_LOCK_KEY = 0x7468726F7567686C
+"""Key of the advisory lock: "throughl" in ASCII."""
 
 
 class Storage(StrEnum):
-    """What Dagster keeps its history in."""
+    """Where Dagster stores its history."""
 
     SQLITE = "SQLite"
     POSTGRES = "PostgreSQL"
-    OWN = "its own"
-    """A storage that a person wrote into dagster.yaml."""
+    CUSTOM = "custom"
+    """A storage that the user configured in dagster.yaml."""
 
 
 def named_storage(configuration: Path) -> Storage:
-    """Return what a dagster.yaml names; SQLite is what Dagster takes where it names nothing or is not there."""
+    """Return the storage in a dagster.yaml; SQLite, Dagster's default, if it configures none or does not exist."""
     import yaml
 
     try:
@@ -56,63 +56,64 @@ def named_storage(configuration: Path) -> Storage:
     sections = {name: content[name] for name in _SECTIONS if name in content}
     if not sections:
         return Storage.SQLITE
-    return Storage.POSTGRES if _MODULE in str(sections) else Storage.OWN
+    return Storage.POSTGRES if _MODULE in str(sections) else Storage.CUSTOM
 
 
 def agreed_storage(configuration: Path) -> Storage:
-    """Return the storage to use; raises ThroughlineError where environment and dagster.yaml contradict each other."""
+    """Return the storage to use; raises ThroughlineError if environment and dagster.yaml contradict each other."""
     named, url = named_storage(configuration), postgres_url()
-    if url is not None and named is Storage.OWN:
+    if url is not None and named is Storage.CUSTOM:
         raise ThroughlineError(
-            f"{configuration}: names a storage of its own, and {POSTGRES_URL} is set; unset the variable, or take the "
-            "storage out of the file"
+            f"{configuration}: configures a storage, but {POSTGRES_URL} is set; unset the variable, or remove the "
+            "storage from the file"
         )
     if url is None and named is Storage.POSTGRES:
         raise ThroughlineError(
-            f"{configuration}: this installation keeps its runs in PostgreSQL, and {POSTGRES_URL} is not set; set it, "
-            "or take the section `storage` out of the file to begin a new history in SQLite"
+            f"{configuration}: this installation stores its runs in PostgreSQL, but {POSTGRES_URL} is not set; set it, "
+            "or remove the section `storage` from the file to start a new history in SQLite"
         )
     return Storage.POSTGRES if url is not None else named
 
 
 @contextmanager
-def set_up_alone() -> Iterator[None]:
+def exclusive_setup() -> Iterator[None]:
     """Keep other processes from creating the tables of a new PostgreSQL database while the block runs.
 
-    Raises ThroughlineError where the extra is missing, the address is wrong or the server does not answer.
+    Raises ThroughlineError if the extra is missing, the address is wrong or the server does not respond.
     """
     import sqlalchemy
 
     with _connection() as connection:
-        # A transaction's lock, which a connection pooler in front of the server understands too.
-        connection.execute(sqlalchemy.text("SELECT pg_advisory_xact_lock(:key)"), {"key": _SET_UP_KEY})
+        # A transaction-level lock also works through a connection pooler.
+        connection.execute(sqlalchemy.text("SELECT pg_advisory_xact_lock(:key)"), {"key": _SETUP_LOCK_KEY})
         yield
 
 
-def described_storage(folder: Path) -> str:
-    """Ask the storage of Dagster's folder something and return one line about it; raises ThroughlineError where it
-    does not answer."""
+def describe_storage(folder: Path) -> str:
+    """Query the storage of Dagster's folder and return one line about it; raises ThroughlineError if it does not
+    respond."""
     configuration = folder / "dagster.yaml"
     storage = agreed_storage(configuration)
-    if storage is Storage.OWN:
-        return f"Dagster keeps its runs as {configuration} says"
+    if storage is Storage.CUSTOM:
+        return f"Dagster stores its runs as configured in {configuration}"
     if storage is Storage.POSTGRES:
         with _connection() as connection:
             version = ".".join(str(number) for number in connection.dialect.server_version_info or ())
-            return f"Dagster keeps its runs in PostgreSQL, {_shown(address())}; the server answers (version {version})"
+            where = _redacted(address())
+        return f"Dagster stores its runs in PostgreSQL, {where}; the server responds (version {version})"
     database = folder / "history" / "runs.db"
     if not database.is_file():
-        return f"Dagster keeps its runs in SQLite, under {folder}, from the first run on"
+        return f"Dagster will store its runs in SQLite, under {folder}"
     try:
         with closing(sqlite3.connect(f"file:{database}?mode=ro", uri=True)) as opened:
             (num_runs,) = opened.execute("SELECT COUNT(*) FROM runs").fetchone()
     except sqlite3.Error as error:
-        raise ThroughlineError(f"{database}: Dagster's SQLite does not answer ({error})") from error
-    return f"Dagster keeps its runs in SQLite, under {folder}; it answers ({num_runs} runs)"
+        raise ThroughlineError(f"{database}: Dagster's SQLite is not readable ({error})") from error
+    return f"Dagster stores its runs in SQLite, under {folder}; it is readable ({num_runs} runs)"
 
 
 def address() -> "URL":
-    """Return the address of the PostgreSQL; raises ThroughlineError where it is none, without repeating it."""
+    """Return the address of the PostgreSQL server; raises ThroughlineError, without the value, if it is invalid."""
     import sqlalchemy
 
     try:
@@ -120,17 +121,17 @@ def address() -> "URL":
     except (sqlalchemy.exc.ArgumentError, ValueError):
         url = None
     if url is None or url.drivername not in _DRIVERS or not url.database or "@" in (url.host or ""):
-        # What was given is not repeated: a password may stand anywhere in it.
+        # The value is not shown: it may contain a password anywhere.
         raise ThroughlineError(
             f"{POSTGRES_URL}: expected postgresql://user:password@host:5432/database, with any of :/?#@% in the "
             "password as its percent code"
         )
-    # SQLAlchemy would take psycopg 3, whose connections close where dagster-postgres goes on using them.
+    # SQLAlchemy would choose psycopg 3, whose connections close while dagster-postgres still uses them.
     return url.set(drivername=_DRIVERS[1])
 
 
-def _shown(url: "URL") -> str:
-    """Return user, server and database, and nothing that may be secret."""
+def _redacted(url: "URL") -> str:
+    """Return user, server and database, without anything secret."""
     host = url.host or url.query.get("host") or "this machine"
     return f"database {url.database} of user {url.username or 'unnamed'} at {host}:{url.port or 5432}"
 
@@ -149,9 +150,9 @@ def _connection() -> "Iterator[Connection]":
         with engine.begin() as connection:
             yield connection
     except sqlalchemy.exc.SQLAlchemyError as error:
-        raise ThroughlineError(f"PostgreSQL, {_shown(url)}: {_reason(error, url)}") from error
+        raise ThroughlineError(f"PostgreSQL, {_redacted(url)}: {_reason(error, url)}") from error
 
 
 def _reason(error: Exception, url: "URL") -> str:
-    said = " ".join(str(getattr(error, "orig", None) or error).split())
-    return said.replace(url.password, "***") if url.password else said
+    reason = " ".join(str(getattr(error, "orig", None) or error).split())
+    return reason.replace(url.password, "***") if url.password else reason

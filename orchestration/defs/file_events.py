@@ -1,7 +1,7 @@
-"""What Dagster is told of inputs, above all of those that are one file of an output.
+"""Dagster events for file-level inputs.
 
-Dagster has no edge to a file: between an output and the partitions that read single files of it stands an asset of its
-own, with a partition for each file and the file's SHA-256 as data version.
+Dagster has no edge to a file. So an extra asset connects an output with the partitions that read single files of it: it
+has one partition per file, with the file's SHA-256 as data version.
 """
 
 from collections.abc import Iterator, Mapping
@@ -17,34 +17,39 @@ from dagster._core.definitions.data_version import (
     get_input_event_pointer_tag,
 )
 
-from orchestration.graph.graph import FILE_TAG, STAGE_TAG, Input
+from orchestration.graph.graph import Input
 from orchestration.graph.resolution import Plan
 from pipelines.core.errors import ThroughlineError
 
+STAGE_TAG, FILE_TAG = "throughline/stage", "throughline/file"
+"""Tags of a materialization of a single file: the stage and the file's name."""
+
 
 def files_asset_name(asset: str) -> str:
-    """Return the name in Dagster of the asset whose partitions are single files of another's output."""
+    """Return the name of the asset whose partitions are the single files of an asset's output."""
     return f"{asset}_parts"
 
 
 def dagster_name(item: Input) -> str:
-    """Return the asset in Dagster that an input comes from."""
+    """Return the Dagster asset that an input comes from."""
     return item.asset if item.file is None else files_asset_name(item.asset)
 
 
 def input_tags(instance: dg.DagsterInstance, asset: str, versions: Mapping[str | None, str]) -> dict[str, str]:
-    """Return the tags that say from which data versions of an asset, by partition, something was made.
+    """Return the provenance tags of an input, from the data versions that were read by partition.
 
-    They are those that Dagster writes for a run of one partition: the digest of the versions in order of partitions,
-    and the last event of any partition.
+    These are the tags that Dagster itself writes for a run of one partition: the digest of the versions in the order of
+    the partitions, and the last event of any partition.
     """
     key = dg.AssetKey(asset)
     (record,) = instance.get_asset_records([key]) or (None,)
     last = record.asset_entry.last_materialization_record if record is not None else None
     in_order = [version for _, version in sorted(versions.items(), key=lambda item: item[0] or "")]
-    divided = list(versions) != [None]
+    is_partitioned = list(versions) != [None]
     return {
-        get_input_data_version_tag(key): sha256("".join(in_order).encode()).hexdigest() if divided else in_order[0],
+        get_input_data_version_tag(key): sha256("".join(in_order).encode()).hexdigest()
+        if is_partitioned
+        else in_order[0],
         get_input_event_pointer_tag(key): NULL_EVENT_POINTER if last is None else str(last.storage_id),
     }
 
@@ -52,14 +57,14 @@ def input_tags(instance: dg.DagsterInstance, asset: str, versions: Mapping[str |
 def file_materialization(
     instance: dg.DagsterInstance, plan: Plan, asset: str, partition: str
 ) -> dg.AssetMaterialization:
-    """Return the event that records the file of an asset's output that one partition reads.
+    """Return the event for the file of an asset's output that one partition reads.
 
-    Raises ThroughlineError where the asset is not finished, or has no such file.
+    Raises ThroughlineError if the asset is not finished, or has no such file.
     """
     output = plan.task(asset).output
     if output is None:
         raise ThroughlineError(f"{asset} is not finished; materialize it first")
-    file = plan.graph.file_input(asset).of(output, partition)
+    file = plan.graph.file_input(asset).resolve(output, partition)
     return dg.AssetMaterialization(
         asset_key=files_asset_name(asset),
         partition=partition,
@@ -76,9 +81,9 @@ def file_materialization(
 
 
 def file_result(event: dg.AssetMaterialization) -> dg.MaterializeResult:
-    """Return such an event as the result of a run of one partition, which Dagster records itself.
+    """Return a `file_materialization` as the result of a run of one partition, for Dagster to record.
 
-    A run that keeps Dagster from recording does so for all its assets.
+    Logging it as an event would need automatic events disabled, which affects all assets of the run.
     """
     tags = event.tags or {}
     return dg.MaterializeResult(
@@ -90,9 +95,9 @@ def file_result(event: dg.AssetMaterialization) -> dg.MaterializeResult:
 
 
 def unrecorded_files(instance: dg.DagsterInstance, plan: Plan, asset: str) -> Iterator[dg.AssetMaterialization]:
-    """Yield the events that Dagster lacks about the files of a finished asset that partitions read one by one.
+    """Yield the missing file events of a finished asset whose files are read one by one.
 
-    One is lacking too where the file is what it was and the whole output is not: Dagster would call it stale.
+    An unchanged file of a changed output needs a new event too: without it Dagster would call the file stale.
     """
     reader = plan.graph.file_reader(asset)
     if reader is None or plan.task(asset).output is None:

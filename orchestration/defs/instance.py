@@ -1,4 +1,4 @@
-"""Dagster's own storage: where it lies and how it is set up. Losing it loses history, never provenance."""
+"""Sets up and opens Dagster's own storage. Losing it loses history, never provenance."""
 
 import os
 import platform
@@ -6,7 +6,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from orchestration.defs.event_storage import POSTGRES_SECTION, Storage, agreed_storage, named_storage, set_up_alone
+from orchestration.defs.event_storage import POSTGRES_SECTION, Storage, agreed_storage, exclusive_setup, named_storage
 from pipelines.core.atomic import exclusive, write_bytes
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ telemetry:
   enabled: false
 nux:
   enabled: false
-# Stages take the whole machine: one run at a time, the rest waits in the queue.
+# A stage may use the whole machine: one run at a time, others wait in the queue.
 concurrency:
   runs:
     max_concurrent_runs: 1
@@ -27,16 +27,16 @@ concurrency:
 
 
 def dagster_home(home: Path) -> Path:
-    """Return Dagster's folder under the home of outputs, or the one that DAGSTER_HOME names."""
+    """Return the folder of Dagster's storage: DAGSTER_HOME if set, else a folder under `home`."""
     named = os.environ.get("DAGSTER_HOME")
     return Path(named).absolute() if named else home / "dagster"
 
 
 def prepare_dagster_home(home: Path) -> Path:
-    """Create Dagster's folder with its configuration where there is none yet, and name it in the environment.
+    """Create Dagster's folder with its configuration if it is missing, and set DAGSTER_HOME.
 
-    Where the environment names a PostgreSQL the configuration is made to say so. Raises ThroughlineError where the two
-    contradict each other.
+    If the environment names a PostgreSQL server, it is entered into the configuration. Raises ThroughlineError if the
+    two contradict each other.
     """
     folder = dagster_home(home)
     folder.mkdir(parents=True, exist_ok=True)
@@ -55,15 +55,15 @@ def prepare_dagster_home(home: Path) -> Path:
 def open_instance(home: Path) -> "DagsterInstance":
     """Return the persistent instance under `home`.
 
-    Raises ThroughlineError where it is to be kept in a PostgreSQL that can't be reached.
+    Raises ThroughlineError if its PostgreSQL server can't be reached.
     """
     from dagster import DagsterInstance
 
     folder = prepare_dagster_home(home)
     storage = agreed_storage(folder / "dagster.yaml")
-    # Two processes that create its tables at once would fail.
+    # Two processes that create its tables at the same time would fail.
     alone = exclusive(folder / "opening.lock")
-    with alone, set_up_alone() if storage is Storage.POSTGRES else nullcontext():
+    with alone, exclusive_setup() if storage is Storage.POSTGRES else nullcontext():
         instance = DagsterInstance.get()
     _close_dead_runs(instance)
     return instance
@@ -75,7 +75,7 @@ def process_tags() -> dict[str, str]:
 
 
 def _close_dead_runs(instance: "DagsterInstance") -> None:
-    """Mark runs of command-line processes that were killed as failed: they would hold the queue for ever."""
+    """Mark the runs of killed command-line processes as failed; otherwise they would block the queue forever."""
     from dagster import DagsterRunStatus, RunsFilter
 
     for run in instance.get_runs(RunsFilter(statuses=[DagsterRunStatus.STARTED, DagsterRunStatus.STARTING])):

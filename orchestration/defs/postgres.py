@@ -1,4 +1,4 @@
-"""Dagster's storage in the PostgreSQL that the environment names; dagster.yaml names the class."""
+"""Dagster storage class, named in dagster.yaml, for the PostgreSQL server that the environment names."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ from orchestration.defs.event_storage import address
 
 
 class PostgresStorage(DagsterPostgresStorage):
-    """Dagster's own storage, with the address and the driver that `orchestration.defs.event_storage` chose."""
+    """Dagster's own class with the address and driver from `orchestration.defs.event_storage`."""
 
     @classmethod
     def config_type(cls) -> Any:

@@ -1,17 +1,15 @@
-"""Carries out tasks of the plan: reuses what is finished, and starts one stage process for all that is not."""
+"""Runs tasks of the plan: reuses finished outputs and starts one stage process for the rest."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 from orchestration.graph.resolution import INDEX, Plan, Task
 from orchestration.launch.launcher import Launcher
+from orchestration.profiles.profile import Profile
 from pipelines.core.errors import ThroughlineError
-
-if TYPE_CHECKING:
-    from orchestration.profiles.profile import Profile
 
 
 class Observer(Protocol):
@@ -21,24 +19,22 @@ class Observer(Protocol):
         """Receive a progress record of a stage."""
 
     def line(self, text: str) -> None:
-        """Receive any other line of a stage's output."""
+        """Receive any other line that a stage wrote."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ServiceHooks:
-    """Callbacks for services that a profile's stages depend on, such as the demo's web server.
+    """Services that a profile's stages need, such as the demo's web server."""
 
-    `prepare` runs before any output is looked up, and must be quick if there is nothing left to do. `during` returns a
-    context manager that is open while a stage's process runs.
-    """
-
-    prepare: "Callable[[Profile, Callable[[str], None]], None]" = lambda profile, say: None
-    during: "Callable[[Profile, str], Any] | None" = None
+    prepare: Callable[[Profile, Callable[[str], None]], None] = lambda profile, report: None
+    """Called before any task is resolved; must be quick when there is nothing left to prepare."""
+    during: Callable[[Profile, str], AbstractContextManager[Any]] = lambda profile, asset: nullcontext()
+    """Context that is open while the process of an asset's stage runs."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """A finished task, and whether its output was there before."""
+    """A finished task, and whether its output existed before."""
 
     task: Task
     reused: bool
@@ -46,20 +42,20 @@ class Outcome:
 
 @dataclass
 class Execution:
-    """Plan and launcher together."""
+    """Computes assets of a plan."""
 
     plan: Plan
     log_folder: Path
     hooks: ServiceHooks = field(default_factory=ServiceHooks)
     observer: Observer | None = None
-    """Also receives progress records, and is the only one to receive other lines; set by the command line."""
+    """If set, receives all progress records too, and all other lines instead of the observer of a call."""
     _prepared: bool = False
 
     def materialize(self, asset: str, partitions: Sequence[str | None], observer: Observer) -> list[Outcome]:
-        """Return the outcomes of some partitions of an asset, computing those that are not finished.
+        """Return the outcomes of some partitions of an asset, computing the unfinished ones.
 
-        All of them run in one process, so that a model is loaded once. Raises ThroughlineError where inputs are
-        missing or the stage fails; partitions that it finished before are kept.
+        All run in one process, so that a model is loaded once. Raises ThroughlineError if inputs are missing or the
+        stage fails; partitions that finished before the failure keep their outputs.
         """
         plan, node = self.plan, self.plan.graph[asset]
         self.prepare(observer.line)
@@ -71,16 +67,16 @@ class Execution:
         for task in finished:
             if task.output is None:
                 raise ThroughlineError(
-                    f"{task.label}: its process ended well but left no manifest for its fingerprint; "
+                    f"{task.label}: its process succeeded but left no manifest for its fingerprint; "
                     f"see the log in {self.log_folder / node.name}"
                 )
         reused = {task.partition for task in tasks} - {task.partition for task in pending}
         return [Outcome(task, task.partition in reused) for task in finished]
 
-    def prepare(self, say: Callable[[str], None]) -> None:
-        """Run the profile's `prepare` hook, once per process."""
+    def prepare(self, report: Callable[[str], None]) -> None:
+        """Prepare the profile's services, once per process; `report` receives lines for the user."""
         if not self._prepared:
-            self.hooks.prepare(self.plan.profile, say)
+            self.hooks.prepare(self.plan.profile, report)
             self._prepared = True
 
     def _start(self, pending: Sequence[Task], observer: Observer) -> None:
@@ -96,22 +92,14 @@ class Execution:
                 item.progress(record)
 
         launcher = Launcher(self.log_folder, progress, observers[0].line)
-        with self._around(node.name):
+        with self.hooks.during(profile, node.name):
             launcher.run(node.module, requests, profile.launch(node.name))
         if node.name == INDEX:
-            self.plan.forget(INDEX, None)
-
-    @contextmanager
-    def _around(self, asset: str) -> Iterator[None]:
-        if self.hooks.during is None:
-            yield
-            return
-        with self.hooks.during(self.plan.profile, asset):
-            yield
+            self.plan.invalidate(INDEX, None)
 
 
 def _by_configuration(tasks: Sequence[Task]) -> list[Task]:
-    """Return tasks of equal configuration next to each other, so that one process changes its model least often."""
+    """Return the tasks grouped by configuration, so that one process loads each model once."""
     groups: dict[str, list[Task]] = {}
     for task in tasks:
         groups.setdefault(task.config.model_dump_json() if task.config else "", []).append(task)

@@ -1,9 +1,8 @@
-"""The graph itself: every asset, from LAION's metadata to the report."""
-
-from typing import TYPE_CHECKING
+"""The graph: every asset, from LAION's metadata to the report."""
 
 from evaluation.config import TrajectoryAnalysisConfig
 from orchestration.graph.graph import Graph, Group, Input, Node, PartitionKind
+from orchestration.profiles.profile import Profile
 from pipelines.core.config import FrozenConfig
 from pipelines.download.config import ImagesConfig
 from pipelines.laion.index import ENTRY_FILE, known_entries
@@ -11,25 +10,22 @@ from pipelines.laion.selection import PART_ROWS_FILE
 from pipelines.laion.sources import scan_index
 from training.config import CheckpointConfig, PipelineExportConfig, Strategy
 
-if TYPE_CHECKING:
-    from orchestration.profiles.profile import Profile
 
-
-def _index_config(profile: "Profile", _: str | None) -> FrozenConfig:
+def _index_config(profile: Profile, _: str | None) -> FrozenConfig:
     return scan_index(profile.source, profile.digest_cache)
 
 
-def _earlier_images(config: FrozenConfig) -> FrozenConfig | None:
+def _images_before_last_pass(config: FrozenConfig) -> FrozenConfig | None:
     assert isinstance(config, ImagesConfig)
     return config.model_copy(update={"later_passes": config.later_passes - 1}) if config.later_passes else None
 
 
-def _scores_config(profile: "Profile", partition: str | None) -> FrozenConfig:
+def _scores_config(profile: Profile, partition: str | None) -> FrozenConfig:
     rates = (partition or "").endswith("|drawbench")
     return (profile.drawbench_scores if rates else None) or profile.scores
 
 
-def _checkpoint_config(profile: "Profile", strategy: str | None) -> FrozenConfig:
+def _checkpoint_config(profile: Profile, strategy: str | None) -> FrozenConfig:
     return CheckpointConfig(
         strategy=Strategy(strategy or ""),
         model=profile.model,
@@ -39,12 +35,12 @@ def _checkpoint_config(profile: "Profile", strategy: str | None) -> FrozenConfig
     )
 
 
-def _selection_config(profile: "Profile", _: str | None) -> FrozenConfig:
-    assert profile.laion_selection is not None, "the node is not wanted without"
+def _selection_config(profile: Profile, _: str | None) -> FrozenConfig:
+    assert profile.laion_selection is not None, "the node is disabled without it"
     return profile.laion_selection
 
 
-def _pipeline_export_config(profile: "Profile", _: str | None) -> FrozenConfig:
+def _pipeline_export_config(profile: Profile, _: str | None) -> FrozenConfig:
     return PipelineExportConfig(
         text_encoder=profile.text_encoder,
         autoencoder=profile.autoencoder,
@@ -53,7 +49,7 @@ def _pipeline_export_config(profile: "Profile", _: str | None) -> FrozenConfig:
     )
 
 
-def _trajectory_analysis_config(profile: "Profile", _: str | None) -> FrozenConfig:
+def _trajectory_analysis_config(profile: Profile, _: str | None) -> FrozenConfig:
     samples = profile.samples
     return TrajectoryAnalysisConfig(
         **profile.trajectory_analysis.model_dump(),
@@ -64,20 +60,24 @@ def _trajectory_analysis_config(profile: "Profile", _: str | None) -> FrozenConf
     )
 
 
-def _text_features_config(profile: "Profile", _: str | None) -> FrozenConfig:
-    assert profile.text_features is not None, "the node is not wanted without"
+def _text_features_config(profile: Profile, _: str | None) -> FrozenConfig:
+    assert profile.text_features is not None, "the node is disabled without it"
     return profile.text_features
 
 
+def _report_config(profile: Profile, _: str | None) -> FrozenConfig:
+    return profile.report.model_copy(update={"stages": tuple(node.module for node in GRAPH.nodes.values())})
+
+
 _INDEX = Input(name="index", asset="laion_index")
-"""Read by every roll-up over parts: Dagster sees a part that is gone by nothing else, and the lineage has one index."""
+"""Read by every roll-up of parts: without it Dagster would not notice a removed part, and one lineage could have
+several indexes."""
 
 DATA_NODES = (
     Node(
         name="laion_index",
         module="pipelines.laion.index",
         group=Group.DATA,
-        description="The LAION metadata files there are, by content digest; each becomes a part.",
         configure=_index_config,
         known_files=known_entries,
         kinds=frozenset({"parquet"}),
@@ -86,7 +86,6 @@ DATA_NODES = (
         name="laion_subset",
         module="pipelines.laion.subset",
         group=Group.DATA,
-        description="The rows that pass the filters, with a sample key each; every other row with the rule it failed.",
         configure=lambda profile, _: profile.laion_subset,
         partition=PartitionKind.PART,
         inputs=(Input(name="index", asset="laion_index", file=ENTRY_FILE),),
@@ -96,31 +95,28 @@ DATA_NODES = (
         name="laion_selection",
         module="pipelines.laion.selection",
         group=Group.DATA,
-        description="The rows of all parts taken together: one of each URL, cut to a sample; every other row listed.",
         configure=_selection_config,
         inputs=(_INDEX, Input(name="subset", asset="laion_subset")),
         kinds=frozenset({"parquet"}),
-        is_wanted=lambda profile: profile.laion_selection is not None,
+        is_enabled=lambda profile: profile.laion_selection is not None,
     ),
     Node(
         name="images",
         module="pipelines.download.images",
         group=Group.DATA,
-        description="The pictures behind the links, as square RGB JPEGs, and a status with a reason for every row.",
         configure=lambda profile, _: profile.images_config,
         partition=PartitionKind.PART,
         inputs=(
             Input(name="selection", asset="laion_selection", file=PART_ROWS_FILE),
-            Input(name="subset", asset="laion_subset", unless="laion_selection"),
+            Input(name="subset", asset="laion_subset", replaced_by="laion_selection"),
         ),
-        earlier=_earlier_images,
+        incremental_from=_images_before_last_pass,
         kinds=frozenset({"http", "parquet"}),
     ),
     Node(
         name="captions",
         module="recaption.captions",
         group=Group.DATA,
-        description="A dense caption of every picture by the vision-language model.",
         configure=lambda profile, _: profile.captions,
         partition=PartitionKind.PART,
         inputs=(Input(name="images", asset="images"),),
@@ -130,7 +126,6 @@ DATA_NODES = (
         name="shards",
         module="pipelines.shards.shards",
         group=Group.DATA,
-        description="Pictures, captions and their provenance as WebDataset tar files.",
         configure=lambda profile, _: profile.shards,
         partition=PartitionKind.PART,
         inputs=(Input(name="images", asset="images"), Input(name="captions", asset="captions")),
@@ -140,7 +135,6 @@ DATA_NODES = (
         name="latents",
         module="features.latents",
         group=Group.DATA,
-        description="Every picture as the autoencoder's posterior, unscaled.",
         configure=lambda profile, _: profile.latents,
         partition=PartitionKind.PART,
         inputs=(Input(name="shards", asset="shards"),),
@@ -150,18 +144,16 @@ DATA_NODES = (
         name="text_features",
         module="features.text_features",
         group=Group.DATA,
-        description="The frozen text encoder's hidden states of every caption, all layers, unpadded.",
         configure=_text_features_config,
         partition=PartitionKind.PART,
         inputs=(Input(name="shards", asset="shards"),),
         kinds=frozenset({"pytorch", "transformers"}),
-        is_wanted=lambda profile: profile.text_features is not None,
+        is_enabled=lambda profile: profile.text_features is not None,
     ),
     Node(
         name="dataset",
         module="pipelines.dataset.dataset",
         group=Group.DATA,
-        description="The roll-up over all parts: which samples there are, and where. Training depends on it alone.",
         configure=lambda profile, _: profile.dataset,
         inputs=(
             _INDEX,
@@ -179,14 +171,13 @@ TRAINING_NODES = (
         name="checkpoint",
         module="training.loop.checkpoint",
         group=Group.TRAINING,
-        description="A diffusion transformer trained with one fusion strategy, and the ledger of what it consumed.",
         configure=_checkpoint_config,
         partition=PartitionKind.STRATEGY,
         inputs=(
             Input(name="dataset", asset="dataset"),
-            Input(name="shards", asset="shards", drawn=False),
-            Input(name="latents", asset="latents", drawn=False),
-            Input(name="text_features", asset="text_features", drawn=False),
+            Input(name="shards", asset="shards", is_dagster_dep=False),
+            Input(name="latents", asset="latents", is_dagster_dep=False),
+            Input(name="text_features", asset="text_features", is_dagster_dep=False),
         ),
         kinds=frozenset({"pytorch", "accelerate"}),
     ),
@@ -194,12 +185,11 @@ TRAINING_NODES = (
         name="pipeline_export",
         module="training.export.pipeline_export",
         group=Group.TRAINING,
-        description="The checkpoint as a folder that diffusers loads, with a card that states its lineage.",
         configure=_pipeline_export_config,
         partition=PartitionKind.STRATEGY,
         inputs=(Input(name="checkpoint", asset="checkpoint"),),
         kinds=frozenset({"pytorch", "diffusers"}),
-        is_wanted=lambda profile: profile.pipeline_export != "none",
+        is_enabled=lambda profile: profile.pipeline_export != "none",
     ),
 )
 
@@ -208,14 +198,12 @@ EVALUATION_NODES = (
         name="prompt_sets",
         module="evaluation.benchmarks.prompt_sets",
         group=Group.EVALUATION,
-        description="The prompts of GenEval, GenAI-Bench and DrawBench, from files pinned by digest.",
         configure=lambda profile, _: profile.prompt_sets,
     ),
     Node(
         name="samples",
         module="evaluation.benchmarks.samples",
         group=Group.EVALUATION,
-        description="Images drawn from a checkpoint for a benchmark's prompts; all arms start from the same noise.",
         configure=lambda profile, _: profile.samples,
         partition=PartitionKind.ARM_BENCHMARK,
         inputs=(Input(name="checkpoint", asset="checkpoint"), Input(name="prompt_sets", asset="prompt_sets")),
@@ -225,7 +213,6 @@ EVALUATION_NODES = (
         name="scores",
         module="evaluation.judging.scores",
         group=Group.EVALUATION,
-        description="What the judge model answered about the samples, raw and as scores.",
         configure=_scores_config,
         partition=PartitionKind.ARM_BENCHMARK,
         inputs=(Input(name="samples", asset="samples"), Input(name="prompt_sets", asset="prompt_sets")),
@@ -235,7 +222,6 @@ EVALUATION_NODES = (
         name="judge_calibration",
         module="evaluation.judging.calibration",
         group=Group.EVALUATION,
-        description="Whether the judge tells a training picture's own caption from another's.",
         configure=lambda profile, _: profile.judge_calibration_config,
         inputs=(_INDEX, Input(name="images", asset="images"), Input(name="captions", asset="captions")),
         kinds=frozenset({"vllm", "ray"}),
@@ -244,7 +230,6 @@ EVALUATION_NODES = (
         name="fusion_analysis",
         module="evaluation.analysis.fusion_analysis",
         group=Group.EVALUATION,
-        description="The weight each layer has, by block and time.",
         configure=lambda profile, _: profile.fusion_analysis,
         partition=PartitionKind.STRATEGY,
         inputs=(Input(name="checkpoint", asset="checkpoint"),),
@@ -254,24 +239,22 @@ EVALUATION_NODES = (
         name="trajectory_analysis",
         module="evaluation.analysis.trajectory_analysis",
         group=Group.EVALUATION,
-        description="The time that gates read off the latents along sampling, beside the schedule's.",
         configure=_trajectory_analysis_config,
         partition=PartitionKind.STRATEGY,
         inputs=(
             Input(name="checkpoint", asset="checkpoint"),
             Input(name="dataset", asset="dataset"),
-            Input(name="shards", asset="shards", drawn=False),
-            Input(name="latents", asset="latents", drawn=False),
-            Input(name="text_features", asset="text_features", drawn=False),
+            Input(name="shards", asset="shards", is_dagster_dep=False),
+            Input(name="latents", asset="latents", is_dagster_dep=False),
+            Input(name="text_features", asset="text_features", is_dagster_dep=False),
         ),
         kinds=frozenset({"pytorch", "diffusers"}),
-        is_wanted=lambda profile: profile.model.gate_signal == "estimated",
+        is_enabled=lambda profile: profile.model.gate_signal == "estimated",
     ),
     Node(
         name="results",
         module="evaluation.analysis.results",
         group=Group.EVALUATION,
-        description="The paper's tables in this run's own numbers, with bootstrap intervals.",
         configure=lambda profile, _: profile.results,
         inputs=(
             Input(name="scores", asset="scores"),
@@ -284,8 +267,7 @@ EVALUATION_NODES = (
         name="report",
         module="evaluation.report.report",
         group=Group.EVALUATION,
-        description="One HTML file that opens offline: funnel, captions, loss curves, sample grids, tables, weights.",
-        configure=lambda profile, _: profile.report,
+        configure=_report_config,
         inputs=(
             Input(name="results", asset="results"),
             Input(name="judge_calibration", asset="judge_calibration"),

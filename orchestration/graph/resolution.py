@@ -1,8 +1,8 @@
-"""The plan: what every asset and partition is made from, and whether it is finished.
+"""Resolves the graph: the configuration, inputs and finished output of every asset and partition.
 
 A pure function of profile and file system. Starting at the index, each task's configuration and the outputs of its
-inputs give its fingerprint, and the fingerprint finds its output, or shows that there is none yet. No history of runs
-is read, so deleting Dagster's storage loses nothing, and the graph, the command line and the audit never disagree.
+inputs give its fingerprint, and the fingerprint leads to its output if there is one. No run history is read, so
+deleting Dagster's storage loses nothing, and the graph, the command line and the audit never disagree.
 """
 
 import json
@@ -10,7 +10,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from orchestration.graph.graph import (
     Coverage,
@@ -22,6 +21,7 @@ from orchestration.graph.graph import (
     split_arm_benchmark,
     strategy_of_arm,
 )
+from orchestration.profiles.profile import Profile
 from pipelines.core.config import FrozenConfig
 from pipelines.core.errors import ThroughlineError
 from pipelines.core.manifest import EARLIER, MANIFEST_NAME
@@ -30,26 +30,23 @@ from pipelines.runner.outputs import StageOutput, sound_outputs
 from pipelines.runner.request import StageRequest
 from pipelines.storage.mirror import know_outputs, store_of
 
-if TYPE_CHECKING:
-    from orchestration.profiles.profile import Profile
-
 INDEX = "laion_index"
 _ABSENCE_SECONDS = 2.0
-"""Unfinished tasks are looked up once for each that is made from them; an object store is not asked as often."""
+"""How long an object store's answer "not finished" is reused: an unfinished task is looked up once per descendant."""
 
 
 class State(StrEnum):
-    """Where a task stands."""
+    """Whether a task has an output."""
 
     FINISHED = "finished"
     STALE = "stale"
-    """There is an output, but of other inputs, configuration or code."""
+    """Only of other inputs, configuration or code."""
     MISSING = "missing"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """One asset and partition with everything that decides its result."""
+    """One partition of an asset with everything that determines its result."""
 
     node: Node
     partition: str | None
@@ -57,7 +54,7 @@ class Task:
     inputs: Mapping[str, Sequence[StageOutput]] | None
     output: StageOutput | None
     blocked_by: tuple[str, ...] = ()
-    """Why it can't start: labels of unfinished inputs, or a sentence about its configuration."""
+    """Why it can't start: unfinished inputs, or what is wrong with its configuration."""
 
     @property
     def label(self) -> str:
@@ -65,11 +62,11 @@ class Task:
 
     @property
     def is_ready(self) -> bool:
-        """Whether all that it is made from is there."""
+        """Whether configuration and all inputs are available."""
         return self.inputs is not None and self.config is not None
 
     def request(self, output_root: Path, verify: str = "size", lock_wait_seconds: float | None = None) -> StageRequest:
-        """Return what a stage's process is given; raises ThroughlineError while inputs are missing."""
+        """Return the request for a stage's process; raises ThroughlineError while inputs are missing."""
         if self.inputs is None or self.config is None:
             raise ThroughlineError(f"{self.label} can't start: {'; '.join(self.blocked_by[:3])}")
         return StageRequest(
@@ -85,15 +82,15 @@ class Task:
 
 
 def label_of(asset: str, partition: str | None) -> str:
-    """Return how a task is named to people."""
+    """Return a task's name in messages."""
     return f"{asset} {partition}" if partition else asset
 
 
 class Plan:
     """The graph under one profile over one output root."""
 
-    def __init__(self, graph: Graph, profile: "Profile", output_root: Path) -> None:
-        self.graph = graph.wanted(profile)
+    def __init__(self, graph: Graph, profile: Profile, output_root: Path) -> None:
+        self.graph = graph.enabled(profile)
         self.profile = profile
         self.output_root = output_root
         self._finished: dict[tuple[str, str | None], Task] = {}
@@ -104,8 +101,8 @@ class Plan:
             store.absence_seconds = _ABSENCE_SECONDS
 
     def partitions(self, asset: str) -> tuple[str | None, ...]:
-        """Return the partition keys of an asset in order: (None,) where it is not divided, and nothing where the index
-        that would name the parts is not finished."""
+        """Return the partition keys of an asset in order: (None,) if it is unpartitioned, none while the parts are
+        unknown because the index is not finished."""
         kind = self.graph[asset].partition
         if kind is PartitionKind.NONE:
             return (None,)
@@ -126,16 +123,16 @@ class Plan:
             return part_names(task.output)
         if task.node.known_files is None or task.config is None:
             return ()
-        # Kept: each look at an unfinished index scans all metadata files.
-        self._known_files = task.node.known_files(task.config, self._earlier_outputs(task.node))
+        # Cached: resolving an unfinished index scans all metadata files.
+        self._known_files = task.node.known_files(task.config, self._outputs_of_this_code(task.node))
         return tuple(sorted(self._known_files))
 
     def task(self, asset: str, partition: str | None = None) -> Task:
-        """Return the task as it stands now; finished ones are remembered, unfinished ones looked up each time."""
-        known = self._finished.get((asset, partition))
-        if known is not None:
-            return known
-        task = self._look_up(self.graph[asset], partition)
+        """Return the present task; finished ones are cached, unfinished ones resolved each time."""
+        cached = self._finished.get((asset, partition))
+        if cached is not None:
+            return cached
+        task = self._resolve(self.graph[asset], partition)
         if task.output is not None:
             self._finished[asset, partition] = task
         return task
@@ -149,13 +146,13 @@ class Plan:
         return [task for asset in self.graph.nodes for task in self.tasks(asset)]
 
     def finished_ends(self) -> list[StageOutput]:
-        """Return the finished outputs of the assets that no other is made from: the report, exported pipelines."""
+        """Return the finished outputs of the graph's leaves: the report, exported pipelines."""
         read = {item.asset for node in self.graph.nodes.values() for item in node.inputs}
         ends = [task.output for asset in self.graph.nodes if asset not in read for task in self.tasks(asset)]
         return [output for output in ends if output is not None]
 
-    def forget(self, asset: str, partition: str | None) -> None:
-        """Look a task up anew next time, with all that is made from it."""
+    def invalidate(self, asset: str, partition: str | None) -> None:
+        """Invalidate the cached task and all its descendants."""
         if asset == INDEX:
             self._known_files = None
         names = self.graph.downstream({asset})
@@ -163,7 +160,7 @@ class Plan:
             del self._finished[key]
 
     def upstream_partitions(self, node: Node, partition: str | None, asset: str) -> tuple[str | None, ...]:
-        """Return which partitions of `asset` go into a partition of `node`."""
+        """Return the partitions of `asset` that a partition of `node` is made from."""
         rule = coverage(self.graph[asset].partition, node.partition)
         if rule is Coverage.SAME:
             return (partition,)
@@ -173,12 +170,12 @@ class Plan:
         return self.partitions(asset)
 
     def state(self, task: Task) -> State:
-        """Return where a task stands; an unfinished one costs a look at all outputs of its stage."""
+        """Return the state of a task; for an unfinished one this reads the manifests of all outputs of its stage."""
         if task.output is not None:
             return State.FINISHED
         return State.STALE if self._has_other_output(task) else State.MISSING
 
-    def _look_up(self, node: Node, partition: str | None) -> Task:
+    def _resolve(self, node: Node, partition: str | None) -> Task:
         blocked_by: list[str] = []
         inputs: dict[str, list[StageOutput]] = {}
         for item in node.inputs:
@@ -191,7 +188,7 @@ class Plan:
                 blocked_by.append(f"the parts of {item.asset} are unknown until {INDEX} is finished")
             blocked_by += [f"{task.label} is not finished" for task in tasks if task.output is None]
             try:
-                inputs[item.name] = [item.of(task.output, partition) for task in tasks if task.output is not None]
+                inputs[item.name] = [item.resolve(task.output, partition) for task in tasks if task.output is not None]
             except ThroughlineError as error:
                 blocked_by.append(str(error))
         if blocked_by:
@@ -200,40 +197,40 @@ class Plan:
             )
         try:
             config = self.profile.resolved(node.configure(self.profile, partition))
-            inputs |= self._earlier(node, partition, config, inputs)
+            inputs |= self._incremental_input(node, partition, config, inputs)
         except ThroughlineError as error:
             return Task(node=node, partition=partition, config=None, inputs=None, output=None, blocked_by=(str(error),))
         output = node.stage.find_finished(config, inputs, self.output_root, partition, self.profile.verify)
         return Task(node=node, partition=partition, config=config, inputs=inputs, output=output)
 
     def _known_file(self, partition: str | None) -> StageOutput | None:
-        """Return what a part reads of the index while that is not finished, where an earlier one tells it."""
+        """Return the file of the index that a part reads, if the index is unfinished and the file already known."""
         if (INDEX, None) in self._finished or not self.parts() or self._known_files is None:
             return None
         return self._known_files.get(partition or "")
 
-    def _earlier_outputs(self, node: Node) -> Iterator[StageOutput]:
-        """Yield the sound outputs of an asset that its present code made, of whatever inputs and configuration."""
+    def _outputs_of_this_code(self, node: Node) -> Iterator[StageOutput]:
+        """Yield the sound outputs of an asset's present code version, of any inputs and configuration."""
         for output in sound_outputs(self.output_root, node.name):
             if output.manifest.code_version == node.stage.code_version and not output.damaged(read_bytes=False):
                 yield output
 
-    def _earlier(
+    def _incremental_input(
         self, node: Node, partition: str | None, config: FrozenConfig, inputs: Mapping[str, list[StageOutput]]
     ) -> dict[str, list[StageOutput]]:
-        """Return, as one more input, the asset's own output that a configuration starts from, if it starts from one.
+        """Return, as one more input, the asset's own earlier output that a configuration extends, if any.
 
-        Raises ThroughlineError where that is not finished.
+        Raises ThroughlineError if that is not finished.
         """
-        before = node.earlier(config)
-        if before is None:
+        earlier = node.incremental_from(config)
+        if earlier is None:
             return {}
-        its_inputs = {**inputs, **self._earlier(node, partition, before, inputs)}
-        output = node.stage.find_finished(before, its_inputs, self.output_root, partition, self.profile.verify)
+        earlier_inputs = {**inputs, **self._incremental_input(node, partition, earlier, inputs)}
+        output = node.stage.find_finished(earlier, earlier_inputs, self.output_root, partition, self.profile.verify)
         if output is None:
             raise ThroughlineError(
-                f"the output of {label_of(node.name, partition)} that it starts from is not finished; run "
-                f"{node.name} with one later pass less first"
+                f"the output of {label_of(node.name, partition)} that it extends is not finished; run "
+                f"{node.name} with one later pass fewer first"
             )
         return {EARLIER: [output]}
 
@@ -246,5 +243,5 @@ class Plan:
                 if json.loads(path.read_bytes()).get("partition") == task.partition:
                     return True
             except ValueError:
-                continue  # an altered manifest is the audit's business
+                continue  # `throughline audit` reports altered manifests
         return False

@@ -1,33 +1,29 @@
-"""The audit: walks manifests from a result back to the rows, and recomputes every digest on the way.
+"""The audit: follows manifests from a result back to the rows and recomputes every digest on the way.
 
-It trusts nothing but file names: each manifest's own digest, each file's SHA-256, the fingerprint, and the row counts
-are computed anew, and every input must be where its data version says.
+It trusts only file names: each manifest's own digest, each file's SHA-256, the fingerprint and the row counts are
+recomputed, and every input must exist under its data version.
 """
 
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from orchestration.console import CROSS, TICK
-from orchestration.defs.asset_checks import conservation_problems
-from orchestration.graph.graph import FILE_TAG, STAGE_TAG
 from pipelines.core.digest import digest_json
 from pipelines.core.errors import ThroughlineError
 from pipelines.core.manifest import MANIFEST_NAME, InputRef, Manifest
+from pipelines.runner.checks import conservation_problems
 from pipelines.runner.outputs import StageOutput, find_input
 from pipelines.storage.mirror import know_outputs, location_of, store_of
-
-if TYPE_CHECKING:
-    from dagster import AssetMaterialization
 
 _MIN_PREFIX = 4
 
 
 @dataclass
 class AuditNode:
-    """One output as the audit found it."""
+    """The audit of one output."""
 
     stage: str
     partition: str | None
@@ -45,7 +41,7 @@ class AuditNode:
 
 @dataclass
 class Audit:
-    """A finished audit: its roots, and every output by data version."""
+    """A finished audit: its roots, and every output by stage and data version."""
 
     roots: list[AuditNode]
     nodes: dict[tuple[str, str], AuditNode]
@@ -55,7 +51,7 @@ class Audit:
         return not any(node.problems for node in self.nodes.values())
 
     def lines(self) -> Iterator[str]:
-        """Yield the tree as text; an output that was shown before is named, not repeated."""
+        """Yield the tree as text; an output that was already shown is not expanded again."""
         shown: set[tuple[str, str]] = set()
         for root in self.roots:
             yield from _tree(root, "", "", shown)
@@ -81,15 +77,15 @@ class Audit:
         }
 
 
-def _tree(node: AuditNode, lead: str, branch: str, shown: set[tuple[str, str]]) -> Iterator[str]:
+def _tree(node: AuditNode, indent: str, branch: str, shown: set[tuple[str, str]]) -> Iterator[str]:
     mark = CROSS if node.problems else TICK
     key = (node.stage, node.data_version)
-    again = key in shown
+    is_repeated = key in shown
     size = f"{node.num_files} files, {_size(node.num_bytes)}"
-    tail = "(shown above)" if again else f"{size}{f', {node.rows}' if node.rows else ''}"
-    yield f"{lead}{branch}{mark} {node.label}  {node.data_version[:12]}  {tail}"
-    inner = lead + ({"├─ ": "│  ", "└─ ": "   "}.get(branch, ""))
-    if again:
+    tail = "(shown above)" if is_repeated else f"{size}{f', {node.rows}' if node.rows else ''}"
+    yield f"{indent}{branch}{mark} {node.label}  {node.data_version[:12]}  {tail}"
+    inner = indent + ({"├─ ": "│  ", "└─ ": "   "}.get(branch, ""))
+    if is_repeated:
         return
     shown.add(key)
     for problem in node.problems:
@@ -109,33 +105,33 @@ def _size(num_bytes: int) -> str:
 
 
 class Auditor:
-    """Audits outputs under one root; each output is read once, however many results lead to it."""
+    """Audits outputs under one root; reads each output once, even if several results lead to it."""
 
     def __init__(self, output_root: Path) -> None:
         self._root = output_root
         self._nodes: dict[tuple[str, str], AuditNode] = {}
         self._outputs: list[StageOutput] = []
         self._files: deque[tuple[AuditNode, str, InputRef]] = deque()
-        """Inputs that are one file of an output, with who reads them under which name."""
+        """Inputs that are one file of an output, with the reader and the input's name."""
 
     def audit(self, refs: Sequence[InputRef]) -> Audit:
-        """Return the audit of some outputs and of everything they were made from.
+        """Return the audit of some outputs and everything they were made from.
 
-        Raises ThroughlineError where one of `refs` is a file that no output holds.
+        Raises ThroughlineError if one of `refs` is a file that no output holds.
         """
         roots = [self._visit(ref if ref.file is None else find_input(self._root, ref).ref) for ref in refs]
         while self._files:
-            self._visit_holder(*self._files.popleft())
+            self._visit_file(*self._files.popleft())
         return Audit(roots, self._nodes)
 
-    def _visit_holder(self, reader: AuditNode, name: str, ref: InputRef) -> None:
-        """Visit the output that holds the very file that was read: one that the audit came across, if it can be."""
+    def _visit_file(self, reader: AuditNode, name: str, ref: InputRef) -> None:
+        """Visit an output that holds the file, preferably one that the audit has already visited."""
         try:
-            holder = find_input(self._root, ref, self._outputs)
+            output = find_input(self._root, ref, self._outputs)
         except ThroughlineError as error:
             reader.problems.append(str(error))
             return
-        reader.inputs[name].append(self._visit(holder.ref))
+        reader.inputs[name].append(self._visit(output.ref))
 
     def _visit(self, ref: InputRef) -> AuditNode:
         key = (ref.stage, ref.data_version)
@@ -171,11 +167,11 @@ def _identity_problems(manifest: Manifest, ref: InputRef) -> list[str]:
     problems = []
     if (manifest.stage, manifest.partition) != (ref.stage, ref.partition):
         problems.append(
-            f"the manifest is of {manifest.stage} {manifest.partition or ''}, expected {ref.stage} "
+            f"the manifest is for {manifest.stage} {manifest.partition or ''}, expected {ref.stage} "
             f"{ref.partition or ''}".strip()
         )
     if manifest.data_version != ref.data_version:
-        problems.append(f"the manifest is of data version {manifest.data_version}, expected {ref.data_version}")
+        problems.append(f"the manifest has data version {manifest.data_version}, expected {ref.data_version}")
     fingerprint = digest_json(
         {
             "stage": manifest.stage,
@@ -186,7 +182,7 @@ def _identity_problems(manifest: Manifest, ref: InputRef) -> list[str]:
         }
     )
     if fingerprint != manifest.fingerprint:
-        problems.append(f"its fingerprint is {fingerprint}, the manifest says {manifest.fingerprint}")
+        problems.append(f"the fingerprint is {fingerprint}, the manifest states {manifest.fingerprint}")
     return problems
 
 
@@ -194,13 +190,13 @@ def _row_problems(output: StageOutput) -> list[str]:
     try:
         return conservation_problems(output)
     except (OSError, ValueError, KeyError) as error:
-        return [f"its dropped rows can't be read: {error}"]
+        return [f"the dropped rows can't be read: {error}"]
 
 
 def find_output(output_root: Path, prefix: str) -> list[InputRef]:
     """Return the outputs whose data version starts with `prefix`.
 
-    Raises ThroughlineError where it is none, or more than one.
+    Raises ThroughlineError if there is none, or more than one data version.
     """
     if len(prefix) < _MIN_PREFIX:
         raise ThroughlineError(f"{prefix!r}: give at least {_MIN_PREFIX} digits of a data version")
@@ -214,44 +210,15 @@ def find_output(output_root: Path, prefix: str) -> list[InputRef]:
         )
     refs = [_ref_of(path) for path in found]
     if len({ref.data_version for ref in refs}) > 1:
-        raise ThroughlineError(f"{prefix}: {len(refs)} outputs start with it; give more digits")
+        raise ThroughlineError(f"{prefix}: {len(refs)} data versions start with it; give more digits")
     return refs
 
 
 def _ref_of(manifest_path: Path) -> InputRef:
-    """Name an output by its place, so that an altered manifest is audited and not trusted."""
+    """Return a reference from the folder's path, so that an altered manifest is audited, not trusted."""
     try:
         partition = StageOutput.load(manifest_path).manifest.partition
     except ThroughlineError:
         partition = None
     folder = manifest_path.parent
     return InputRef(stage=folder.parent.name, partition=partition, data_version=folder.name)
-
-
-def _ref_of_event(event: "AssetMaterialization") -> InputRef:
-    tags = event.tags or {}
-    version, file = tags.get("dagster/data_version", ""), tags.get(FILE_TAG)
-    stage = event.asset_key.to_user_string()
-    if file is not None:
-        return InputRef(stage=tags[STAGE_TAG], partition=None, data_version=version, file=file)
-    return InputRef(stage=stage, partition=event.partition, data_version=version)
-
-
-def refs_of_run(home: Path, run_id: str) -> list[InputRef]:
-    """Return the outputs that a Dagster run materialized, by the start of its id."""
-    from dagster import DagsterEventType
-
-    from orchestration.defs.instance import open_instance
-
-    with open_instance(home) as instance:
-        runs = [run for run in instance.get_runs() if run.run_id.startswith(run_id)]
-        if len(runs) != 1:
-            raise ThroughlineError(
-                f"{run_id}: neither a data version nor the start of one run's id ({len(runs)} match)"
-            )
-        entries = instance.all_logs(runs[0].run_id, of_type=DagsterEventType.ASSET_MATERIALIZATION)
-        events = [entry.asset_materialization for entry in entries]
-        refs = [_ref_of_event(event) for event in events if event is not None]
-    if not refs:
-        raise ThroughlineError(f"run {runs[0].run_id} materialized nothing")
-    return refs

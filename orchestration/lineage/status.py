@@ -1,4 +1,4 @@
-"""`throughline status`: what of the plan is finished, stale or missing."""
+"""`throughline status`: which tasks of the plan are finished, stale or missing."""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -37,22 +37,22 @@ def status_lines(plan: Plan, *, each_partition: bool) -> Iterator[str]:
         states = Counter(plan.state(task) for task in tasks)
         worst = next((state for state in (State.MISSING, State.STALE) if states[state]), State.FINISHED)
         if not tasks:
-            rows.append((CROSS, name, "missing (its parts are not known yet)", "", ""))
+            rows.append((CROSS, name, "missing (parts not known yet)", "", ""))
         elif len(tasks) == 1:
             rows.append(_task_row(plan, tasks[0]))
         else:
-            said = ", ".join(f"{states[state]} {state.value}" for state in State if states[state])
-            rows.append((_MARKS[worst], name, said, _rows_out(tasks), ""))
+            counts = ", ".join(f"{states[state]} {state.value}" for state in State if states[state])
+            rows.append((_MARKS[worst], name, counts, _rows_out(tasks), ""))
     yield f"profile {plan.profile.name}, outputs in {location_of(plan.output_root)}"
     yield table(rows)
 
 
 def _task_row(plan: Plan, task: Task) -> tuple[str, str, str, str, str]:
     state = plan.state(task)
-    said = state.value
+    text = state.value
     if task.blocked_by and not task.blocked_by[0].endswith("is not finished"):
-        said += f" ({task.blocked_by[0]})"
-    return _MARKS[state], task.label, said, _rows_out([task]), task.output.data_version[:12] if task.output else ""
+        text += f" ({task.blocked_by[0]})"
+    return _MARKS[state], task.label, text, _rows_out([task]), task.output.data_version[:12] if task.output else ""
 
 
 def _rows_out(tasks: list[Task]) -> str:

@@ -11,11 +11,13 @@ from pathlib import Path
 from pipelines.cluster.units import ray_tasks
 from pipelines.core.errors import ThroughlineError
 from pipelines.core.manifest import DROPPED_NAME
+from pipelines.dataset.checks import DUPLICATE_KEYS
 from pipelines.dataset.config import DatasetConfig
 from pipelines.dataset.feature_keys import feature_keys
 from pipelines.laion.block_lists import read_keys
 from pipelines.laion.index import part_names
 from pipelines.runner.outputs import StageOutput
+from pipelines.runner.rows import RowTable
 from pipelines.runner.stage import Stage
 from pipelines.runner.units import StageResult, StageRun, Unit
 from pipelines.shards.format import ShardIndex
@@ -235,4 +237,15 @@ def _feature_keys(output: StageOutput, name: str, shard: Path, keys_of_shard: Se
     return keys
 
 
-STAGE = Stage(name="dataset", code_version="2", config_type=DatasetConfig, produce=produce, cost=None)
+STAGE = Stage(
+    name="dataset",
+    code_version="2",
+    config_type=DatasetConfig,
+    produce=produce,
+    description="The roll-up of all parts: the table of samples and their shards. Training depends on it alone.",
+    rows=RowTable("samples", ("split", "part", "shard")),
+    checks=(DUPLICATE_KEYS,),
+    preview=None,
+    funnel_label="Samples to train on",
+    cost=None,
+)

@@ -19,6 +19,7 @@ from pipelines.core.manifest import EARLIER, Conservation
 from pipelines.download.circuit_breaker import FailureWatch
 from pipelines.download.config import ImagesConfig
 from pipelines.download.cost import images_cost
+from pipelines.download.inspection import find_image_rows, preview_images
 from pipelines.download.outcomes import Row, RowOutcome, write_tables
 from pipelines.download.passes import PartShards, PassStore, ShardTask
 from pipelines.download.status import RETRYABLE, FetchStatus
@@ -26,6 +27,7 @@ from pipelines.download.tally import Tally
 from pipelines.laion.selection import rows_name
 from pipelines.laion.subset import ROWS_FILE
 from pipelines.runner.outputs import StageOutput
+from pipelines.runner.rows import RowReader
 from pipelines.runner.stage import Stage
 from pipelines.runner.units import StageResult, StageRun
 
@@ -294,4 +296,15 @@ def _write_shard(run: StageRun[ImagesConfig], task: ShardTask, outcomes: list[Ro
         unit.notes["statuses"] = {status.value: statuses[status] for status in sorted(statuses)}
 
 
-STAGE = Stage(name="images", code_version="4", config_type=ImagesConfig, produce=produce, cost=images_cost)
+STAGE = Stage(
+    name="images",
+    code_version="4",
+    config_type=ImagesConfig,
+    produce=produce,
+    description="The downloaded images as square RGB JPEGs, and a status with a reason for every row.",
+    rows=RowReader(find_image_rows),
+    checks=(),
+    preview=preview_images,
+    funnel_label="Pictures downloaded and decoded",
+    cost=images_cost,
+)

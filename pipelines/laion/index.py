@@ -19,6 +19,7 @@ from pipelines.core.manifest import SourceFile
 from pipelines.laion.config import LaionIndexConfig, SourceContent
 from pipelines.laion.sources import SUFFIX, SourcePlace, find_sources, size_of
 from pipelines.runner.outputs import StageOutput
+from pipelines.runner.rows import NO_ROWS
 from pipelines.runner.stage import Stage
 from pipelines.runner.units import StageResult, StageRun
 from pipelines.storage.remote_files import RangeReader, RemoteFile
@@ -146,4 +147,15 @@ def _describe(content: SourceContent, place: SourcePlace) -> Part:
     return Part(part=part_key(content.name), **content.model_dump(), num_rows=num_rows, columns=columns)
 
 
-STAGE = Stage(name="laion_index", code_version="3", config_type=LaionIndexConfig, produce=produce, cost=None)
+STAGE = Stage(
+    name="laion_index",
+    code_version="3",
+    config_type=LaionIndexConfig,
+    produce=produce,
+    description="The LAION metadata files by content digest; each becomes a part.",
+    rows=NO_ROWS,
+    checks=(),
+    preview=None,
+    funnel_label=None,
+    cost=None,
+)

@@ -18,6 +18,7 @@ from pipelines.core.progress import Progress
 from pipelines.laion.config import LaionSelectionConfig
 from pipelines.laion.subset import ROWS_FILE
 from pipelines.runner.outputs import StageOutput
+from pipelines.runner.rows import RowTable
 from pipelines.runner.stage import Stage
 from pipelines.runner.units import StageResult, StageRun, Unit
 
@@ -404,4 +405,15 @@ def _kept(unit: Unit, batch: "pa.RecordBatch", reasons: "np.ndarray") -> "pa.Rec
     return batch.filter(pc.invert(lost))
 
 
-STAGE = Stage(name="laion_selection", code_version="2", config_type=LaionSelectionConfig, produce=produce, cost=None)
+STAGE = Stage(
+    name="laion_selection",
+    code_version="2",
+    config_type=LaionSelectionConfig,
+    produce=produce,
+    description="The rows of all parts together: one per URL, reduced to a sample; every other row with its reason.",
+    rows=RowTable("rows"),
+    checks=(),
+    preview=None,
+    funnel_label="Rows kept of all parts together",
+    cost=None,
+)

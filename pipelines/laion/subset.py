@@ -19,6 +19,7 @@ from pipelines.laion.cost import subset_cost
 from pipelines.laion.index import Part, read_part
 from pipelines.laion.sources import locate_source
 from pipelines.runner.outputs import StageOutput
+from pipelines.runner.rows import SourceTable
 from pipelines.runner.stage import Stage
 from pipelines.runner.units import StageResult, StageRun, Unit
 
@@ -271,4 +272,15 @@ def _pixels(sides: "pa.Array") -> "pa.Array":
     return pc.cast(pc.if_else(pc.fill_null(valid, False), sides, None), pa.int32(), safe=False)
 
 
-STAGE = Stage(name="laion_subset", code_version="3", config_type=LaionSubsetConfig, produce=produce, cost=subset_cost)
+STAGE = Stage(
+    name="laion_subset",
+    code_version="3",
+    config_type=LaionSubsetConfig,
+    produce=produce,
+    description="The rows that pass the filters, each with a sample key; every other row with the rule it failed.",
+    rows=SourceTable("rows"),
+    checks=(),
+    preview=None,
+    funnel_label="Rows that pass the filters",
+    cost=subset_cost,
+)

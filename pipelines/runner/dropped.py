@@ -1,4 +1,4 @@
-"""Rows that end in a stage: written away while they come, so that a unit may lose more of them than memory holds."""
+"""Streams a unit's dropped rows to disk, so they need not fit in memory."""
 
 import os
 import shutil
@@ -21,7 +21,7 @@ _COLUMNS = ("sample_key", "reason", "detail")
 
 
 class DropWriter:
-    """Writes the drops of one unit to a file of its own, which is in place when the context ends without an error."""
+    """Writes one unit's drops to a file, which appears when the context ends without an error."""
 
     def __init__(self, path: Path, unit: str) -> None:
         self.counts = Counter[str]()
@@ -37,7 +37,7 @@ class DropWriter:
         self._writer: pq.ParquetWriter | None = None
 
     def extend(self, sample_keys: Sequence[str], reasons: Sequence[str], details: Sequence[str]) -> None:
-        """Record rows; the three sequences are of one length."""
+        """Record rows; the three sequences have equal length."""
         for column, values in zip(self._buffer, (sample_keys, reasons, details), strict=True):
             column.extend(values)
         self.counts.update(reasons)
@@ -46,11 +46,11 @@ class DropWriter:
             self._flush()
 
     def extend_arrays(self, sample_keys: "pa.Array", reasons: "pa.DictionaryArray", details: "pa.Array") -> None:
-        """Record rows that stand in arrays: strings, with the reasons as a dictionary of them."""
+        """Record rows from string arrays; `reasons` is dictionary-encoded."""
         import pyarrow as pa
         import pyarrow.compute as pc
 
-        assert self._as_arrays or not self.counts, "a unit drops rows one by one or in arrays"
+        assert self._as_arrays or not self.counts, "a unit drops rows either one by one or as arrays"
         self._as_arrays = True
         for item in pc.value_counts(reasons).to_pylist():
             self.counts[item["values"]] += item["counts"]
@@ -75,7 +75,7 @@ class DropWriter:
                 self._temporary.unlink(missing_ok=True)
 
     def _pack(self) -> None:
-        """Make a batch of the rows that came as Python strings, so that the order of rows stays theirs."""
+        """Turn the buffered Python strings into a batch, in their order."""
         import pyarrow as pa
 
         if self._buffer[0]:
@@ -96,7 +96,7 @@ class DropWriter:
             table = table.append_column("unit", pa.repeat(self._unit, table.num_rows))
         if self._writer is None:
             self._stream = self._temporary.open("wb")
-            # No two of millions of keys are alike: a dictionary of them would be built to be thrown away.
+            # Keys are unique: a dictionary of them would only be built and discarded.
             dictionaries: bool | list[str] = ["reason", "unit"] if self._as_arrays else True
             self._writer = pq.ParquetWriter(self._stream, table.schema, compression="zstd", use_dictionary=dictionaries)
         self._writer.write_table(table, row_group_size=_BATCH_ROWS)
@@ -113,7 +113,7 @@ class DropWriter:
 
 
 def gather_drops(units: Sequence[tuple[str, Path]], target: Path) -> FileEntry:
-    """Join the drops of several units, (name, file) in order, into one table that names the unit of each row."""
+    """Concatenate the drops of several units, (name, file) in order, into one table with a column `unit`."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -121,7 +121,7 @@ def gather_drops(units: Sequence[tuple[str, Path]], target: Path) -> FileEntry:
     num_rows = 0
     with atomic_writer(target) as stream:
         if len(units) == 1 and pq.read_schema(units[0][1]).names == schema.names:
-            # The one file is the table: millions of rows are not worth writing anew.
+            # The one file already is the table: copy it instead of rewriting millions of rows.
             with units[0][1].open("rb") as source:
                 num_rows = pq.read_metadata(source).num_rows
                 source.seek(0)
@@ -140,7 +140,7 @@ def gather_drops(units: Sequence[tuple[str, Path]], target: Path) -> FileEntry:
 
 
 def _write(writer: "pq.ParquetWriter", pending: "list[pa.RecordBatch]") -> int:
-    """Write what is pending as few row groups, however many units it came from."""
+    """Write the pending batches of any number of units as few row groups; return the number of rows."""
     import pyarrow as pa
 
     if not pending:

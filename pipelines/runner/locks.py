@@ -1,14 +1,13 @@
-"""Locks on outputs: one process at a time works on a fingerprint; others wait and say for whom.
+"""Locks on outputs: one process at a time computes a fingerprint; others wait and name the process they wait for.
 
-What is relied upon: POSIX record locks (`fcntl.lockf` on the whole lock file). The kernel gives them back when their
-owner ends, however it ends, and a child that the owner forked never holds them, which `flock` would let it. Between
-machines they hold where the file system carries them: NFS (not mounted with ``nolock`` or ``local_lock``), CephFS,
-GPFS, Lustre (mounted with ``flock``, not ``localflock``). A machine that falls off the network keeps its locks until
-the server's lease on them ends, some minutes at most. A client may also take a name that another machine has just made
-for missing for as long as it remembers folders (NFS: ``acdirmax``); the work is then done twice and the first copy
-stays.
+Uses POSIX record locks (`fcntl.lockf` on the whole lock file). The kernel releases them when their owner ends for any
+reason, and a forked child never holds them, as it would with `flock`. They work between machines if the file system
+supports them: NFS (not mounted with ``nolock`` or ``local_lock``), CephFS, GPFS, Lustre (mounted with ``flock``, not
+``localflock``). A machine that loses its network keeps its locks until the server's lease expires, some minutes at
+most. An NFS client may not see a file that another machine has just created while it caches the folder (``acdirmax``);
+the work is then done twice and the first copy is kept.
 
-A lock file is never removed: another process may hold it open, and two files of one name would be two locks.
+A lock file is never removed: another process may have it open, and a second file of that name would be a second lock.
 """
 
 import errno
@@ -30,7 +29,7 @@ from typing import BinaryIO, Self
 from pipelines.core.errors import ThroughlineError
 
 WAITING = "waiting: "
-"""How a line begins that says what a run waits for; whoever shows a run shows these lines."""
+"""Prefix of lines that explain a wait; tools that display a run must show these lines."""
 _POLL_SECONDS = 0.5
 _RECORD_BYTES = 4096
 _TAKEN = {errno.EAGAIN, errno.EACCES}
@@ -38,15 +37,15 @@ _UNSUPPORTED = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
 
 
 @dataclass(frozen=True)
-class Holder:
-    """The process that holds a lock, as it wrote itself into the lock file."""
+class LockHolder:
+    """The process that holds a lock, as recorded in the lock file."""
 
     pid: int
     host: str
     since: str
     """Date and time in UTC."""
     token: str
-    """Tells two holdings of one process apart."""
+    """Distinguishes two locks held in turn by one process."""
 
     @classmethod
     def here(cls) -> Self:
@@ -55,7 +54,7 @@ class Holder:
 
     @classmethod
     def read(cls, data: bytes) -> Self | None:
-        """Return who wrote the record, or None where it is empty or half written."""
+        """Return the holder in a record, or None if the record is empty or incomplete."""
         try:
             return cls(**json.loads(data))
         except (ValueError, TypeError):
@@ -68,41 +67,41 @@ class Holder:
 class OutputLock:
     """A lock that this process holds."""
 
-    def __init__(self, path: Path, label: str, stream: BinaryIO, holder: Holder) -> None:
+    def __init__(self, path: Path, label: str, stream: BinaryIO, holder: LockHolder) -> None:
         self._path = path
         self._label = label
         self._stream = stream
         self._holder = holder
 
     def check(self) -> None:
-        """Raise ThroughlineError where the lock file is no longer this process's own.
+        """Raise ThroughlineError if this process no longer holds the lock file.
 
-        That happens when someone deletes it, or when a file server gave the lock to another machine.
+        That happens if someone deletes it, or if a file server grants the lock to another machine.
         """
         try:
             same = os.path.samestat(os.fstat(self._stream.fileno()), self._path.stat())
         except OSError:
             same = False
-        if not same or Holder.read(os.pread(self._stream.fileno(), _RECORD_BYTES, 0)) != self._holder:
+        if not same or LockHolder.read(os.pread(self._stream.fileno(), _RECORD_BYTES, 0)) != self._holder:
             raise ThroughlineError(
                 f"{self._label}: its lock {self._path} was removed or taken by another run in the meantime, so nothing "
-                "was published; run again, what is finished is kept"
+                "was published; run again, finished units are kept"
             )
 
 
-# Record locks belong to a process: its threads do not keep each other out, and closing any descriptor of the file
-# gives the lock back. So a process looks here first, and opens a lock file that it holds no second time.
+# Record locks belong to a process: they do not exclude its other threads, and closing any descriptor of the file
+# releases them. So a process checks this table first, and never opens a lock file that it holds.
 _guard = threading.Lock()
-_held: dict[Path, Holder] = {}
+_held: dict[Path, LockHolder] = {}
 
 
 @contextmanager
 def hold(path: Path, label: str, wait_seconds: float | None = None) -> Iterator[OutputLock]:
-    """Hold the lock at `path` while the block runs; `label` names the output to people.
+    """Hold the lock at `path` while the block runs; `label` names the output in messages.
 
-    While another process or thread holds it, waits up to `wait_seconds` (None: as long as it takes) and says on
-    standard error for whom. Raises ThroughlineError when the wait is over, and where the file system gives no locks
-    or no right to write.
+    While another process or thread holds it, waits up to `wait_seconds` (None: without limit) and names the holder on
+    standard error. Raises ThroughlineError if the wait times out, and if the file system does not support locks or
+    does not allow writing.
     """
     path = path.resolve()
     stream, holder = _acquire(path, label, wait_seconds)
@@ -114,31 +113,31 @@ def hold(path: Path, label: str, wait_seconds: float | None = None) -> Iterator[
             stream.close()
 
 
-def _acquire(path: Path, label: str, wait_seconds: float | None) -> tuple[BinaryIO, Holder]:
+def _acquire(path: Path, label: str, wait_seconds: float | None) -> tuple[BinaryIO, LockHolder]:
     deadline = None if wait_seconds is None else time.monotonic() + wait_seconds
-    told: str | None = None
+    reported: str | None = None
     while True:
         stream, holder = _try(path)
         if stream is not None and holder is not None:
             return stream, holder
-        whom = "another process" if holder is None else str(holder)
+        owner = "another process" if holder is None else str(holder)
         pause = _POLL_SECONDS
         if deadline is not None:
             pause = min(pause, deadline - time.monotonic())
             if pause <= 0:
                 raise ThroughlineError(
-                    f"{label}: is being computed by {whom}; this run waited {wait_seconds:g} s for it; "
-                    "run again when that one has ended, or allow more with lock_wait_seconds"
+                    f"{label}: is being computed by {owner}; this run waited {wait_seconds:g} s for it; "
+                    "run again when that one has ended, or raise lock_wait_seconds"
                 )
-        if whom != told:
-            sys.stderr.write(f"{WAITING}{label} is being computed by {whom}; its result will be reused\n")
+        if owner != reported:
+            sys.stderr.write(f"{WAITING}{label} is being computed by {owner}; its result will be reused\n")
             sys.stderr.flush()
-            told = whom
+            reported = owner
         time.sleep(pause)
 
 
-def _try(path: Path) -> tuple[BinaryIO | None, Holder | None]:
-    """Return the locked stream and this process as its holder; or no stream, and the holder where it is known."""
+def _try(path: Path) -> tuple[BinaryIO | None, LockHolder | None]:
+    """Return the locked stream with this process as holder; or no stream, and the holder if it is known."""
     with _guard:
         own = _held.get(path)
         if own is not None and own.pid == os.getpid():
@@ -146,7 +145,7 @@ def _try(path: Path) -> tuple[BinaryIO | None, Holder | None]:
         stream = _open(path)
         try:
             fcntl.lockf(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            holder = Holder.here()
+            holder = LockHolder.here()
             stream.truncate(0)
             stream.write(json.dumps(asdict(holder)).encode())
             stream.flush()
@@ -154,11 +153,11 @@ def _try(path: Path) -> tuple[BinaryIO | None, Holder | None]:
         except OSError as error:
             with stream:
                 if error.errno in _TAKEN:
-                    return None, Holder.read(os.pread(stream.fileno(), _RECORD_BYTES, 0))
+                    return None, LockHolder.read(os.pread(stream.fileno(), _RECORD_BYTES, 0))
             if error.errno in _UNSUPPORTED:
                 raise ThroughlineError(
-                    f"{path}: this file system gives no locks ({error.strerror}), so two runs could write the same "
-                    "files; mount it with locks (NFS without nolock, Lustre with flock), or use another output root"
+                    f"{path}: this file system does not support locks ({error.strerror}), so two runs could write the "
+                    "same files; mount it with locks (NFS without nolock, Lustre with flock), or choose another root"
                 ) from error
             raise
         _held[path] = holder
@@ -171,6 +170,6 @@ def _open(path: Path) -> BinaryIO:
         return path.open("a+b")
     except PermissionError as error:
         raise ThroughlineError(
-            f"{error.filename}: may not be written by this user ({error.strerror}); whoever shares an output root "
-            "needs write access to all of it: one group, setgid folders, umask 002"
+            f"{error.filename}: not writable by this user ({error.strerror}); users who share an output root "
+            "need write access to all of it: one group, setgid folders, umask 002"
         ) from error

@@ -1,4 +1,4 @@
-"""Finished outputs: the manifest with its files, as inputs of other stages, and how they are found under a root."""
+"""Finished outputs: a manifest with its files, read as input of other stages and found under an output root."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -14,23 +14,23 @@ Verify = Literal["size", "digest"]
 
 @dataclass(frozen=True)
 class StageOutput:
-    """A finished output: its manifest, and the folder that holds it and its files; or one of its files alone.
+    """A finished output: its manifest and the folder of its files; or a single file of it.
 
-    A stage that reads one file of a large output takes that file as its input: then its fingerprint follows the file,
-    and whatever else the output holds may change. Where the output root is mirrored in an object store, files are
-    fetched into the folder when they are asked for.
+    A stage that reads one file of a large output takes that file as its input: its fingerprint then depends on that
+    file alone, and other files may change. If the output root is mirrored in an object store, files are downloaded into
+    the folder on first use.
     """
 
     folder: Path
     manifest: Manifest
     only: str | None = None
-    """The one file that is meant; the others can't be reached then."""
+    """The single file this input consists of; the others are not accessible."""
 
     @classmethod
     def load(cls, address: Path) -> "StageOutput":
-        """Read the output of a manifest's path, or the one file of an output by its own path.
+        """Read the output whose manifest, or single file, is at `address`.
 
-        Raises ThroughlineError where the manifest is missing or altered, or has no such file.
+        Raises ThroughlineError if the manifest is missing or altered, or does not list the file.
         """
         path = address.parent / MANIFEST_NAME
         if not path.is_file() and len(path.parents) > 2:
@@ -42,9 +42,9 @@ class StageOutput:
         return output if address.name == MANIFEST_NAME else output.only_file(address.name)
 
     def only_file(self, name: str) -> "StageOutput":
-        """Return this output as an input that is one of its files; raises ThroughlineError where it has no such file.
+        """Return one file of this output as an input; raises ThroughlineError if there is no such file.
 
-        The file must lie at the top of the output.
+        The file must be in the output's top folder.
         """
         self.manifest.file(name)
         return replace(self, only=name)
@@ -70,7 +70,7 @@ class StageOutput:
         return self.folder / (self.only or MANIFEST_NAME)
 
     def path(self, name: str, *, alone: bool = False) -> Path:
-        """Return the path of a file that the manifest lists; `alone` fetches nothing that belongs to it."""
+        """Return the path of a listed file; with `alone`, companion files are not downloaded with it."""
         if self.only not in (None, name):
             raise ThroughlineError(f"{self.manifest.stage}: the input is its file {self.only} alone, not {name}")
         entry = self.manifest.file(name)
@@ -92,9 +92,9 @@ class StageOutput:
         return store_of(self.folder.parent.parent)
 
     def fetch(self, names: Sequence[str] | None = None, *, alone: bool = False) -> None:
-        """See to it that files lie in the folder, all where `names` is None; nothing to do without an object store.
+        """Download files that are missing in the folder, all if `names` is None; no-op without an object store.
 
-        What belongs to a file, as a shard to its index, comes along unless `alone`.
+        Companion files come along unless `alone`, such as the shard of an index.
         """
         store = self.store
         if store is not None:
@@ -102,11 +102,11 @@ class StageOutput:
 
     @property
     def is_here(self) -> bool:
-        """Whether every file lies in the folder, and none is in an object store alone."""
+        """Whether every file is in the folder, none only in an object store."""
         return self.store is None or all((self.folder / name).is_file() for name in self._names())
 
     def damaged(self, *, read_bytes: bool) -> list[str]:
-        """Return one sentence for each file in the folder that differs from the manifest, or should be there."""
+        """Return one sentence for each file that differs from the manifest or is missing in the folder."""
         store = self.store
         manifest = self.manifest if store is None else store.cached(self.folder, self.manifest)
         return damaged_files(self.folder, manifest, read_bytes=read_bytes)
@@ -116,10 +116,10 @@ Inputs = Mapping[str, Sequence[StageOutput]]
 
 
 def find_input(output_root: Path, ref: InputRef, known: Iterable[StageOutput] = ()) -> StageOutput:
-    """Return the whole output that `ref` names, or that holds the file it names.
+    """Return the output that `ref` names, or an output that holds the file it names.
 
-    Several outputs may hold one file: the first of `known` that does is taken, then the newest under the root. Raises
-    ThroughlineError where there is none, or where its manifest is altered.
+    If several outputs hold the file, returns the first of `known`, else the newest under the root. Raises
+    ThroughlineError if there is none, or its manifest is altered.
     """
     if ref.file is None:
         return StageOutput.load(output_root / ref.stage / ref.data_version / MANIFEST_NAME)
@@ -145,9 +145,9 @@ def _holds(output: StageOutput, ref: InputRef) -> bool:
 def sound_outputs(
     output_root: Path, stage: str, on_broken: Callable[[str, str], object] = lambda version, problem: None
 ) -> Iterator[StageOutput]:
-    """Yield the outputs of a stage whose manifests are sound; the others hold nothing that can be relied on.
+    """Yield the outputs of a stage whose manifests are sound.
 
-    `on_broken` is told the data version under which another lies, and what is wrong with it.
+    For each of the others calls `on_broken` with the data version that its folder names, and the problem.
     """
     know_outputs(output_root, stage)
     for path in sorted((output_root / stage).glob(f"*/{MANIFEST_NAME}")):
@@ -159,13 +159,11 @@ def sound_outputs(
         if output.data_version == path.parent.name:
             yield output
         else:
-            on_broken(
-                path.parent.name, f"{path}: is the manifest of data version {output.data_version}; re-run {stage}"
-            )
+            on_broken(path.parent.name, f"{path}: the manifest has data version {output.data_version}; re-run {stage}")
 
 
 def _age(output: StageOutput) -> tuple[str, int, str]:
-    """Sort by when an output was made; its file tells apart those of one second."""
+    """Sort key by creation time; the manifest's file time orders outputs of the same second."""
     environment = output.manifest.environment
     ended_at = environment.ended_at if environment else ""
     return ended_at, output.manifest_path.stat().st_mtime_ns, output.data_version

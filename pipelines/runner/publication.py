@@ -1,4 +1,4 @@
-"""Publication: a finished work folder becomes the immutable output of its data version, whoever else publishes it."""
+"""Publication: a finished work folder becomes the immutable output of its data version, even if others race for it."""
 
 import errno
 import shutil
@@ -10,24 +10,24 @@ from pipelines.core.errors import ThroughlineError
 from pipelines.core.manifest import MANIFEST_NAME, Manifest, damaged_files, read_manifest
 
 OUT = "out"
-"""Folder of files within a work folder; it is what gets published."""
+"""Folder within a work folder whose files are published."""
 _REPLACED = "replaced"
 _ATTEMPTS = 100
 
 
 def publish(manifest: Manifest, work_folder: Path, stage_root: Path) -> Manifest:
-    """Make the files of `work_folder` the output of the manifest's data version; return the manifest that lies there.
+    """Make the files of `work_folder` the output of the manifest's data version; return the published manifest.
 
-    An intact output of that data version stays as it is, and the work folder goes: another process published the same
-    content first, or its pointer was lost. So its readers see no file vanish. A damaged one is replaced.
+    If an intact output of that data version exists, it is kept and the work folder removed: another process published
+    the same content first, or its pointer was lost. So no file vanishes for its readers. A damaged output is replaced.
     """
     out_folder, folder = work_folder / OUT, stage_root / manifest.data_version
     _remove_strays(out_folder, manifest)
     manifest.write(out_folder)
     pointers = stage_root / "fingerprints"
     pointers.mkdir(exist_ok=True)
-    # The pointer comes before the folder: a kill in between leaves a pointer to nothing, which counts as unfinished
-    # while all files still lie in the work folder. The other way round they would be gone from it and not yet found.
+    # The pointer comes before the folder: a kill in between leaves a dangling pointer, which counts as unfinished, and
+    # all files are still in the work folder. In the reverse order they would be in neither place.
     write_bytes(pointers / manifest.fingerprint, manifest.data_version.encode())
     published = _put_in_place(manifest, out_folder, folder, work_folder / _REPLACED)
     shutil.rmtree(work_folder)
@@ -37,20 +37,20 @@ def publish(manifest: Manifest, work_folder: Path, stage_root: Path) -> Manifest
 def _put_in_place(manifest: Manifest, out_folder: Path, folder: Path, replaced: Path) -> Manifest:
     for _ in range(_ATTEMPTS):
         try:
-            out_folder.rename(folder)  # takes the place of nothing, or of an empty folder
+            out_folder.rename(folder)  # succeeds if `folder` is missing or empty
         except OSError as error:
             if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
                 raise
         else:
             sync_folder(folder.parent)
             return manifest
-        there = _intact(folder)
-        if there is not None:
-            return there
+        existing = _intact(folder)
+        if existing is not None:
+            return existing
         shutil.rmtree(replaced, ignore_errors=True)
         with suppress(FileNotFoundError):
             folder.rename(replaced)
-    raise ThroughlineError(f"{folder}: other processes keep replacing it; end them and run again")
+    raise ThroughlineError(f"{folder}: other processes keep replacing it; stop them and run again")
 
 
 def _intact(folder: Path) -> Manifest | None:

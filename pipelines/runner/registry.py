@@ -8,13 +8,18 @@ from pipelines.core.errors import ThroughlineError
 from pipelines.runner.stage import Stage
 
 GROUP = "throughline.stages"
-"""Entry points ``name = "module:STAGE"`` of this project and of any package that adds stages."""
+"""Entry points ``name = "module:STAGE"`` of this project, and of any package that adds stages."""
+
+
+def is_installed(name: str) -> bool:
+    """Return whether a stage of that name is among the installed entry points."""
+    return name in entry_points(group=GROUP).names
 
 
 def load_stage(name: str) -> Stage[Any]:
     """Return the stage of that name, or the ``STAGE`` of that dotted module.
 
-    Raises ThroughlineError where there is none.
+    Raises ThroughlineError if there is none.
     """
     if "." in name:
         stage = getattr(importlib.import_module(name), "STAGE", None)
@@ -25,5 +30,5 @@ def load_stage(name: str) -> Stage[Any]:
             raise ThroughlineError(f"no stage {name!r}; installed stages: {known}")
         stage = points[name].load()
     if not isinstance(stage, Stage):
-        raise ThroughlineError(f"{name}: no stage is defined there; name a stage, or a module with a STAGE")
+        raise ThroughlineError(f"{name}: defines no stage; name a stage, or a module with a STAGE")
     return stage

@@ -1,4 +1,4 @@
-"""A resolved request to run a stage: what a fresh process is given, as JSON."""
+"""Resolved requests to run a stage, passed to a fresh process as JSON."""
 
 from pathlib import Path
 from typing import Any
@@ -19,13 +19,13 @@ class StageRequest(FrozenConfig):
     partition: str | None = None
     config: dict[str, Any]
     inputs: dict[str, list[str]] = Field(default_factory=dict)
-    """Input name -> paths of manifests, or of single files that lie beside one."""
+    """Input name -> paths of manifests, or of single files in the same folder as their manifest."""
     output_root: str
     store: StoreConfig | None = None
-    """The object store that the output root is mirrored in, for a machine that has not heard of it yet."""
+    """The object store in which the output root is mirrored, for a machine on which the root is not set up yet."""
     verify: Verify = "size"
     lock_wait_seconds: float | None = Field(None, ge=0)
-    """Longest wait for another process at the same output; None waits as long as that one takes."""
+    """Longest wait for another process that computes the same output; None waits without limit."""
 
     @classmethod
     def read(cls, path: Path) -> "StageRequest":
@@ -38,10 +38,10 @@ class StageRequest(FrozenConfig):
 
 
 def write_request(path: Path, request: StageRequest) -> None:
-    """Write a request where a stage's process can read it."""
+    """Write a request as a file."""
     write_json(path, request.model_dump(mode="json"))
 
 
 def format_validation_error(error: ValidationError) -> str:
-    """Return one line that says which field is wrong, and why."""
+    """Return one line that names each invalid field with the reason."""
     return "; ".join(f"{'.'.join(map(str, item['loc'])) or 'value'}: {item['msg']}" for item in error.errors())

@@ -1,17 +1,17 @@
-"""The stage runner: fingerprint, reuse, resume after a kill, conservation, and the manifest that is written last.
+"""The stage runner: fingerprints, reuse, resume after a kill, conservation, and the manifest, which is written last.
 
 An output root looks like this::
 
     <root>/<stage>/<data_version>/            finished and immutable: files, dropped.parquet, manifest.json
-    <root>/<stage>/fingerprints/<fingerprint> names the data version that this fingerprint gave
-    <root>/<stage>/unfinished/<fingerprint>/  a run under way or killed: out/ (files), units/ (journal), scratch/
-    <root>/<stage>/unfinished/<fingerprint>.lock  held by the process that works in that folder; names it
-    <root>/<stage>/logs/                      curves for people, by run; no part of any output, deleted at will
+    <root>/<stage>/fingerprints/<fingerprint> contains the data version that this fingerprint produced
+    <root>/<stage>/unfinished/<fingerprint>/  a running or killed run: out/ (files), units/ (journal), scratch/
+    <root>/<stage>/unfinished/<fingerprint>.lock  held by the process that works in that folder, and names it
+    <root>/<stage>/logs/                      training curves by run; not part of any output, may be deleted
 
-With a ``store.json`` in the root all that is finished also lies in an object store, see `pipelines.storage.mirror`.
+With a ``store.json`` in the root, finished outputs are mirrored in an object store, see `pipelines.storage.mirror`.
 
 A stage's work is split into units (one shard, one file, one table). A unit's journal entry is written when all its
-files are in place, so a run that was killed at any line goes on at the first unit without an entry.
+files are in place, so a run that was killed at any line resumes at the first unit without an entry.
 """
 
 import errno
@@ -37,11 +37,14 @@ from pipelines.core.manifest import (
     damaged_files,
     read_manifest,
 )
+from pipelines.runner.checks import AnyCheck
 from pipelines.runner.cost import CostModel
 from pipelines.runner.locks import hold
 from pipelines.runner.outputs import Inputs, StageOutput, Verify
+from pipelines.runner.preview import Preview
 from pipelines.runner.publication import publish
 from pipelines.runner.request import StageRequest, format_validation_error
+from pipelines.runner.rows import RowLookup
 from pipelines.runner.units import ConfigT, FinishedUnit, StageResult, StageRun
 from pipelines.storage.mirror import OutputStore, bind, store_of
 
@@ -50,21 +53,32 @@ _UNFINISHED = "unfinished"
 
 @dataclass(frozen=True, kw_only=True)
 class Stage(Generic[ConfigT]):
-    """A step of the graph: a plain function with a name, a code version and a type of configuration.
+    """A step of the graph: a plain function, and everything that other tools need to know about its outputs.
 
-    `code_version` is raised by hand whenever the same inputs would give other bytes. `produce` must import heavy
-    libraries inside, so that the graph can know its stages without loading them.
+    All fields are required, so that no stage forgets one: those that do not apply are stated as `NO_ROWS`, `()` or
+    None. Functions import heavy libraries inside, so that the graph can load its stages without them.
     """
 
     name: str
     code_version: str
+    """Raised by hand whenever the same inputs would give other bytes."""
     config_type: type[ConfigT]
     produce: Callable[[StageRun[ConfigT]], StageResult | None]
-    cost: CostModel | None = None
-    """Estimates rows, bytes and time before anything runs; None where they are negligible."""
+    description: str
+    """One sentence about the output, shown in Dagster."""
+    rows: RowLookup
+    """How a trace finds sample keys in an output."""
+    checks: tuple[AnyCheck, ...]
+    """Checks of an output, besides conservation and digest."""
+    preview: Preview | None
+    """Markdown that Dagster shows with an output."""
+    funnel_label: str | None
+    """Label of the stage's step in the report's funnel of rows; None if it is not a step."""
+    cost: CostModel | None
+    """Estimates rows, bytes and time before anything runs; None if they are negligible."""
 
     def fingerprint(self, config: ConfigT, inputs: Inputs, partition: str | None = None) -> str:
-        """Return the digest of all that the output is computed from."""
+        """Return the digest of everything the output is computed from."""
         return digest_json(
             {
                 "stage": self.name,
@@ -80,8 +94,8 @@ class Stage(Generic[ConfigT]):
     ) -> StageOutput | None:
         """Return the finished output of the same fingerprint, if there is one and it verifies.
 
-        Under a root that is mirrored in an object store it must be finished there; with `verify` "digest" every byte
-        there is read. Raises StorageError where the store can't be asked.
+        If the root is mirrored in an object store, the output must be finished there; with `verify` "digest" every byte
+        in the store is read. Raises StorageError if the store is not accessible.
         """
         fingerprint = self.fingerprint(config, inputs, partition)
         store = store_of(output_root)
@@ -116,9 +130,9 @@ class Stage(Generic[ConfigT]):
     ) -> StageOutput:
         """Return the output for this configuration and these inputs: reused, resumed or computed.
 
-        A second process that asks for the same output waits for the first, up to `lock_wait_seconds` where given, and
-        then reuses its result, or resumes where the first was killed. Raises ThroughlineError for what the user can
-        mend; whatever is raised, finished units stay for the next try.
+        A second process that requests the same output waits for the first, up to `lock_wait_seconds` if given, and then
+        reuses its result, or resumes it if the first was killed. Raises ThroughlineError for errors that the user can
+        fix; after any exception, finished units are kept for the next attempt.
         """
         fingerprint = self.fingerprint(config, inputs, partition)
         stage_root = output_root / self.name
@@ -127,15 +141,15 @@ class Stage(Generic[ConfigT]):
         with hold(stage_root / _UNFINISHED / f"{fingerprint}.lock", label, lock_wait_seconds) as lock:
             finished = self.find_finished(config, inputs, output_root, partition, verify)
             if finished is not None:
-                shutil.rmtree(work_folder, ignore_errors=True)  # left where a kill fell between rename and clean-up
+                shutil.rmtree(work_folder, ignore_errors=True)  # left by a kill between rename and clean-up
                 return finished
             store = store_of(output_root)
             if store is not None:
-                left = self._find_in_folder(fingerprint, output_root, "digest")
-                if left is not None:  # finished here by a run that could not store it, or damaged in the store since
+                local = self._find_in_folder(fingerprint, output_root, "digest")
+                if local is not None:  # a run finished it but could not upload it, or the store's copy is damaged
                     shutil.rmtree(work_folder, ignore_errors=True)
-                    if store.publish(left.folder, left.manifest, read_bytes=verify == "digest"):
-                        return left
+                    if store.publish(local.folder, local.manifest, read_bytes=verify == "digest"):
+                        return local
                     return self._finished_elsewhere(store, fingerprint)
             clock = Clock()
             stage_run = StageRun(self.name, config, partition, inputs, work_folder)
@@ -151,7 +165,9 @@ class Stage(Generic[ConfigT]):
     def _finished_elsewhere(self, store: OutputStore, fingerprint: str) -> StageOutput:
         folder = store.find(self.name, fingerprint)
         if folder is None:
-            raise ThroughlineError(f"{self.name}: its output vanished from {store.config.url} meanwhile; run it again")
+            raise ThroughlineError(
+                f"{self.name}: its output disappeared from {store.config.url} during the run; run it again"
+            )
         return StageOutput.load(folder / MANIFEST_NAME)
 
     def _manifest(self, stage_run: StageRun[ConfigT], result: StageResult, fingerprint: str, clock: Clock) -> Manifest:
@@ -182,10 +198,10 @@ class Stage(Generic[ConfigT]):
         ).sealed()
 
     def run_requests(self, paths: Sequence[Path]) -> None:
-        """Run requests, one after the other in this process, so that a model is loaded once.
+        """Run requests in turn in this process, so that a model is loaded once.
 
-        Prints the path of each manifest on standard output; a failure is one sentence on standard error and exit
-        status 1.
+        Prints the path of each manifest on standard output; on failure prints one sentence on standard error and exits
+        with status 1.
         """
         for request_path in paths:
             try:
@@ -205,11 +221,11 @@ class Stage(Generic[ConfigT]):
                     raise
                 sys.exit(
                     f"error: {self.name}: the disk is full ({error.filename or request_path}); free space or choose "
-                    "another output root, then run again: it goes on at the first unfinished shard"
+                    "another output root, then run again: it resumes at the first unfinished shard"
                 )
 
     def run_request(self, request: StageRequest) -> StageOutput:
-        """Run what a resolved request asks for."""
+        """Run a resolved request."""
         if request.stage != self.name:
             raise ThroughlineError(f"request is for stage {request.stage!r}, this is {self.name!r}")
         try:

@@ -14,10 +14,12 @@ from pipelines.cluster.units import ray_tasks, run_units
 from pipelines.core.errors import ThroughlineError
 from pipelines.core.manifest import Conservation
 from pipelines.runner.outputs import StageOutput
+from pipelines.runner.rows import RowReader
 from pipelines.runner.stage import Stage
 from pipelines.runner.units import StageResult, StageRun, Unit
 from pipelines.shards.config import ShardsConfig
 from pipelines.shards.cost import shards_cost
+from pipelines.shards.shard_rows import find_shard_rows
 
 if TYPE_CHECKING:
     from pipelines.download.tables import ImageUnit
@@ -227,4 +229,15 @@ def _column(path: Path, column: str) -> dict[str, bytes]:
     return dict(zip(table["sample_key"].to_pylist(), encoded, strict=True))
 
 
-STAGE = Stage(name="shards", code_version="2", config_type=ShardsConfig, produce=produce, cost=shards_cost)
+STAGE = Stage(
+    name="shards",
+    code_version="2",
+    config_type=ShardsConfig,
+    produce=produce,
+    description="Images, captions and their provenance as WebDataset tar files.",
+    rows=RowReader(find_shard_rows),
+    checks=(),
+    preview=None,
+    funnel_label="Pairs written to shards",
+    cost=shards_cost,
+)

@@ -48,9 +48,9 @@ from pipelines.download.resize import resize_and_crop
 from pipelines.laion.subset import ROWS_FILE
 from pipelines.runner.outputs import StageOutput
 from pipelines.runner.request import StageRequest, write_request
-from pipelines.runner.stage import Stage
 from pipelines.runner.units import StageRun
 from tests.benchmarks.record import write_results
+from tests.plain_stage import plain_stage
 
 _SIZE_PX, _QUALITY = 256, 95
 _SHARD_ROWS = 250
@@ -187,7 +187,7 @@ def _write_rows(run: StageRun[_RowsConfig]) -> None:
         pq.write_table(table, stream)
 
 
-_ROWS = Stage(name="laion_subset", code_version="benchmark", config_type=_RowsConfig, produce=_write_rows)
+_ROWS = plain_stage(name="laion_subset", code_version="benchmark", config_type=_RowsConfig, produce=_write_rows)
 
 
 class _Jobs:

@@ -11,9 +11,9 @@ from pathlib import Path
 from pipelines.cluster.config import WorkersConfig
 from pipelines.cluster.units import ray_tasks, run_units
 from pipelines.core.config import FrozenConfig, execution_field
-from pipelines.runner.stage import Stage
 from pipelines.runner.units import StageRun
 from tests.benchmarks.record import write_results
+from tests.plain_stage import plain_stage
 
 
 class BenchmarkConfig(FrozenConfig):
@@ -38,7 +38,7 @@ def make_unit(run: StageRun[BenchmarkConfig], name: str, number: int) -> None:
         unit.write(f"{name}.bin", bytes(100_000))
 
 
-STAGE = Stage(name="ray_units", code_version="1", config_type=BenchmarkConfig, produce=produce)
+STAGE = plain_stage(name="ray_units", code_version="1", config_type=BenchmarkConfig, produce=produce)
 
 
 def main() -> None:

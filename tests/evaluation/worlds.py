@@ -23,10 +23,10 @@ from pipelines.core.config import FrozenConfig, ModelRef
 from pipelines.core.model_prompts import NO, YES, unified_reward_answer
 from pipelines.core.sample_key import sample_key
 from pipelines.runner.outputs import StageOutput
-from pipelines.runner.stage import Stage
 from pipelines.runner.units import StageResult, StageRun
 from recaption.config import OpenAIEngineConfig
 from recaption.engine import VisionAnswer, VisionRequest
+from tests.plain_stage import plain_stage
 from training.config import ModelConfig, Strategy
 from training.export.saved_model import ConditioningRecord, write_conditioning
 
@@ -169,7 +169,7 @@ def run_stand_in(
     config: StandInConfig | None = None,
 ) -> StageOutput:
     """Run a stage with the given name and `produce` function."""
-    stage = Stage(name=name, code_version="1", config_type=StandInConfig, produce=produce)
+    stage = plain_stage(name=name, code_version="1", config_type=StandInConfig, produce=produce)
     return stage.run(config or StandInConfig(), inputs or {}, root, partition)
 
 

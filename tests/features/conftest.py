@@ -10,9 +10,9 @@ from PIL import Image
 
 from pipelines.core.config import FrozenConfig, ModelRef
 from pipelines.runner.outputs import StageOutput
-from pipelines.runner.stage import Stage
 from pipelines.runner.units import StageRun
 from pipelines.shards.format import ShardWriter
+from tests.plain_stage import plain_stage
 from tests.tiny_models import write_autoencoder, write_causal_lm, write_qwen3_vl
 
 IMAGE_PX = 32
@@ -66,7 +66,7 @@ def _one_thread() -> None:
 
 @pytest.fixture(scope="session")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> StageOutput:
-    stage = Stage(name="shards", code_version="1", config_type=_ShardsConfig, produce=_produce)
+    stage = plain_stage(name="shards", code_version="1", config_type=_ShardsConfig, produce=_produce)
     return stage.run(_ShardsConfig(), {}, tmp_path_factory.mktemp("shards"), partition="00000")
 
 

@@ -35,7 +35,7 @@ def execution_of(profile: SmallProfile) -> Execution:
 
 
 class Recorder:
-    """Keeps what an observer is told."""
+    """Records the events of an observer."""
 
     def __init__(self) -> None:
         self.records: list[dict] = []
@@ -62,11 +62,11 @@ def finished_outputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def materialize_all(profile: SmallProfile, finished_outputs: Path) -> Callable[[], Execution]:
-    """Puts a copy of all finished outputs into the profile's home."""
+    """Copies all finished outputs into the profile's home, and returns an execution over them."""
 
-    def put_in_place() -> Execution:
+    def copy_outputs() -> Execution:
         profile.keep = KeepConfig(drop_below=3)
         shutil.copytree(finished_outputs, profile.output_root)
         return execution_of(profile)
 
-    return put_in_place
+    return copy_outputs

@@ -6,11 +6,11 @@ import recaption.captions as captions_module
 from pipelines.core.config import FrozenConfig
 from pipelines.core.errors import ThroughlineError
 from pipelines.runner.outputs import StageOutput
-from pipelines.runner.stage import Stage
 from pipelines.runner.units import StageRun
 from recaption.captions import STAGE
 from recaption.checks import caption_quality
 from recaption.config import CaptionsConfig
+from tests.plain_stage import plain_stage
 from tests.recaption.conftest import POOL, noise_jpeg
 
 pytestmark = pytest.mark.slow
@@ -38,7 +38,7 @@ def _produce(run: StageRun[_ImagesConfig]) -> None:
 
 
 def make_images(root, **kwargs) -> StageOutput:
-    stage = Stage(name="images", code_version="1", config_type=_ImagesConfig, produce=_produce)
+    stage = plain_stage(name="images", code_version="1", config_type=_ImagesConfig, produce=_produce)
     return stage.run(_ImagesConfig(**kwargs), {}, root, partition="00000")
 
 

@@ -4,8 +4,8 @@ from pathlib import Path
 
 from pipelines.core.config import ModelRef
 from pipelines.runner.outputs import StageOutput
-from pipelines.runner.stage import Stage
 from pipelines.runner.units import StageRun
+from tests.plain_stage import plain_stage
 from tests.training.conftest import TEMPLATE, TINY_MODEL, TINY_TRAINING
 from tests.training.models.test_dit import built
 from training.config import CheckpointConfig, ModelConfig, Strategy
@@ -52,7 +52,7 @@ def write_checkpoint(
             unit.write(MODEL_CONFIG_NAME, model.model_dump_json().encode())
             unit.write(CONDITIONING_NAME, write_conditioning(record))
 
-    stage = Stage(name="checkpoint", code_version=code_version, config_type=CheckpointConfig, produce=produce)
+    stage = plain_stage(name="checkpoint", code_version=code_version, config_type=CheckpointConfig, produce=produce)
     config = CheckpointConfig(
         strategy=strategy, model=model, training=TINY_TRAINING, text_encoder=text_encoder, template_version=TEMPLATE
     )

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from pipelines.core.config import FrozenConfig, ModelRef
 from pipelines.runner.outputs import Inputs, StageOutput
-from pipelines.runner.stage import Stage
 from pipelines.runner.units import StageRun
 from pipelines.shards.format import ShardWriter
+from tests.plain_stage import plain_stage
 from tests.tiny_models import write_causal_lm
 from training.config import CheckpointConfig, ModelConfig, Strategy, TrainingConfig
 from training.data.feature_source import text_lengths
@@ -111,7 +111,7 @@ def publish(
             for path, data in files.items():
                 unit.write(path, data)
 
-    stage = Stage(name=name, code_version="1", config_type=_Files, produce=produce)
+    stage = plain_stage(name=name, code_version="1", config_type=_Files, produce=produce)
     return stage.run(_Files(text_encoder=model), inputs, root, partition)
 
 

@@ -4,6 +4,8 @@ import json
 import shutil
 
 from pipelines.core.errors import ThroughlineError
+from pipelines.runner.outputs import Inputs, StageOutput
+from pipelines.runner.rows import DERIVED
 from pipelines.runner.stage import Stage
 from pipelines.runner.units import StageResult, StageRun
 from training.config import PipelineExportConfig
@@ -44,4 +46,21 @@ def _export(run: StageRun[PipelineExportConfig]) -> None:
         unit.notes["text_encoder"] = lineage["text_encoder"]
 
 
-STAGE = Stage(name="pipeline_export", code_version="2", config_type=PipelineExportConfig, produce=produce, cost=None)
+def preview_card(output: StageOutput, inputs: Inputs) -> str:
+    """Return the line that loads the pipeline, and its model card."""
+    _, _, card = output.path("README.md").read_text().split("---\n", 2)
+    return f"`ThroughlinePipeline.from_pretrained({str(output.folder)!r})`\n\n{card.strip()}"
+
+
+STAGE = Stage(
+    name="pipeline_export",
+    code_version="2",
+    config_type=PipelineExportConfig,
+    produce=produce,
+    description="The checkpoint as a folder that diffusers loads, with a card that states its lineage.",
+    rows=DERIVED,
+    checks=(),
+    preview=preview_card,
+    funnel_label=None,
+    cost=None,
+)

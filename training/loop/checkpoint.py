@@ -17,6 +17,7 @@ from pipelines.core.errors import ThroughlineError
 from pipelines.core.progress import Progress
 from pipelines.runner.outputs import Inputs, StageOutput
 from pipelines.runner.request import StageRequest
+from pipelines.runner.rows import RowTable
 from pipelines.runner.stage import Stage
 from pipelines.runner.units import StageResult, StageRun
 from training.config import CheckpointConfig
@@ -27,6 +28,7 @@ from training.export.saved_model import (
     ConditioningRecord,
     write_conditioning,
 )
+from training.loop.checks import CHECKPOINT_CHECKS
 
 if TYPE_CHECKING:
     from training.data.feature_source import FeatureSource
@@ -223,5 +225,14 @@ class CheckpointStage(Stage[CheckpointConfig]):
 
 
 STAGE = CheckpointStage(
-    name="checkpoint", code_version="4", config_type=CheckpointConfig, produce=produce, cost=checkpoint_cost
+    name="checkpoint",
+    code_version="4",
+    config_type=CheckpointConfig,
+    produce=produce,
+    description="A diffusion transformer trained with one fusion strategy, and the ledger of what it consumed.",
+    rows=RowTable("ledger", ("first_step", "times_seen")),
+    checks=CHECKPOINT_CHECKS,
+    preview=None,
+    funnel_label=None,
+    cost=checkpoint_cost,
 )

@@ -1,4 +1,4 @@
-"""Checks and judge calibration: each check passes on good outputs, and fails with a reason on bad ones."""
+"""Each check passes on a sound output, and fails with a message that gives the reason."""
 
 from pathlib import Path
 from typing import Any
@@ -8,13 +8,7 @@ import pytest
 
 from evaluation.config import JudgeCalibrationConfig
 from evaluation.judging.calibration import STAGE, area_under_roc, choose_pairs
-from evaluation.judging.checks import (
-    check_judge_answer_format,
-    judge_calibration,
-    loss_is_finite_and_falls,
-    same_order,
-    unscored_share,
-)
+from evaluation.judging.checks import check_judge_answer_format, check_judge_calibration, check_missing_scores
 from pipelines.core.errors import ThroughlineError
 from pipelines.core.manifest import Conservation
 from pipelines.core.model_prompts import NO, YES
@@ -24,6 +18,7 @@ from pipelines.runner.units import StageResult
 from recaption.engine import VisionAnswer, VisionRequest
 from tests.evaluation.worlds import JUDGE, ScriptedPool, plausible_answer, run_stand_in, write_data
 from training.config import Strategy
+from training.loop.checks import check_loss, check_same_order
 
 
 def stand_in(
@@ -34,17 +29,17 @@ def stand_in(
     )
 
 
-def test_unscored_share_counts_by_reason(tmp_path: Path) -> None:
+def test_missing_scores_are_counted_by_reason(tmp_path: Path) -> None:
     table = Conservation(rows_in=100, rows_out=94, dropped={"missing": 4, "cut": 2})
     scores = stand_in(tmp_path, {}, table)
-    assert unscored_share(scores, 0.06).passed
-    result = unscored_share(scores)
+    assert check_missing_scores(scores, 0.06).passed
+    result = check_missing_scores(scores)
     assert not result.passed
-    assert result.sentence == "6 of 100 scores are missing (4 missing, 2 cut)"
+    assert result.message == "6 of 100 scores are missing (4 missing, 2 cut)"
 
 
-def test_no_expected_scores_is_a_failure(tmp_path: Path) -> None:
-    assert not unscored_share(stand_in(tmp_path, {}, Conservation(rows_in=0, rows_out=0))).passed
+def test_no_requested_scores_is_a_failure(tmp_path: Path) -> None:
+    assert not check_missing_scores(stand_in(tmp_path, {}, Conservation(rows_in=0, rows_out=0))).passed
 
 
 def test_answers_off_format_fail_the_check(tmp_path: Path) -> None:
@@ -54,19 +49,19 @@ def test_answers_off_format_fail_the_check(tmp_path: Path) -> None:
 
 
 def test_losses_must_exist_and_fall(tmp_path: Path, checkpoints: dict[Strategy, StageOutput]) -> None:
-    assert loss_is_finite_and_falls(checkpoints[Strategy.JOINT]).passed
+    assert check_loss(checkpoints[Strategy.JOINT]).passed
     rising = stand_in(tmp_path, {"first_loss": 1.0, "final_loss": 1.1}, name="checkpoint")
-    assert not loss_is_finite_and_falls(rising).passed
-    assert not loss_is_finite_and_falls(stand_in(tmp_path, {}, name="checkpoint")).passed
+    assert not check_loss(rising).passed
+    assert not check_loss(stand_in(tmp_path, {}, name="checkpoint")).passed
 
 
-def test_same_order_compares_digests_and_datasets(tmp_path: Path, checkpoints: dict[Strategy, StageOutput]) -> None:
-    result = same_order(list(checkpoints.values()))
+def test_same_order_is_proven_by_digest_and_dataset(tmp_path: Path, checkpoints: dict[Strategy, StageOutput]) -> None:
+    result = check_same_order(list(checkpoints.values()))
     assert result.passed and result.numbers["num_checkpoints"] == 7
     other = stand_in(tmp_path, {"consumption_digest": "0" * 32}, name="checkpoint")
-    assert not same_order([*checkpoints.values(), other]).passed
-    assert not same_order([*checkpoints.values(), stand_in(tmp_path / "b", {}, name="checkpoint")]).passed
-    assert not same_order([]).passed
+    assert not check_same_order([*checkpoints.values(), other]).passed
+    assert not check_same_order([*checkpoints.values(), stand_in(tmp_path / "b", {}, name="checkpoint")]).passed
+    assert not check_same_order([]).passed
 
 
 def calibrate(root: Path, answer: Any, pool: ScriptedPool) -> StageOutput:
@@ -84,9 +79,9 @@ def test_a_judge_that_always_says_yes_fails_calibration(pool: ScriptedPool, tmp_
     output = calibrate(tmp_path, yes, pool)
     assert output.manifest.summary["accuracy"] == 0.5
     assert output.manifest.summary["auc"] == 0.5
-    result = judge_calibration(output)
+    result = check_judge_calibration(output)
     assert not result.passed
-    assert "100.0% of own captions and 0.0% of others'" in result.sentence
+    assert "100.0% of own captions and 0.0% of others'" in result.message
 
 
 def test_withdrawn_images_are_not_shown_to_the_judge(pool: ScriptedPool, tmp_path: Path) -> None:
@@ -116,14 +111,14 @@ def test_a_judge_that_knows_the_captions_passes(pool: ScriptedPool, tmp_path: Pa
 
     output = calibrate(tmp_path, first_question_is_the_own_caption, pool)
     assert output.manifest.summary["auc"] == 1.0
-    assert judge_calibration(output).passed
+    assert check_judge_calibration(output).passed
 
 
 def test_unreadable_answers_fail_calibration(pool: ScriptedPool, tmp_path: Path) -> None:
     output = calibrate(tmp_path, lambda _: VisionAnswer.failed("no"), pool)
     table = output.manifest.conservation
     assert table is not None and table.dropped == {"answer_failed": 20}
-    assert not judge_calibration(output).passed
+    assert not check_judge_calibration(output).passed
 
 
 def test_the_other_caption_is_never_the_same_text() -> None:

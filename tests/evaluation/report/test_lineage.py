@@ -3,17 +3,17 @@
 from pathlib import Path
 
 from evaluation.report.data import funnel
-from evaluation.report.lineage import collect
+from evaluation.report.lineage import collect, stages_of
 from pipelines.core.config import FrozenConfig
 from pipelines.laion import selection as laion_selection
 from pipelines.laion.config import LaionSelectionConfig
 from pipelines.runner.outputs import StageOutput
-from pipelines.runner.stage import Stage
 from tests.pipelines.laion.laion_world import laion_row, run_index, subset_of, write_laion
+from tests.plain_stage import plain_stage
 
 
 def _roll_up(root: Path, index: StageOutput, subsets: list[StageOutput]) -> StageOutput:
-    stage = Stage(name="dataset", code_version="1", config_type=FrozenConfig, produce=lambda run: None)
+    stage = plain_stage(name="dataset", code_version="1", config_type=FrozenConfig, produce=lambda run: None)
     return stage.run(FrozenConfig(), {"index": [index], "subset": subsets}, root)
 
 
@@ -36,5 +36,6 @@ def test_the_funnel_counts_what_the_selection_took(tmp_path: Path) -> None:
     index = run_index(tmp_path / "laion", tmp_path)
     subsets = [subset_of(index, tmp_path, part) for part in ("a", "b")]
     selection = laion_selection.STAGE.run(LaionSelectionConfig(), {"index": [index], "subset": subsets}, tmp_path)
-    steps = [(step.stage, step.rows_in, step.rows_out, list(step.dropped)) for step in funnel(collect([selection]))]
+    lineage = collect([selection])
+    steps = [(s.stage, s.rows_in, s.rows_out, list(s.dropped)) for s in funnel(lineage, stages_of(lineage))]
     assert steps == [("laion_subset", 2, 2, []), ("laion_selection", 2, 1, [("duplicate_url", 1)])]

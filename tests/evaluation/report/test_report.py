@@ -22,7 +22,7 @@ from evaluation.config import (
 from evaluation.judging.calibration import STAGE as JUDGE_CALIBRATION
 from evaluation.judging.scores import STAGE as SCORES
 from evaluation.report.data import funnel, sample_captions
-from evaluation.report.lineage import collect
+from evaluation.report.lineage import collect, stages_of
 from evaluation.report.report import STAGE, grouped, show
 from pipelines.core.errors import ThroughlineError
 from pipelines.core.manifest import MANIFEST_NAME, Conservation, InputRef, Manifest
@@ -262,5 +262,6 @@ def test_an_output_that_another_took_the_place_of_counts_no_rows(tmp_path: Path)
 
     first = output(6)
     second = output(9, earlier=(first.ref,))
-    (step,) = funnel({"images": [first, second]})
+    lineage = {"images": [first, second]}
+    (step,) = funnel(lineage, stages_of(lineage))
     assert (step.rows_in, step.rows_out, list(step.dropped)) == (10, 9, [("http_server_error", 1)])

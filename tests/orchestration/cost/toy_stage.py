@@ -3,8 +3,8 @@
 from orchestration.graph.graph import Group, Input, Node, PartitionKind
 from pipelines.core.config import FrozenConfig
 from pipelines.runner.cost import CostInputs, StageEstimate, Workload
-from pipelines.runner.stage import Stage
 from pipelines.runner.units import StageRun
+from tests.plain_stage import plain_stage
 
 _ROWS_PER_SECOND = 4
 
@@ -31,13 +31,12 @@ def cost(inputs: CostInputs, workload: Workload) -> StageEstimate:
     )
 
 
-STAGE = Stage(name="thumbnails", code_version="1", config_type=ToyConfig, produce=produce, cost=cost)
+STAGE = plain_stage(name="thumbnails", code_version="1", config_type=ToyConfig, produce=produce, cost=cost)
 
 NODE = Node(
     name="thumbnails",
     module=__name__,
     group=Group.DATA,
-    description="A small copy of every image.",
     configure=lambda profile, _: ToyConfig(),
     partition=PartitionKind.PART,
     inputs=(Input(name="shards", asset="shards"),),

@@ -1,4 +1,4 @@
-"""A real PostgreSQL for tests: its own folder, port and password; it ends with the test."""
+"""A real PostgreSQL server for tests, with its own folder, port and password, stopped after the test."""
 
 import importlib.util
 import os
@@ -46,7 +46,7 @@ def free_port() -> int:
 @contextmanager
 def running_postgres() -> Iterator[PostgresServer]:
     """Start a server in a new folder, and stop it at the end."""
-    # PostgreSQL refuses to run as root, and another user may have no way to root's packages and test folders.
+    # PostgreSQL refuses to run as root, and another user may not be able to read root's packages and test folders.
     identity: dict[str, object] = {"user": _NOBODY, "group": _NOBODY, "extra_groups": []} if os.getuid() == 0 else {}
     folder = Path(tempfile.mkdtemp(prefix="throughline-postgres-"))
     try:
@@ -69,7 +69,7 @@ def running_postgres() -> Iterator[PostgresServer]:
             _await(server, process, folder / "log")
             yield server
         finally:
-            process.send_signal(subprocess.signal.SIGINT)  # what PostgreSQL calls a fast shutdown
+            process.send_signal(subprocess.signal.SIGINT)  # PostgreSQL's "fast shutdown"
             process.wait(60)
     finally:
         shutil.rmtree(folder)
@@ -82,7 +82,7 @@ def _installation() -> Path:
 
 
 def _copy_programs(folder: Path) -> Path:
-    """Copy what a server needs of the installed package, laid out as there."""
+    """Copy the server's files from the installed package, with the same layout."""
     source = _installation()
     target = folder / _PACKAGE / _INSTALLATION
     for name in ("lib", "share"):

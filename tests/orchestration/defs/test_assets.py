@@ -17,7 +17,7 @@ from tests.orchestration.small.stages import IndexConfig, KeepConfig, SmallProfi
 
 pytestmark = pytest.mark.slow
 
-Carry = Callable[[], Execution]
+Materialized = Callable[[], Execution]
 START, END = "dagster/asset_partition_range_start", "dagster/asset_partition_range_end"
 
 
@@ -56,13 +56,13 @@ def _num_materializations(instance: dg.DagsterInstance, asset: str) -> int:
 
 
 def _record_all(execution: Execution, instance: dg.DagsterInstance) -> Execution:
-    """Materialize every asset of a plan whose outputs are all there, asset by asset."""
+    """Materialize every asset of a plan whose outputs are all finished, asset by asset."""
     for asset in execution.plan.graph.nodes:
         assert _materialize(execution, instance, asset, execution.plan.partitions(asset)).success
     return execution
 
 
-def test_the_index_registers_parts_in_order_and_takes_away_those_that_are_gone(
+def test_the_index_registers_parts_in_order_and_removes_deleted_ones(
     profile: SmallProfile, instance: dg.DagsterInstance
 ) -> None:
     assert _materialize(execution_of(profile), instance, "laion_index", [None]).success
@@ -87,7 +87,7 @@ def test_one_run_of_several_partitions_records_each_with_its_own_data_version(
 
 
 def test_provenance_is_the_same_for_one_partition_and_for_several(
-    materialize_all: Carry, instance: dg.DagsterInstance
+    materialize_all: Materialized, instance: dg.DagsterInstance
 ) -> None:
     execution = materialize_all()
     _materialize(execution, instance, "laion_index", [None])
@@ -113,7 +113,7 @@ def _statuses(execution: Execution, instance: dg.DagsterInstance) -> dict[str, S
     }
 
 
-def test_everything_is_fresh_after_it_was_materialized(materialize_all: Carry, instance: dg.DagsterInstance) -> None:
+def test_everything_is_fresh_after_materialization(materialize_all: Materialized, instance: dg.DagsterInstance) -> None:
     execution = _record_all(materialize_all(), instance)
     statuses = _statuses(execution, instance)
     assert {name for name, status in statuses.items() if status is not StaleStatus.FRESH} == set()
@@ -121,16 +121,16 @@ def test_everything_is_fresh_after_it_was_materialized(materialize_all: Carry, i
 
 
 def _not_fresh(execution: Execution, instance: dg.DagsterInstance) -> set[str]:
-    """Return what Dagster calls stale or missing of the data side."""
+    """Return the data assets that Dagster calls stale or missing."""
     names = ("laion_index", "kept", "total")
     statuses = {name: status for name, status in _statuses(execution, instance).items() if name.startswith(names)}
     return {name for name, status in statuses.items() if status is not StaleStatus.FRESH}
 
 
-def test_files_that_come_change_or_go_make_their_own_parts_and_the_roll_ups_stale(
-    profile: SmallProfile, materialize_all: Carry, instance: dg.DagsterInstance
+def test_added_changed_and_removed_files_make_their_own_parts_and_the_roll_ups_stale(
+    profile: SmallProfile, materialize_all: Materialized, instance: dg.DagsterInstance
 ) -> None:
-    """Dagster and the plan say the same before and after, and so does the audit."""
+    """Dagster and the plan agree before and after, and the audit passes."""
     materialize_all()
     nodes = execution_of(profile).plan.graph.select("+total")
     Run(execution_of(profile), instance, Console()).execute("selected", nodes)
@@ -154,7 +154,7 @@ def test_files_that_come_change_or_go_make_their_own_parts_and_the_roll_ups_stal
         assert total is not None and Auditor(plan.output_root).audit([total.ref]).passed
 
 
-def test_a_part_can_be_recorded_by_itself(materialize_all: Carry, instance: dg.DagsterInstance) -> None:
+def test_a_part_can_be_recorded_alone(materialize_all: Materialized, instance: dg.DagsterInstance) -> None:
     execution = materialize_all()
     _materialize(execution, instance, "laion_index", [None])
     before = _recorded(instance, "laion_index_parts", "00001")
@@ -165,7 +165,7 @@ def test_a_part_can_be_recorded_by_itself(materialize_all: Carry, instance: dg.D
 
 
 def test_a_new_checkpoint_makes_its_own_arms_stale_and_no_others(
-    materialize_all: Carry, instance: dg.DagsterInstance
+    materialize_all: Materialized, instance: dg.DagsterInstance
 ) -> None:
     execution = _record_all(materialize_all(), instance)
     tags = {**_recorded(instance, "fit", "time_wise"), "dagster/data_version": "another"}
@@ -179,7 +179,7 @@ def test_a_new_checkpoint_makes_its_own_arms_stale_and_no_others(
     }
 
 
-def test_checks_pass_on_sound_outputs(materialize_all: Carry, instance: dg.DagsterInstance) -> None:
+def test_checks_pass_on_sound_outputs(materialize_all: Materialized, instance: dg.DagsterInstance) -> None:
     execution = materialize_all()
     _materialize(execution, instance, "laion_index", [None])
     result = _materialize(execution, instance, "kept", list(NUMBERS))
@@ -204,10 +204,10 @@ def test_progress_is_observed_with_its_numbers_while_the_stage_runs(
     numbers = {name: value.value for name, value in newest.metadata.items()}
     assert (numbers["done"], numbers["total"]) == (3, 3) and numbers["per_second"] > 0
     (made,) = instance.fetch_materializations(dg.AssetKey("kept"), limit=100).records
-    assert records[-1].storage_id < records[0].storage_id < made.storage_id, "before the output was there"
+    assert records[-1].storage_id < records[0].storage_id < made.storage_id, "before the output was finished"
 
 
-def test_counts_and_reasons_of_a_stage_are_part_of_an_observation() -> None:
+def test_an_observation_includes_the_counts_and_reasons_of_a_stage() -> None:
     details = {"ok": 4, "failed": "2 (timeout 2)"}
     record = {"label": "images part-00001", "done": 6, "total": None, "noun": "images", "rate": 2.0, "details": details}
     event = observation("images", record)
@@ -216,9 +216,7 @@ def test_counts_and_reasons_of_a_stage_are_part_of_an_observation() -> None:
     assert shown == {"done": 6, "per_second": 2.0, **details}
 
 
-def test_a_failed_stage_fails_the_run_with_its_own_sentence(
-    profile: SmallProfile, instance: dg.DagsterInstance
-) -> None:
+def test_a_failed_stage_fails_the_run_with_its_own_message(profile: SmallProfile, instance: dg.DagsterInstance) -> None:
     profile.keep = KeepConfig(fail_at="00001")
     execution = execution_of(profile)
     _materialize(execution, instance, "laion_index", [None])
@@ -244,6 +242,6 @@ def test_every_edge_between_partition_sets_has_an_explicit_mapping(
     assert [type(item) for item in node.partition_mappings.values()] == [mapping]
 
 
-def test_backfill_runs_take_as_many_partitions_as_the_profile_says(profile: SmallProfile) -> None:
+def test_backfill_runs_take_as_many_partitions_as_the_profile_allows(profile: SmallProfile) -> None:
     graph: Callable = build_definitions(execution_of(profile)).resolve_asset_graph().get
     assert graph(dg.AssetKey("kept")).backfill_policy.max_partitions_per_run == profile.batch

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from orchestration.cli.doctor import Severity, _storage
-from orchestration.defs.event_storage import described_storage
+from orchestration.defs.event_storage import describe_storage
 from orchestration.defs.instance import open_instance, prepare_dagster_home
 from pipelines.core.environment import POSTGRES_URL
 from pipelines.core.errors import ThroughlineError
@@ -52,15 +52,15 @@ def files_with(folder: Path, word: str) -> list[Path]:
 
 
 @pytest.mark.slow
-def test_two_runs_at_once_are_kept_in_postgresql_and_read_back_by_another_process(
+def test_two_concurrent_runs_are_stored_in_postgresql_and_read_by_another_process(
     tmp_path: Path, home: Path, server: PostgresServer, finished_outputs: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(POSTGRES_URL, server.create_database("two_runs"))
-    said = run_two_at_once(tmp_path, home)
+    outputs_of_runs = run_two_at_once(tmp_path, home)
     assert versions(home / "outputs") == versions(finished_outputs)
     assert list(home.rglob("*.db")) == [], "nothing is written to SQLite"
     assert files_with(home, PASSWORD) == []
-    assert not any(PASSWORD in text for text in said)
+    assert not any(PASSWORD in text for text in outputs_of_runs)
 
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
@@ -72,7 +72,7 @@ def test_two_runs_at_once_are_kept_in_postgresql_and_read_back_by_another_proces
     runs, parts = json.loads(done.stdout)
     assert parts == list(NUMBERS)
     assert [status for status, _, _ in runs] == ["SUCCESS", "SUCCESS"]
-    # Files of an output that others read one by one are recorded too, under names of their own.
+    # Files that are read one by one are recorded too, as separate assets.
     outputs = [entry for _, _, made in runs for entry in made if not entry[0].endswith("_parts")]
     recorded = {f"{stage} {partition} {version}" for stage, partition, version in outputs}
     assert recorded == versions(home / "outputs")
@@ -80,7 +80,7 @@ def test_two_runs_at_once_are_kept_in_postgresql_and_read_back_by_another_proces
 
 
 @pytest.mark.slow
-def test_a_wrong_address_is_one_sentence_without_its_password(
+def test_a_wrong_address_fails_with_one_sentence_without_the_password(
     home: Path, server: PostgresServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     wrong = {
@@ -96,16 +96,16 @@ def test_a_wrong_address_is_one_sentence_without_its_password(
         monkeypatch.setenv(POSTGRES_URL, address)
         with pytest.raises(ThroughlineError) as caught, open_instance(home):
             pass
-        said = str(caught.value)
-        assert sentence in said
-        assert "\n" not in said
-        assert not any(secret in said for secret in (PASSWORD, "guess-it"))
+        message = str(caught.value)
+        assert sentence in message
+        assert "\n" not in message
+        assert not any(secret in message for secret in (PASSWORD, "guess-it"))
     assert list(home.rglob("*.db")) == []
     assert files_with(home, PASSWORD) == []
 
 
 @pytest.mark.slow
-def test_the_command_line_ends_with_the_sentence(home: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_command_line_prints_the_error_last(home: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     environment = os.environ | {"THROUGHLINE_HOME": str(home), POSTGRES_URL: NOWHERE}
     command = [
         sys.executable,
@@ -129,30 +129,31 @@ def test_the_command_line_ends_with_the_sentence(home: Path, monkeypatch: pytest
 
 
 @pytest.mark.slow
-def test_doctor_says_which_storage_is_in_use_and_whether_it_answers(
+def test_doctor_reports_the_storage_and_whether_it_responds(
     home: Path, server: PostgresServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     profile = SmallProfile(home=home, index=IndexConfig(numbers=NUMBERS))
-    in_sqlite = f"Dagster keeps its runs in SQLite, under {home / 'dagster'}"
-    assert _storage(profile).message == f"{in_sqlite}, from the first run on"
+    assert _storage(profile).message == f"Dagster will store its runs in SQLite, under {home / 'dagster'}"
     with open_instance(home):
         pass
-    assert _storage(profile).message == f"{in_sqlite}; it answers (0 runs)"
+    assert (
+        _storage(profile).message
+        == f"Dagster stores its runs in SQLite, under {home / 'dagster'}; it is readable (0 runs)"
+    )
     monkeypatch.setenv(POSTGRES_URL, server.url())
     diagnostic = _storage(profile)
     assert diagnostic.severity is Severity.GOOD
     assert (
-        f"in PostgreSQL, database postgres of user {USER} at 127.0.0.1:{server.port}; the server ans"
-        in diagnostic.message
+        f"in PostgreSQL, database postgres of user {USER} at 127.0.0.1:{server.port}; the server" in diagnostic.message
     )
     monkeypatch.setenv(POSTGRES_URL, NOWHERE)
     assert _storage(profile).severity is Severity.BAD
     (home / "dagster" / "history" / "runs.db").write_bytes(b"not a database" * 100)
     monkeypatch.delenv(POSTGRES_URL)
-    assert "SQLite does not answer" in _storage(profile).message
+    assert "SQLite is not readable" in _storage(profile).message
 
 
-def test_a_missing_extra_is_one_sentence_with_its_command(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_extra_fails_with_the_command_that_installs_it(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(POSTGRES_URL, NOWHERE)
     monkeypatch.setitem(sys.modules, "dagster_postgres", None)
     with pytest.raises(ThroughlineError, match="dagster_postgres is not installed; install it with: pip install"):
@@ -161,24 +162,24 @@ def test_a_missing_extra_is_one_sentence_with_its_command(home: Path, monkeypatc
     assert diagnostic.fix == "pip install 'throughline[postgres]'"
 
 
-def test_a_folder_set_up_for_postgresql_begins_no_second_history(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_set_up_for_postgresql_starts_no_second_history(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = prepare_dagster_home(home)
     own = (folder / "dagster.yaml").read_text() + "retention:\n  schedule:\n    purge_after_days: 90"
     (folder / "dagster.yaml").write_text(own)
     monkeypatch.setenv(POSTGRES_URL, NOWHERE)
     prepare_dagster_home(home)
     text = (folder / "dagster.yaml").read_text()
-    assert text.startswith(own), "what a person wrote stays"
+    assert text.startswith(own), "the user's own lines are kept"
     prepare_dagster_home(home)
     assert (folder / "dagster.yaml").read_text() == text
     monkeypatch.delenv(POSTGRES_URL)
-    with pytest.raises(ThroughlineError, match=f"keeps its runs in PostgreSQL, and {POSTGRES_URL} is not set"):
+    with pytest.raises(ThroughlineError, match=f"stores its runs in PostgreSQL, but {POSTGRES_URL} is not set"):
         open_instance(home)
     assert list(home.rglob("*.db")) == []
 
 
 @pytest.mark.slow
-def test_a_storage_of_ones_own_is_left_alone(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_storage_that_the_user_configured_is_not_changed(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = home / "dagster"
     folder.mkdir(parents=True)
     own = f"storage:\n  sqlite:\n    base_dir: {home / 'sqlite'}\n"
@@ -186,8 +187,8 @@ def test_a_storage_of_ones_own_is_left_alone(home: Path, monkeypatch: pytest.Mon
     with open_instance(home):
         pass
     assert (home / "sqlite").is_dir()
-    assert described_storage(folder) == f"Dagster keeps its runs as {folder / 'dagster.yaml'} says"
+    assert describe_storage(folder) == f"Dagster stores its runs as configured in {folder / 'dagster.yaml'}"
     monkeypatch.setenv(POSTGRES_URL, NOWHERE)
-    with pytest.raises(ThroughlineError, match="names a storage of its own"):
+    with pytest.raises(ThroughlineError, match="configures a storage, but"):
         open_instance(home)
     assert (folder / "dagster.yaml").read_text() == own

@@ -15,7 +15,7 @@ from pipelines.core.errors import ThroughlineError
 from tests.orchestration.conftest import NUMBERS, execution_of
 from tests.orchestration.small.stages import KeepConfig, SmallProfile
 
-Carry = Callable[[], Execution]
+Materialized = Callable[[], Execution]
 
 
 class _Screen(Console):
@@ -41,22 +41,22 @@ def test_one_run_brings_every_partition_up_to_date_and_a_second_does_nothing(
 ) -> None:
     starts = tmp_path / "starts"
     profile.keep = KeepConfig(starts=str(starts), drop_below=3)
-    run, said = _run(profile, instance)
+    run, shown = _run(profile, instance)
     assert sum(tally.computed for tally in run.tallies.values()) == 14
-    assert "kept 00000  3/3 numbers" in said
-    assert "6 rows in, 4 out" in said
+    assert "kept 00000  3/3 numbers" in shown
+    assert "6 rows in, 4 out" in shown
     logged = [entry.user_message for entry in instance.all_logs(instance.get_runs()[0].run_id)]
-    assert any("kept 00000  3/3 numbers" in message for message in logged), "who watches in the web interface sees it"
+    assert any("kept 00000  3/3 numbers" in message for message in logged), "the web interface shows it"
     assert instance.get_runs_count() == 1
     again, _ = _run(profile, instance)
     assert {tally.computed for tally in again.tallies.values()} == {0}
-    assert instance.get_runs_count() == 1, "nothing to do makes no run"
+    assert instance.get_runs_count() == 1, "no run is recorded if nothing is to be done"
     assert len(starts.read_text().splitlines()) == len(NUMBERS)
 
 
 @pytest.mark.slow
-def test_outputs_that_dagster_does_not_know_are_recorded_without_a_process(
-    profile: SmallProfile, materialize_all: Carry, instance: dg.DagsterInstance, tmp_path: Path
+def test_unrecorded_outputs_are_recorded_without_starting_a_process(
+    profile: SmallProfile, materialize_all: Materialized, instance: dg.DagsterInstance, tmp_path: Path
 ) -> None:
     materialize_all()
     starts = tmp_path / "starts"
@@ -68,7 +68,7 @@ def test_outputs_that_dagster_does_not_know_are_recorded_without_a_process(
 
 
 @pytest.mark.slow
-def test_a_failure_stops_the_run_with_one_sentence_and_keeps_what_was_finished(
+def test_a_failure_stops_the_run_with_one_sentence_and_keeps_finished_outputs(
     profile: SmallProfile, instance: dg.DagsterInstance
 ) -> None:
     profile.keep = KeepConfig(fail_at="00002")
@@ -86,7 +86,7 @@ def test_the_evaluation_job_leaves_data_and_training_alone(profile: SmallProfile
     execution = execution_of(profile)
     definitions = build_definitions(execution)
     result = definitions.resolve_job_def("evaluation_only").execute_in_process(instance=instance, raise_on_error=False)
-    assert not result.success, "without checkpoints it says so"
+    assert not result.success, "fails without checkpoints"
     assert _events(instance, "laion_index") == 0
     _run(profile, instance)
     assert (
@@ -97,7 +97,7 @@ def test_the_evaluation_job_leaves_data_and_training_alone(profile: SmallProfile
     )
 
 
-def test_a_run_whose_process_was_killed_does_not_hold_the_queue(
+def test_a_run_whose_process_was_killed_does_not_block_the_queue(
     profile: SmallProfile, instance: dg.DagsterInstance
 ) -> None:
     job = build_definitions(execution_of(profile)).resolve_job_def("everything")

@@ -1,4 +1,4 @@
-"""The data side of the real graph over files that come, change and go: what stays fresh, and what is told of it."""
+"""The data assets of the real graph when LAION files are added, changed and removed: states, and Dagster's record."""
 
 from pathlib import Path
 
@@ -35,15 +35,15 @@ class Folder:
     def plan(self) -> Plan:
         return Plan(GRAPH, self.profile, self.profile.output_root)
 
-    def carry_out(self, *assets: str) -> None:
-        """Run the stages of assets here, without processes of their own."""
+    def execute(self, *assets: str) -> None:
+        """Run the stages of assets in this process."""
         plan = self.plan()
         for asset in assets:
             for task in plan.tasks(asset):
                 if task.output is None:
                     assert task.config is not None and task.inputs is not None, task.blocked_by
                     task.node.stage.run(task.config, task.inputs, plan.output_root, task.partition)
-            plan.forget(asset, None)
+            plan.invalidate(asset, None)
 
     def states(self, asset: str) -> dict[str, State]:
         plan = self.plan()
@@ -58,38 +58,38 @@ class Folder:
         }
 
 
-def test_what_a_changed_folder_leaves_fresh_is_known_before_and_after_the_index_is_computed(tmp_path: Path) -> None:
+def test_states_of_parts_of_a_changed_folder_are_known_before_and_after_the_index_is_computed(tmp_path: Path) -> None:
     folder = Folder(tmp_path)
     for part in ("one", "two", "three"):
         folder.write(part, part)
     assert folder.states("laion_subset") == dict.fromkeys(("one", "three", "two"), State.MISSING)
-    folder.carry_out("laion_index", "laion_subset")
+    folder.execute("laion_index", "laion_subset")
     assert set(folder.states("laion_subset").values()) == {State.FINISHED}
     folder.write("a-new-one", "new")
     folder.write("two", "changed")
     (folder.source / "three.parquet").unlink()
-    left = {"a-new-one": State.MISSING, "one": State.FINISHED, "two": State.STALE}
+    expected = {"a-new-one": State.MISSING, "one": State.FINISHED, "two": State.STALE}
     assert folder.states("laion_index") == {"": State.STALE}
-    assert folder.states("laion_subset") == left
+    assert folder.states("laion_subset") == expected
     assert folder.plan().task("laion_subset", "two").blocked_by == ("laion_index is not finished",)
-    folder.carry_out("laion_index")
-    assert folder.states("laion_subset") == left
-    folder.carry_out("laion_subset")
-    assert folder.states("laion_subset") == dict.fromkeys(left, State.FINISHED)
+    folder.execute("laion_index")
+    assert folder.states("laion_subset") == expected
+    folder.execute("laion_subset")
+    assert folder.states("laion_subset") == dict.fromkeys(expected, State.FINISHED)
 
 
 @pytest.mark.slow
-def test_a_selection_over_all_parts_makes_stale_the_pictures_of_parts_that_lost_rows_to_it(tmp_path: Path) -> None:
+def test_a_selection_makes_stale_the_images_of_exactly_the_parts_whose_rows_changed(tmp_path: Path) -> None:
     folder = Folder(tmp_path, "laion_selection.drop_duplicate_urls=true", "laion_subset.drop_duplicate_urls=false")
     winner, loser = sorted(("a text", "another text"), key=lambda text: sample_key(URL, text))
     folder.write("a", loser)
     write_laion(folder.source / "b.parquet", [laion_row("http://b.example/1")])
     steps = ("laion_index", "laion_subset", "laion_selection")
-    folder.carry_out(*steps)
+    folder.execute(*steps)
     before = folder.images_fingerprints()
     folder.write("c", winner)
-    assert folder.images_fingerprints() == {}, "what the new file takes from the others is not known yet"
-    folder.carry_out(*steps)
+    assert folder.images_fingerprints() == {}, "the effect of the new file on other parts is not known yet"
+    folder.execute(*steps)
     after = folder.images_fingerprints()
     assert set(after) == {"a", "b", "c"}
     assert {part for part in before if after[part] != before[part]} == {"a"}
@@ -102,7 +102,7 @@ def test_a_selection_over_all_parts_makes_stale_the_pictures_of_parts_that_lost_
 
 
 @pytest.mark.slow
-def test_a_run_tells_dagster_of_every_part_and_a_second_run_has_nothing_to_do(
+def test_a_run_records_every_part_in_dagster_and_a_second_run_has_nothing_to_do(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = Folder(tmp_path, "laion_selection.limit=3")

@@ -14,7 +14,7 @@ from pipelines.core.errors import ThroughlineError
 from tests.orchestration.conftest import NUMBERS, Recorder, execution_of, plan_of
 from tests.orchestration.small.stages import SMALL_GRAPH, IndexConfig, KeepConfig, SmallProfile
 
-Carry = Callable[[], Execution]
+Materialized = Callable[[], Execution]
 
 
 def test_parts_are_unknown_until_the_index_is_finished(profile: SmallProfile) -> None:
@@ -23,14 +23,14 @@ def test_parts_are_unknown_until_the_index_is_finished(profile: SmallProfile) ->
     assert any("unknown until laion_index" in reason for reason in plan.task("total").blocked_by)
 
 
-def test_finished_outputs_are_found_without_any_history(profile: SmallProfile, materialize_all: Carry) -> None:
+def test_finished_outputs_are_found_without_any_history(profile: SmallProfile, materialize_all: Materialized) -> None:
     materialize_all()
     plan = plan_of(profile)
     assert len(plan.all_tasks()) == 1 + 3 + 1 + 2 + 6 + 1
     assert {plan.state(task) for task in plan.all_tasks()} == {State.FINISHED}
 
 
-def test_ends_are_the_finished_outputs_that_nothing_else_reads(profile: SmallProfile, materialize_all: Carry) -> None:
+def test_ends_are_the_finished_outputs_of_the_leaves(profile: SmallProfile, materialize_all: Materialized) -> None:
     plan = materialize_all().plan
     assert [output.manifest.stage for output in plan.finished_ends()] == ["table"]
     without_table = Graph(tuple(node for node in plan.graph.nodes.values() if node.name != "table"))
@@ -38,7 +38,7 @@ def test_ends_are_the_finished_outputs_that_nothing_else_reads(profile: SmallPro
     assert [output.manifest.stage for output in ends] == ["judged"] * 6
 
 
-def test_each_partition_reads_the_partitions_that_belong_to_it(profile: SmallProfile, materialize_all: Carry) -> None:
+def test_each_partition_reads_its_own_upstream_partitions(profile: SmallProfile, materialize_all: Materialized) -> None:
     plan = materialize_all().plan
     for key, strategy in {"uniform|geneval": "uniform", "time_wise+shift|drawbench": "time_wise"}.items():
         output = plan.task("judged", key).output
@@ -49,8 +49,8 @@ def test_each_partition_reads_the_partitions_that_belong_to_it(profile: SmallPro
     assert json.loads(fit.path("inputs.json").read_bytes())[1] == {"total": [None], "kept": list(NUMBERS)}
 
 
-def test_a_changed_configuration_makes_stale_what_is_made_from_it_and_nothing_else(
-    profile: SmallProfile, materialize_all: Carry
+def test_a_changed_configuration_makes_its_descendants_stale_and_nothing_else(
+    profile: SmallProfile, materialize_all: Materialized
 ) -> None:
     materialize_all()
     profile.keep = KeepConfig(drop_below=6)
@@ -60,8 +60,8 @@ def test_a_changed_configuration_makes_stale_what_is_made_from_it_and_nothing_el
     assert plan.state(plan.task("table")) is State.STALE
 
 
-def test_a_configuration_that_starts_from_an_earlier_output_gets_it_as_an_input(
-    profile: SmallProfile, materialize_all: Carry
+def test_a_configuration_that_extends_an_earlier_output_gets_it_as_an_input(
+    profile: SmallProfile, materialize_all: Materialized
 ) -> None:
     materialize_all()  # drop_below 3
 
@@ -69,7 +69,9 @@ def test_a_configuration_that_starts_from_an_earlier_output_gets_it_as_an_input(
         assert isinstance(config, KeepConfig)
         return KeepConfig(drop_below=config.drop_below - 1) if config.drop_below > 3 else None
 
-    nodes = (replace(node, earlier=earlier) if node.name == "kept" else node for node in SMALL_GRAPH.nodes.values())
+    nodes = (
+        replace(node, incremental_from=earlier) if node.name == "kept" else node for node in SMALL_GRAPH.nodes.values()
+    )
     graph = Graph(tuple(nodes))
     first = Plan(graph, profile, profile.output_root).task("kept", "00000")
     assert first.output is not None
@@ -86,10 +88,10 @@ def test_a_configuration_that_starts_from_an_earlier_output_gets_it_as_an_input(
     profile.keep = KeepConfig(drop_below=6)
     blocked = Plan(graph, profile, profile.output_root).task("kept", "00000")
     assert blocked.output is None
-    assert "the output of kept 00000 that it starts from is not finished" in blocked.blocked_by[0]
+    assert "the output of kept 00000 that it extends is not finished" in blocked.blocked_by[0]
 
 
-def test_a_new_part_is_known_once_the_index_is_computed_again(profile: SmallProfile, materialize_all: Carry) -> None:
+def test_a_new_part_is_known_once_the_index_is_recomputed(profile: SmallProfile, materialize_all: Materialized) -> None:
     materialize_all()
     profile.index = IndexConfig(numbers={**NUMBERS, "00003": [40]})
     execution = execution_of(profile)
@@ -107,8 +109,8 @@ def test_a_new_part_is_known_once_the_index_is_computed_again(profile: SmallProf
     ],
     ids=["added", "changed", "removed"],
 )
-def test_a_part_is_stale_where_its_own_entry_changed_and_nowhere_else(
-    profile: SmallProfile, materialize_all: Carry, change: dict[str, list[int]], states: dict[str, State]
+def test_a_part_is_stale_exactly_if_its_own_entry_changed(
+    profile: SmallProfile, materialize_all: Materialized, change: dict[str, list[int]], states: dict[str, State]
 ) -> None:
     materialize_all()
     profile.index = IndexConfig(numbers=change)
@@ -119,7 +121,7 @@ def test_a_part_is_stale_where_its_own_entry_changed_and_nowhere_else(
     assert plan.state(plan.task("total")) is State.STALE
 
 
-def test_a_damaged_output_counts_as_unfinished(profile: SmallProfile, materialize_all: Carry) -> None:
+def test_a_damaged_output_counts_as_unfinished(profile: SmallProfile, materialize_all: Materialized) -> None:
     output = materialize_all().plan.task("total").output
     assert output is not None
     output.path("total.json").write_bytes(b"")
@@ -128,23 +130,23 @@ def test_a_damaged_output_counts_as_unfinished(profile: SmallProfile, materializ
     assert plan.task("table").blocked_by
 
 
-def test_a_flipped_byte_is_recomputed_where_the_profile_compares_bytes(
-    profile: SmallProfile, materialize_all: Carry
+def test_an_output_with_a_flipped_byte_is_recomputed_if_the_profile_compares_bytes(
+    profile: SmallProfile, materialize_all: Materialized
 ) -> None:
     output = materialize_all().plan.task("total").output
     assert output is not None
     path = output.path("total.json")
-    sound = path.read_bytes()
-    path.write_bytes(bytes([sound[0] ^ 1]) + sound[1:])
-    assert plan_of(profile).task("total").output is not None, "sizes alone do not show it"
+    intact = path.read_bytes()
+    path.write_bytes(bytes([intact[0] ^ 1]) + intact[1:])
+    assert plan_of(profile).task("total").output is not None, "sizes alone do not reveal it"
     profile.verify = "digest"
     execution = execution_of(profile)
     assert execution.plan.task("total").output is None
     execution.materialize("total", [None], Recorder())
-    assert path.read_bytes() == sound
+    assert path.read_bytes() == intact
 
 
-def test_deleting_dagsters_storage_loses_nothing(profile: SmallProfile, materialize_all: Carry) -> None:
+def test_deleting_dagsters_storage_loses_nothing(profile: SmallProfile, materialize_all: Materialized) -> None:
     materialize_all()
     shutil.rmtree(profile.home / "dagster", ignore_errors=True)
     assert plan_of(profile).task("table").output is not None
@@ -155,7 +157,6 @@ def test_graph_rejects_an_input_that_comes_later() -> None:
         name="a",
         module="m",
         group=Group.DATA,
-        description="",
         configure=lambda profile, _: KeepConfig(),
         inputs=(Input(name="b", asset="b"),),
     )
@@ -163,10 +164,10 @@ def test_graph_rejects_an_input_that_comes_later() -> None:
         Graph((node, replace(node, name="b", inputs=())))
 
 
-def test_graph_rejects_a_single_file_of_a_divided_asset(profile: SmallProfile) -> None:
+def test_graph_rejects_a_single_file_of_a_partitioned_asset(profile: SmallProfile) -> None:
     nodes = plan_of(profile).graph.nodes
     reader = replace(nodes["fit"], inputs=(Input(name="kept", asset="kept", file="{partition}.json"),))
-    with pytest.raises(ValueError, match="fit reads one file of kept, which is divided"):
+    with pytest.raises(ValueError, match="fit reads one file of kept, which is partitioned"):
         Graph((nodes["laion_index"], nodes["kept"], reader))
 
 

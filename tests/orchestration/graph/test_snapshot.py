@@ -1,4 +1,4 @@
-"""The shape of the real graph, written out: a change of it is meant to be seen in review."""
+"""A snapshot of the real graph, so that a change of its shape is visible in review."""
 
 import subprocess
 import sys
@@ -31,7 +31,7 @@ evaluation | samples | 24 keys | checkpoint (static), prompt_sets | conservation
 evaluation | scores | 24 keys | prompt_sets, samples (identity) | conservation, digest, judge_answers, judge_format
 training | checkpoint | 7 keys | dataset | conservation, digest, loss, same_order
 training | pipeline_export | 7 keys | checkpoint (identity) | conservation, digest
-"""  # noqa: E501 - one asset a line
+"""  # noqa: E501 - one asset per line
 
 
 def _describe(definitions: dg.Definitions) -> str:
@@ -63,11 +63,11 @@ def definitions(tmp_path_factory: pytest.TempPathFactory) -> dg.Definitions:
     return build_definitions(build_execution(load_profile("demo", tmp_path_factory.mktemp("home"))))
 
 
-def test_the_graph_is_as_written_here(definitions: dg.Definitions) -> None:
+def test_the_graph_matches_the_snapshot(definitions: dg.Definitions) -> None:
     assert _describe(definitions) == DEMO_GRAPH
 
 
-def test_a_selection_over_all_parts_stands_before_the_downloads(tmp_path: Path) -> None:
+def test_a_selection_over_all_parts_comes_before_the_downloads(tmp_path: Path) -> None:
     changed = [
         line.replace("laion_index, latents (all), shards", "laion_index, laion_selection, latents (all), shards")
         .replace("images | part | laion_subset (identity)", "images | part | laion_selection_parts (identity)")

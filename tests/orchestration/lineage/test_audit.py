@@ -6,8 +6,9 @@ import pytest
 
 from orchestration.cli.run import Run
 from orchestration.console import Console
+from orchestration.defs.run_history import refs_of_run
 from orchestration.graph.execution import Execution
-from orchestration.lineage.audit import Audit, Auditor, find_output, refs_of_run
+from orchestration.lineage.audit import Audit, Auditor, find_output
 from pipelines.core.digest import file_sha256
 from pipelines.core.errors import ThroughlineError
 from pipelines.laion.index import entry_of
@@ -15,7 +16,7 @@ from pipelines.runner.outputs import StageOutput
 from tests.orchestration.conftest import NUMBERS, Recorder, execution_of
 from tests.orchestration.small.stages import IndexConfig, SmallProfile
 
-Carry = Callable[[], Execution]
+Materialized = Callable[[], Execution]
 
 
 def _output(execution: Execution, asset: str, partition: str | None = None) -> StageOutput:
@@ -32,17 +33,19 @@ def _problems(audit: Audit) -> dict[str, list[str]]:
     return {node.label: node.problems for node in audit.nodes.values() if node.problems}
 
 
-def test_audit_walks_from_the_last_output_to_the_index(profile: SmallProfile, materialize_all: Carry) -> None:
+def test_audit_follows_inputs_from_the_last_output_to_the_index(
+    profile: SmallProfile, materialize_all: Materialized
+) -> None:
     audit = _audit(materialize_all())
     assert audit.passed
     assert len(audit.nodes) == 14
     lines = list(audit.lines())
     assert lines[0].startswith("✓ table  ")
     assert any("laion_index" in line for line in lines)
-    assert sum("(shown above)" not in line for line in lines) == 14, "each output is shown once in full"
+    assert sum("(shown above)" not in line for line in lines) == 14, "each output is expanded once"
 
 
-def test_a_flipped_byte_is_named(profile: SmallProfile, materialize_all: Carry) -> None:
+def test_a_flipped_byte_is_reported(profile: SmallProfile, materialize_all: Materialized) -> None:
     execution = materialize_all()
     path = _output(execution, "kept", "00001").path("kept.json")
     content = bytearray(path.read_bytes())
@@ -56,7 +59,7 @@ def test_a_flipped_byte_is_named(profile: SmallProfile, materialize_all: Carry) 
     assert any(line.lstrip("│├└─ ").startswith("✗ kept 00001") for line in audit.lines())
 
 
-def test_an_altered_manifest_is_named(profile: SmallProfile, materialize_all: Carry) -> None:
+def test_an_altered_manifest_is_reported(profile: SmallProfile, materialize_all: Materialized) -> None:
     execution = materialize_all()
     path = _output(execution, "total").manifest_path
     manifest = json.loads(path.read_bytes())
@@ -67,10 +70,10 @@ def test_an_altered_manifest_is_named(profile: SmallProfile, materialize_all: Ca
     assert "was altered" in problems["total"][0]
 
 
-def test_a_resealed_manifest_no_longer_fits_the_data_version_it_lies_under(
-    profile: SmallProfile, materialize_all: Carry
+def test_a_resealed_manifest_does_not_match_the_data_version_of_its_folder(
+    profile: SmallProfile, materialize_all: Materialized
 ) -> None:
-    """Whoever alters a manifest and its digest too is found by those who read it under the old one."""
+    """Altering a manifest together with its digest is detected by its readers' references."""
     execution = materialize_all()
     output = _output(execution, "total")
     forged = output.manifest.model_copy(update={"summary": {"total": 0}}).sealed()
@@ -79,8 +82,8 @@ def test_a_resealed_manifest_no_longer_fits_the_data_version_it_lies_under(
     assert "expected " + output.data_version in problems["total"][0]
 
 
-def test_a_manifest_whose_inputs_were_exchanged_has_another_fingerprint(
-    profile: SmallProfile, materialize_all: Carry
+def test_a_manifest_whose_inputs_were_reordered_has_another_fingerprint(
+    profile: SmallProfile, materialize_all: Materialized
 ) -> None:
     execution = materialize_all()
     output = _output(execution, "total")
@@ -90,7 +93,7 @@ def test_a_manifest_whose_inputs_were_exchanged_has_another_fingerprint(
     assert any("fingerprint" in problem for problem in _problems(_audit(execution))["total"])
 
 
-def test_a_lost_input_is_named(profile: SmallProfile, materialize_all: Carry) -> None:
+def test_a_missing_input_is_reported(profile: SmallProfile, materialize_all: Materialized) -> None:
     execution = materialize_all()
     _output(execution, "laion_index").manifest_path.unlink()
     problems = _problems(_audit(execution))
@@ -99,8 +102,8 @@ def test_a_lost_input_is_named(profile: SmallProfile, materialize_all: Carry) ->
     assert "no sound output of laion_index" in problems["kept 00001"][0]
 
 
-def test_an_index_that_states_another_entry_than_the_part_was_made_from_is_named(
-    profile: SmallProfile, materialize_all: Carry
+def test_an_index_with_another_entry_than_the_part_was_made_from_is_reported(
+    profile: SmallProfile, materialize_all: Materialized
 ) -> None:
     execution = materialize_all()
     index = _output(execution, "laion_index")
@@ -110,13 +113,13 @@ def test_an_index_that_states_another_entry_than_the_part_was_made_from_is_named
     files = tuple(changed if entry.path == path.name else entry for entry in index.manifest.files)
     index.manifest.model_copy(update={"files": files}).sealed().write(index.folder)
     problems = _problems(_audit(execution))
-    assert set(problems) == {"laion_index", *(f"kept {part}" for part in NUMBERS)}, "a forged index vouches for nothing"
+    assert set(problems) == {"laion_index", *(f"kept {part}" for part in NUMBERS)}, "a forged index proves nothing"
     assert "00001.part.json" in problems["kept 00001"][0]
 
 
 @pytest.mark.slow
-def test_a_part_made_under_an_older_index_leads_to_the_present_one(
-    profile: SmallProfile, materialize_all: Carry
+def test_a_part_made_from_an_older_index_leads_to_the_present_one(
+    profile: SmallProfile, materialize_all: Materialized
 ) -> None:
     materialize_all()
     profile.index = IndexConfig(numbers={**NUMBERS, "00003": [40]})
@@ -130,7 +133,9 @@ def test_a_part_made_under_an_older_index_leads_to_the_present_one(
     assert [node.inputs["index"] for node in audit.nodes.values() if node.stage == "kept"] == [indexes] * 4
 
 
-def test_outputs_are_found_by_the_first_digits_of_a_data_version(profile: SmallProfile, materialize_all: Carry) -> None:
+def test_outputs_are_found_by_the_first_digits_of_a_data_version(
+    profile: SmallProfile, materialize_all: Materialized
+) -> None:
     execution = materialize_all()
     output, root = _output(execution, "fit", "uniform"), execution.plan.output_root
     assert find_output(root, output.data_version[:10]) == [output.ref]
@@ -142,7 +147,7 @@ def test_outputs_are_found_by_the_first_digits_of_a_data_version(profile: SmallP
 
 @pytest.mark.slow
 def test_a_run_is_audited_by_its_id(
-    profile: SmallProfile, materialize_all: Carry, instance: dg.DagsterInstance
+    profile: SmallProfile, materialize_all: Materialized, instance: dg.DagsterInstance
 ) -> None:
     execution = materialize_all()
     Run(execution, instance, Console()).execute("everything", list(execution.plan.graph.nodes.values()))

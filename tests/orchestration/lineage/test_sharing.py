@@ -1,4 +1,4 @@
-"""One output root and one Dagster instance, used by several processes at once."""
+"""Several processes share one output root and one Dagster instance."""
 
 import os
 import subprocess
@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[3]
 
 
 def run_two_at_once(tmp_path: Path, home: Path) -> list[str]:
-    """Start two whole runs over one home at one moment; return what each said."""
+    """Start two full runs over one home simultaneously; return their standard error."""
     go = tmp_path / "go"
     ready = [tmp_path / f"ready-{number}" for number in range(2)]
     runs = [
@@ -30,13 +30,13 @@ def run_two_at_once(tmp_path: Path, home: Path) -> list[str]:
     ]  # fmt: skip
     deadline = time.monotonic() + 120
     while not all(path.exists() for path in ready):
-        assert [run.poll() for run in runs] == [None, None], "it ended before it was ready"
+        assert [run.poll() for run in runs] == [None, None], "a run ended before it was ready"
         assert time.monotonic() < deadline, "not ready within two minutes"
         time.sleep(0.05)
     go.touch()
-    said = [run.communicate(timeout=300)[1] for run in runs]
-    assert [run.returncode for run in runs] == [0, 0], "\n".join(said)
-    return said
+    errors = [run.communicate(timeout=300)[1] for run in runs]
+    assert [run.returncode for run in runs] == [0, 0], "\n".join(errors)
+    return errors
 
 
 def versions(output_root: Path) -> set[str]:
@@ -47,7 +47,7 @@ def versions(output_root: Path) -> set[str]:
 
 
 @pytest.mark.slow
-def test_two_whole_runs_at_once_give_what_one_gives(
+def test_two_concurrent_runs_give_the_same_outputs_as_one(
     tmp_path: Path, finished_outputs: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     home = tmp_path / "home"

@@ -10,7 +10,7 @@ import pytest
 
 from orchestration.cli.main import main
 from orchestration.cli.trace import is_append_only_edit, trace_lines
-from orchestration.lineage.trace import Holder, Outputs, Trace, trace
+from orchestration.lineage.trace import Outputs, Trace, TracedOutput, trace
 from pipelines.core.sample_key import sample_key
 from pipelines.dataset import dataset
 from pipelines.dataset.config import DatasetConfig
@@ -26,11 +26,11 @@ from tests.pipelines.laion.laion_world import laion_row, run_captions, run_image
 from tests.pipelines.storage.store_stage import mirrored
 
 DRAWN, HELD, TWICE, LOST = "/scene/0", "/scene/1", "/scene/5", "/404"
-"""Drawn by a checkpoint; held by the data set and never drawn; in both parts; a link that leads nowhere."""
+"""Consumed by a checkpoint; in the data set but never consumed; in both parts; a dead link."""
 
 
 class World:
-    """Outputs of two parts, a data set, a checkpoint that drew a row and one that did not, and samples of both."""
+    """Outputs of two parts, a data set, a checkpoint that consumed a row and one that did not, and samples of both."""
 
     def __init__(self, server: HostileServer, root: Path) -> None:
         self.server, self.root = server, root / "out"
@@ -43,9 +43,9 @@ class World:
         self.shards, self.latents = [], []
         for part in ("00000", "00001"):
             subset = run_subset(root / "laion", self.root, part)
-            pictures = run_images(server, subset, self.root)
-            captions = run_captions(pictures, self.root)
-            tars = shards.STAGE.run(ShardsConfig(), {"images": [pictures], "captions": [captions]}, self.root, part)
+            images = run_images(server, subset, self.root)
+            captions = run_captions(images, self.root)
+            tars = shards.STAGE.run(ShardsConfig(), {"images": [images], "captions": [captions]}, self.root, part)
             self.shards.append(tars)
             self.latents.append(run_stand_in(self.root, "latents", _nothing, {"shards": [tars]}, part))
         self.dataset = dataset.STAGE.run(DatasetConfig(), {"shards": self.shards}, self.root)
@@ -83,7 +83,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
         yield World(server, tmp_path_factory.mktemp("trace"))
 
 
-def labels(holders: list[Holder]) -> list[str]:
+def labels(holders: list[TracedOutput]) -> list[str]:
     return [holder.label for holder in holders]
 
 
@@ -91,7 +91,7 @@ def drops(found: Trace) -> dict[tuple[str, str], str]:
     return {(drop.holder.label, drop.sample_key): drop.reason for drop in found.drops}
 
 
-def test_a_row_is_followed_from_its_url_to_the_scores_of_what_drew_it(world: World) -> None:
+def test_a_row_is_traced_from_its_url_to_the_scores_of_the_checkpoint_that_consumed_it(world: World) -> None:
     found = world.trace(world.server.url(DRAWN))
     key = world.key(DRAWN)
     assert list(found.rows) == [key]
@@ -114,12 +114,12 @@ def test_a_row_is_followed_from_its_url_to_the_scores_of_what_drew_it(world: Wor
     assert not (found.unknown or found.drops or found.unreadable)
 
 
-def test_a_row_that_no_checkpoint_drew_touches_none(world: World) -> None:
+def test_a_row_that_no_checkpoint_consumed_affects_none(world: World) -> None:
     found = world.trace(world.key(HELD))
     assert labels(found.holders)[-1] == "dataset"
 
 
-def test_a_row_that_ended_is_told_with_its_reason(world: World) -> None:
+def test_a_dropped_row_is_reported_with_its_reason(world: World) -> None:
     found = world.trace(world.server.url(LOST))
     assert labels(found.holders) == ["laion_subset 00000"]
     assert drops(found) == {("images 00000", world.key(LOST)): "http_not_found"}
@@ -129,7 +129,7 @@ def test_a_row_that_ended_is_told_with_its_reason(world: World) -> None:
     assert "dropped: 1 by dataset (duplicate_key)" in "\n".join(trace_lines(found))
 
 
-def test_a_domain_names_all_its_rows_and_what_names_none_is_told(world: World) -> None:
+def test_a_domain_matches_all_its_rows_and_entries_without_a_match_are_reported(world: World) -> None:
     host = world.server.url("/").split("/")[2].partition(":")[0]
     unknown = ["example.org", "http://example.org/a.jpg", "0" * 32]
     found = world.trace(host, *unknown)
@@ -142,7 +142,7 @@ def test_a_domain_names_all_its_rows_and_what_names_none_is_told(world: World) -
 
 @pytest.fixture
 def copied(world: World, tmp_path: Path) -> Path:
-    """The outputs, to be damaged."""
+    """A copy of the outputs that a test may damage."""
     return shutil.copytree(world.root, tmp_path / "copied")
 
 
@@ -151,7 +151,7 @@ def folder_of(root: Path, stage: str, partition: str | None = None) -> Path:
     return next(output.folder for output in outputs if output.manifest.partition == partition)
 
 
-def test_an_output_that_cannot_be_asked_is_named_with_all_that_rests_on_it(world: World, copied: Path) -> None:
+def test_an_output_that_cannot_be_searched_is_reported_with_all_its_descendants(world: World, copied: Path) -> None:
     manifest = folder_of(copied, "dataset") / "manifest.json"
     manifest.write_bytes(manifest.read_bytes().replace(b'"num_samples": ', b'"num_samples": 1'))
     (folder_of(copied, "checkpoint", "joint") / "ledger.parquet").write_bytes(b"no table")
@@ -168,11 +168,11 @@ def test_an_output_that_cannot_be_asked_is_named_with_all_that_rests_on_it(world
     assert "was altered" in found.unreadable[0]
     said = "\n".join(trace_lines(found))
     assert "could not be read: latents 00000" in said
-    assert "which is gone or could not be asked" in said
+    assert "which is gone or could not be searched" in said
     assert "Unknown which of these the profile uses" in said
 
 
-def test_what_was_read_before_a_fault_is_kept(world: World, copied: Path) -> None:
+def test_rows_found_before_an_error_are_kept(world: World, copied: Path) -> None:
     dropped = folder_of(copied, "images", "00000") / "dropped.parquet"
     dropped.write_bytes(b"no table")
     found = trace(Outputs.load(copied), [world.key(DRAWN)])
@@ -182,7 +182,7 @@ def test_what_was_read_before_a_fault_is_kept(world: World, copied: Path) -> Non
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("s3")
-def test_from_an_object_store_tables_and_indexes_alone_are_fetched(bucket: str, tmp_path: Path) -> None:
+def test_only_tables_and_indexes_are_downloaded_from_an_object_store(bucket: str, tmp_path: Path) -> None:
     mirrored(tmp_path / "here" / "out", bucket)
     with HostileServer() as server:
         world = World(server, tmp_path / "here")
@@ -194,10 +194,10 @@ def test_from_an_object_store_tables_and_indexes_alone_are_fetched(bucket: str, 
         "manifest.json", "rows.parquet", "status-00000.parquet", "dropped.parquet", "captions-00000.parquet",
         "shard-00000.index.json", "samples.parquet", "ledger.parquet",
     }  # fmt: skip
-    assert len(list(there.glob("shards/*/*.index.json"))) == 1, "the other part's images have no such row"
+    assert len(list(there.glob("shards/*/*.index.json"))) == 1, "the other part's images do not have the row"
 
 
-def test_an_output_that_a_present_one_started_from_is_in_use(tmp_path: Path) -> None:
+def test_an_earlier_output_that_a_current_one_extends_is_in_use(tmp_path: Path) -> None:
     before = run_stand_in(tmp_path, "images", _nothing, partition="00000")
     alone = run_stand_in(tmp_path, "images", _nothing, partition="00001")
     after = run_stand_in(tmp_path, "images", _nothing, {"earlier": [before]}, "00000")
@@ -208,7 +208,7 @@ def test_an_output_that_a_present_one_started_from_is_in_use(tmp_path: Path) -> 
     assert {version for _, version in in_use} == {item.data_version for item in (before, after, index, subset)}
 
 
-def test_texts_of_the_web_stay_on_one_line(tmp_path: Path) -> None:
+def test_text_from_the_web_is_escaped_on_one_line(tmp_path: Path) -> None:
     url = "http://a.example/x\ny.jpg\u2028"
     write_laion(tmp_path / "laion" / "00000.parquet", [laion_row(url, "red \x1b[31mcat")])
     run_subset(tmp_path / "laion", tmp_path / "out", "00000")
@@ -222,7 +222,7 @@ def test_texts_of_the_web_stay_on_one_line(tmp_path: Path) -> None:
     ("data", "grown"),
     [(b"a\nb\n", True), (b"a\nb\nc\n", True), (b"a\n", False), (b"x\na\nb\n", False), (b"a\nbc\n", False)],
 )
-def test_a_list_has_grown_if_it_begins_with_what_it_was(data: bytes, grown: bool) -> None:
+def test_a_list_has_grown_if_it_starts_with_its_earlier_lines(data: bytes, grown: bool) -> None:
     assert is_append_only_edit(data, hashlib.sha256(b"a\nb\n").hexdigest()) is grown
     assert is_append_only_edit(data, hashlib.sha256(b"a\nb").hexdigest()) is grown
 
@@ -279,7 +279,7 @@ def test_a_profile_has_one_list_of_withdrawn_rows(
     assert "omit --list" in str(run_cli("withdraw", world.key(DRAWN), *other, *named, *root))
     assert run_cli("withdraw", world.key(DRAWN), *named, *root) == 0
     assert world.key(DRAWN) in listed.read_text()
-    assert run_cli("withdraw", world.key(TWICE), *named, *root) == 0, "the profile may name it as it was"
+    assert run_cli("withdraw", world.key(TWICE), *named, *root) == 0, "the profile may name its earlier state"
     assert run_cli("status", *named, *root) == 0
     present = scan_entry_list(listed).sha256
     assert f"but it has SHA-256 {present}; update the profile" in capsys.readouterr().err
@@ -303,7 +303,7 @@ def test_a_withdrawn_row_leaves_the_data_set_and_a_url_is_no_key(world: World, t
 
     manifest = run(world.key(TWICE), "f" * 32).manifest
     assert manifest.conservation is not None
-    assert manifest.conservation.dropped == {"withdrawn": 2}, "it is in both parts"
+    assert manifest.conservation.dropped == {"withdrawn": 2}, "one in each part"
     found = trace(Outputs.load(tmp_path / "out"), [world.key(TWICE)])
     assert [drop.detail for drop in found.drops] == [f"shard-00000.tar of part {part}" for part in ("00000", "00001")]
     with pytest.raises(Exception, match=r"'example.org' is no sample key"):

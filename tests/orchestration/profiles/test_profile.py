@@ -13,7 +13,7 @@ from pipelines.core.errors import ThroughlineError
 @pytest.mark.parametrize("name", PROFILES)
 def test_every_profile_builds_and_configures_every_stage(name: str, tmp_path: Path) -> None:
     profile = load_profile(name, tmp_path)
-    for node in GRAPH.wanted(profile).nodes.values():
+    for node in GRAPH.enabled(profile).nodes.values():
         if node.name != "laion_index":  # needs the metadata files themselves
             config = node.configure(profile, {"checkpoint": "joint"}.get(node.name))
             assert type(config) is node.stage.config_type, node.name
@@ -22,10 +22,10 @@ def test_every_profile_builds_and_configures_every_stage(name: str, tmp_path: Pa
 def test_estimated_gates_add_their_analysis_to_graph_and_report(tmp_path: Path) -> None:
     names = '["time_wise", "joint"]'
     changes = [f"strategies={names}", f"arms={names}", "results.baseline=time_wise"]
-    plain = GRAPH.wanted(load_profile("demo", tmp_path, changes))
+    plain = GRAPH.enabled(load_profile("demo", tmp_path, changes))
     assert "trajectory_analysis" not in plain.nodes
     profile = load_profile("demo", tmp_path, [*changes, "model.gate_signal=estimated"])
-    graph = GRAPH.wanted(profile)
+    graph = GRAPH.enabled(profile)
     node = graph["trajectory_analysis"]
     assert type(node.configure(profile, "joint")) is node.stage.config_type
     assert "trajectory_analysis" in graph.upstream({"report"})

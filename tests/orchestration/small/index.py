@@ -1,6 +1,6 @@
 """The small stage `laion_index`."""
 
-from pipelines.runner.stage import Stage
 from tests.orchestration.small.stages import IndexConfig, make_index
+from tests.plain_stage import plain_stage
 
-STAGE = Stage(name="laion_index", code_version="1", config_type=IndexConfig, produce=make_index)
+STAGE = plain_stage(name="laion_index", code_version="1", config_type=IndexConfig, produce=make_index)

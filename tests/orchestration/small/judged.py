@@ -1,6 +1,6 @@
 """The small stage `judged`."""
 
-from pipelines.runner.stage import Stage
 from tests.orchestration.small.stages import PlainConfig, note_inputs
+from tests.plain_stage import plain_stage
 
-STAGE = Stage(name="judged", code_version="1", config_type=PlainConfig, produce=note_inputs)
+STAGE = plain_stage(name="judged", code_version="1", config_type=PlainConfig, produce=note_inputs)

@@ -1,6 +1,6 @@
 """The small stage `kept`."""
 
-from pipelines.runner.stage import Stage
 from tests.orchestration.small.stages import KeepConfig, keep
+from tests.plain_stage import plain_stage
 
-STAGE = Stage(name="kept", code_version="1", config_type=KeepConfig, produce=keep)
+STAGE = plain_stage(name="kept", code_version="1", config_type=KeepConfig, produce=keep)

@@ -1,6 +1,7 @@
-"""Carries out the small graph as `throughline run` does: ``python -m ... HOME STARTS READY GO``.
+"""Runs the small graph as `throughline run` does: ``python -m ... HOME STARTS READY GO``.
 
-Writes the file READY when all is loaded and waits for the file GO, so that several of these start at one moment.
+Creates the file READY once everything is loaded, then waits for the file GO, so that several processes can start
+simultaneously.
 """
 
 import os
@@ -25,7 +26,7 @@ def main(home: Path, starts: str, ready: Path, go: Path) -> None:
     while not go.exists():
         time.sleep(0.01)
         if os.getppid() != parent:
-            sys.exit("the test is gone")
+            sys.exit("the test has ended")
     with open_instance(home) as instance:
         Run(execution, instance, Console()).execute("everything", list(execution.plan.graph.nodes.values()))
 

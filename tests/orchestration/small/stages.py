@@ -1,4 +1,4 @@
-"""What the small stages do, and the graph they form."""
+"""The functions of the small stages, and their graph."""
 
 import json
 import os
@@ -40,13 +40,13 @@ def make_index(run: StageRun[IndexConfig]) -> StageResult:
 
 
 def keep(run: StageRun[KeepConfig]) -> None:
-    """Keep the numbers of a part that are large enough; leave a mark per process in the file `starts`."""
+    """Keep the numbers of a part that are large enough; append one line per call to the file `starts`."""
     config = run.config
     if config.starts:
         with Path(config.starts).open("a") as stream:
             stream.write(f"{os.getpid()} {run.partition}\n")
     if config.fail_at == run.partition:
-        raise ThroughlineError(f"part {run.partition}: expected even numbers, found 3; mend the part and run again")
+        raise ThroughlineError(f"part {run.partition}: expected even numbers, found 3; fix the part and run again")
     if config.kill_at == run.partition:
         os.kill(os.getpid(), signal.SIGKILL)
     if config.crash_at == run.partition:
@@ -70,7 +70,7 @@ def add_up(run: StageRun[PlainConfig]) -> StageResult:
 
 
 def note_inputs(run: StageRun[PlainConfig]) -> None:
-    """Write down which inputs there were."""
+    """Write the partitions of the inputs."""
     names = {name: [item.manifest.partition for item in items] for name, items in run.inputs.items()}
     with run.unit("inputs") as unit:
         unit.write("inputs.json", json.dumps([run.partition, names]).encode())
@@ -78,7 +78,7 @@ def note_inputs(run: StageRun[PlainConfig]) -> None:
 
 @dataclass
 class SmallProfile:
-    """Has what the plan and the launcher ask of a profile."""
+    """The attributes of a profile that the plan and the launcher use."""
 
     home: Path
     index: IndexConfig
@@ -117,14 +117,12 @@ SMALL_GRAPH = Graph(
             name="laion_index",
             module="tests.orchestration.small.index",
             group=Group.DATA,
-            description="Parts of numbers.",
             configure=lambda profile, _: profile.index,
         ),
         Node(
             name="kept",
             module="tests.orchestration.small.kept",
             group=Group.DATA,
-            description="Large enough numbers.",
             configure=lambda profile, _: profile.keep,
             partition=PartitionKind.PART,
             inputs=(Input(name="index", asset="laion_index", file=ENTRY_FILE),),
@@ -133,7 +131,6 @@ SMALL_GRAPH = Graph(
             name="total",
             module="tests.orchestration.small.total",
             group=Group.DATA,
-            description="Their sum.",
             configure=lambda profile, _: profile.plain,
             inputs=(Input(name="index", asset="laion_index"), Input(name="kept", asset="kept")),
         ),
@@ -141,16 +138,14 @@ SMALL_GRAPH = Graph(
             name="fit",
             module="tests.orchestration.small.fit",
             group=Group.TRAINING,
-            description="One per strategy.",
             configure=lambda profile, _: PlainConfig(),
             partition=PartitionKind.STRATEGY,
-            inputs=(Input(name="total", asset="total"), Input(name="kept", asset="kept", drawn=False)),
+            inputs=(Input(name="total", asset="total"), Input(name="kept", asset="kept", is_dagster_dep=False)),
         ),
         Node(
             name="judged",
             module="tests.orchestration.small.judged",
             group=Group.EVALUATION,
-            description="One per arm and benchmark.",
             configure=lambda profile, _: PlainConfig(),
             partition=PartitionKind.ARM_BENCHMARK,
             inputs=(Input(name="fit", asset="fit"),),
@@ -159,7 +154,6 @@ SMALL_GRAPH = Graph(
             name="table",
             module="tests.orchestration.small.table",
             group=Group.EVALUATION,
-            description="All of them.",
             configure=lambda profile, _: PlainConfig(),
             inputs=(Input(name="judged", asset="judged"),),
         ),

@@ -1,6 +1,6 @@
 """The small stage `table`."""
 
-from pipelines.runner.stage import Stage
 from tests.orchestration.small.stages import PlainConfig, note_inputs
+from tests.plain_stage import plain_stage
 
-STAGE = Stage(name="table", code_version="1", config_type=PlainConfig, produce=note_inputs)
+STAGE = plain_stage(name="table", code_version="1", config_type=PlainConfig, produce=note_inputs)

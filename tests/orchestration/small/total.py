@@ -1,6 +1,6 @@
 """The small stage `total`."""
 
-from pipelines.runner.stage import Stage
 from tests.orchestration.small.stages import PlainConfig, add_up
+from tests.plain_stage import plain_stage
 
-STAGE = Stage(name="total", code_version="1", config_type=PlainConfig, produce=add_up)
+STAGE = plain_stage(name="total", code_version="1", config_type=PlainConfig, produce=add_up)

@@ -9,8 +9,8 @@ from pipelines.cluster.config import WorkersConfig
 from pipelines.cluster.units import ray_tasks, run_units
 from pipelines.core.config import FrozenConfig, execution_field
 from pipelines.core.errors import ThroughlineError
-from pipelines.runner.stage import Stage
 from pipelines.runner.units import StageRun
+from tests.plain_stage import plain_stage
 
 NUM_UNITS = 6
 NAMES = [f"{number:05d}" for number in range(NUM_UNITS)]
@@ -57,4 +57,4 @@ def make_unit(run: StageRun[RayToyConfig], name: str, number: int) -> None:
         unit.account(rows_in=4, rows_out=3)
 
 
-STAGE = Stage(name="ray_toy", code_version="1", config_type=RayToyConfig, produce=produce)
+STAGE = plain_stage(name="ray_toy", code_version="1", config_type=RayToyConfig, produce=produce)

@@ -16,7 +16,6 @@ from pipelines.download import images
 from pipelines.download.config import ImagesConfig
 from pipelines.laion import selection as laion_selection
 from pipelines.laion.config import LaionSelectionConfig
-from pipelines.runner.stage import Stage
 from pipelines.runner.units import StageRun
 from pipelines.shards import shards
 from pipelines.shards.config import ShardsConfig
@@ -33,6 +32,7 @@ from tests.pipelines.cluster.ray_world import (
 )
 from tests.pipelines.download.hostile_server import HostileServer
 from tests.pipelines.laion.laion_world import images_config, laion_row, run_subset, start_images, write_laion
+from tests.plain_stage import plain_stage
 
 ON_RAY = WorkersConfig(ray_address="local", cpus_per_unit=1)
 
@@ -91,7 +91,7 @@ def test_of_two_attempts_at_a_unit_only_the_adopted_one_counts(tmp_path: Path) -
         assert adopted.notes == {"value": 2} and run.finished_units() == [adopted]
         assert first.exists() and not second.exists()
 
-    output = Stage(name="toy", code_version="1", config_type=_Empty, produce=produce).run(_Empty(), {}, tmp_path)
+    output = plain_stage(name="toy", code_version="1", config_type=_Empty, produce=produce).run(_Empty(), {}, tmp_path)
     assert output.path("deep/a.bin").read_bytes() == bytes([2]) * 9
     assert is_intact(output)
 

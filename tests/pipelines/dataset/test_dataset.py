@@ -19,7 +19,6 @@ from pipelines.dataset.dataset import SAMPLES_FILE, split_of
 from pipelines.dataset.samples import ShardSamples
 from pipelines.download.perceptual_hash import perceptual_hash
 from pipelines.runner.outputs import StageOutput
-from pipelines.runner.stage import Stage
 from pipelines.runner.units import StageRun
 from pipelines.shards.format import ShardWriter, index_path, read_index, sample_members
 from pipelines.shards.reader import Shard, read_shard
@@ -28,6 +27,7 @@ from tests.pipelines.download.hostile_server import HostileServer
 from tests.pipelines.laion.laion_world import (
     entry_list,
 )
+from tests.plain_stage import plain_stage
 
 
 def test_dataset_contains_each_key_once_and_the_first_part_wins(
@@ -62,7 +62,7 @@ def _shards_with_hashes(root: Path, hashes: list[tuple[str, str, int]]) -> list[
                 index = writer.finish()
             unit.write("shard-00000.index.json", index.to_bytes())
 
-    stage = Stage(name="shards", code_version="1", config_type=FrozenConfig, produce=produce)
+    stage = plain_stage(name="shards", code_version="1", config_type=FrozenConfig, produce=produce)
     return [stage.run(FrozenConfig(), {}, root, part) for part in ("00000", "00001")]
 
 
@@ -192,7 +192,7 @@ def test_dataset_drops_samples_without_features_and_rejects_features_of_unknown_
                     f"latents-{name}.safetensors", save({"mean": np.zeros(3, np.float32), "sample_keys": packed})
                 )
 
-    stage = Stage(name="latents", code_version="1", config_type=LatentsLike, produce=produce)
+    stage = plain_stage(name="latents", code_version="1", config_type=LatentsLike, produce=produce)
     tars = world["shards"][1]
     key = Shard(tars.files(".tar")[0]).keys[0]
     latents = stage.run(LatentsLike(leave_out=key), {"shards": [tars]}, tmp_path, "00001")

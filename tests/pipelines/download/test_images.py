@@ -21,7 +21,6 @@ from pipelines.download.config import FetchConfig, ImagesConfig
 from pipelines.download.passes import read_shards
 from pipelines.download.tables import image_units
 from pipelines.runner.outputs import StageOutput
-from pipelines.runner.stage import Stage
 from pipelines.runner.units import StageRun
 from tests.pipelines.download.hostile_server import JPEG, HostileServer
 from tests.pipelines.laion.laion_world import (
@@ -33,6 +32,7 @@ from tests.pipelines.laion.laion_world import (
     start_images,
     write_laion,
 )
+from tests.plain_stage import plain_stage
 
 
 def subset_of(urls: list[str], folder: Path) -> StageOutput:
@@ -310,7 +310,7 @@ def test_drifted_images_are_recorded_and_kept_or_dropped(server: HostileServer, 
     plain = run_images(server, subset_of(list(urls), tmp_path / "plain"), tmp_path / "plain")
     digests = {row["url"]: row["source_sha256"] for unit in image_units(plain) for row in unit.read().to_pylist()}
     assert {row["drifted"] for unit in image_units(plain) for row in unit.read().to_pylist()} == {None}
-    stage = Stage(name="subset", code_version="1", config_type=_SubsetLike, produce=_stated_subset)
+    stage = plain_stage(name="subset", code_version="1", config_type=_SubsetLike, produce=_stated_subset)
     stated = (digests[urls[0]].upper(), "0" * 64, None)
     subset = stage.run(_SubsetLike(urls=urls, expected=stated), {}, tmp_path, "00000")
     kept = run_images(server, subset, tmp_path)
@@ -327,7 +327,7 @@ def test_drifted_images_are_recorded_and_kept_or_dropped(server: HostileServer, 
 
 def test_drift_is_counted_over_all_passes(server: HostileServer, tmp_path: Path) -> None:
     urls = (server.url("/jpeg"), server.url("/heals/1/drift"), server.url("/heals/1/same"))
-    stage = Stage(name="subset", code_version="1", config_type=_SubsetLike, produce=_stated_subset)
+    stage = plain_stage(name="subset", code_version="1", config_type=_SubsetLike, produce=_stated_subset)
     expected = ("0" * 64, "0" * 64, hashlib.sha256(JPEG).hexdigest())
     subset = stage.run(_SubsetLike(urls=urls, expected=expected), {}, tmp_path, "00000")
     server.requests.clear()

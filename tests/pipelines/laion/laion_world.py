@@ -20,9 +20,9 @@ from pipelines.laion.config import EntryList, LaionSubsetConfig
 from pipelines.laion.sources import scan_entry_list, scan_index
 from pipelines.runner.outputs import StageOutput
 from pipelines.runner.request import StageRequest, write_request
-from pipelines.runner.stage import Stage
 from pipelines.runner.units import StageResult, StageRun
 from tests.pipelines.download.hostile_server import HostileServer
+from tests.plain_stage import plain_stage
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 LAION_400M = pa.schema(
@@ -142,7 +142,7 @@ def _caption(run: StageRun[CaptionerConfig]) -> StageResult:
     return StageResult()
 
 
-CAPTIONS = Stage(name="captions", code_version="1", config_type=CaptionerConfig, produce=_caption)
+CAPTIONS = plain_stage(name="captions", code_version="1", config_type=CaptionerConfig, produce=_caption)
 
 
 def run_captions(images_output: StageOutput, root: Path, **config: Any) -> StageOutput:

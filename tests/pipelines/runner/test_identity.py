@@ -27,13 +27,13 @@ def test_moving_a_letter_from_url_to_text_changes_the_key(url: str, text: str) -
     assert sample_key(url, text) != sample_key(url[:-1], url[-1] + text)
 
 
-def test_keys_are_the_same_on_every_machine_and_in_every_release() -> None:
+def test_sample_keys_are_the_same_on_every_machine_and_in_every_release() -> None:
     """Pinned: a changed key would orphan every manifest and ledger ever written."""
     assert sample_key("http://example.com/cat.jpg", "a cat ☕") == "1c8a87db3cfd56f8f9a7acecbb546567"
 
 
 @given(st.dictionaries(st.text(), _json, max_size=6))
-def test_digest_of_json_ignores_order_and_nothing_else(value: dict[str, object]) -> None:
+def test_digest_of_json_ignores_only_the_order_of_keys(value: dict[str, object]) -> None:
     assert digest_json(value) == digest_json(dict(reversed(value.items())))
     assert digest_json(value) != digest_json(value | {"another": 1, "key": value})
 
@@ -45,7 +45,7 @@ def test_digest_of_json_refuses_nan() -> None:
 
 
 @given(st.lists(st.binary(max_size=100)))
-def test_hashing_writer_agrees_with_a_hash_of_the_whole(chunks: list[bytes]) -> None:
+def test_hashing_writer_agrees_with_a_hash_of_all_bytes(chunks: list[bytes]) -> None:
     stream = io.BytesIO()
     writer = HashingWriter(stream)
     for chunk in chunks:
@@ -60,7 +60,7 @@ def test_atomic_writer_shows_all_or_nothing(tmp_path: Path) -> None:
 
     def write_half() -> None:
         with atomic_writer(path) as stream:
-            stream.write(b"half of what")
+            stream.write(b"half of it")
             assert path.read_bytes() == b"before"
             raise RuntimeError("stopped")
 
@@ -78,7 +78,7 @@ def test_atomic_writer_shows_all_or_nothing(tmp_path: Path) -> None:
 
 
 def test_a_temporary_file_left_by_a_kill_is_overwritten(tmp_path: Path) -> None:
-    (tmp_path / "file.tmp").write_bytes(b"left, and longer than what comes")
+    (tmp_path / "file.tmp").write_bytes(b"stale, and longer than the new content")
     with atomic_writer(tmp_path / "file") as stream:
         stream.write(b"new")
     assert (tmp_path / "file").read_bytes() == b"new"

@@ -26,7 +26,7 @@ def start_toy(root: Path, config: ToyConfig) -> "subprocess.Popen[str]":
 def wait_until(path: Path, owner: "subprocess.Popen[str]") -> None:
     deadline = time.monotonic() + 60
     while not path.exists():
-        assert owner.poll() is None, "it ended before it blocked"
+        assert owner.poll() is None, "the process ended before it blocked"
         assert time.monotonic() < deadline, f"no {path.name} within a minute"
         time.sleep(0.02)
 
@@ -48,25 +48,25 @@ def owner(tmp_path: Path) -> "Iterator[subprocess.Popen[str]]":
 
 
 @pytest.mark.slow
-def test_a_waiter_says_for_whom_and_takes_over_at_the_last_finished_unit_when_that_one_is_killed(
+def test_a_waiter_names_the_owner_and_resumes_after_its_last_finished_unit_when_it_is_killed(
     tmp_path: Path, owner: "subprocess.Popen[str]"
 ) -> None:
     waiter = start_toy(tmp_path, ToyConfig(count_file=str(tmp_path / "count")))
     assert waiter.stderr is not None
-    said = waiter.stderr.readline()
-    assert said.startswith(f"{WAITING}toy is being computed by process {owner.pid} on {platform.node()}, since 20")
+    line = waiter.stderr.readline()
+    assert line.startswith(f"{WAITING}toy is being computed by process {owner.pid} on {platform.node()}, since 20")
     owner.kill()
     output, errors = waiter.communicate(timeout=60)
     assert waiter.returncode == 0, errors
-    assert errors == "", "it says once for whom it waits"
+    assert errors == "", "it names the owner once"
     _, child = json.loads((tmp_path / "blocked").read_text())
     assert Path(f"/proc/{child}").exists(), "a child that outlives its parent holds no lock"
-    assert (tmp_path / "count").read_text() == "x" * len(toy_stage.UNITS), "the first unit was not done again"
+    assert (tmp_path / "count").read_text() == "x" * len(toy_stage.UNITS), "the first unit was not computed again"
     assert output.strip() == STAGE.run(ToyConfig(), {}, tmp_path / "alone").data_version
 
 
 @pytest.mark.slow
-def test_a_run_that_may_not_wait_fails_with_one_sentence_and_other_fingerprints_go_on(
+def test_a_wait_that_times_out_fails_with_one_sentence_and_does_not_affect_other_fingerprints(
     tmp_path: Path, owner: "subprocess.Popen[str]", capfd: pytest.CaptureFixture[str]
 ) -> None:
     sentence = rf"^toy: is being computed by process {owner.pid} on .*; this run waited 0 s for it; run again when"
@@ -80,7 +80,7 @@ def test_a_run_that_may_not_wait_fails_with_one_sentence_and_other_fingerprints_
     assert capfd.readouterr().err == ""
 
 
-def test_threads_of_one_process_keep_each_other_out(tmp_path: Path) -> None:
+def test_threads_of_one_process_exclude_each_other(tmp_path: Path) -> None:
     config = ToyConfig(seconds=0.05, count_file=str(tmp_path / "count"))
     versions: list[str] = []
     threads = [
@@ -95,12 +95,12 @@ def test_threads_of_one_process_keep_each_other_out(tmp_path: Path) -> None:
     assert (tmp_path / "count").read_text() == "x" * len(toy_stage.UNITS)
 
 
-def test_a_lock_is_free_again_after_a_failure_and_for_other_processes_held_until_then(tmp_path: Path) -> None:
+def test_a_failure_releases_the_lock_which_excludes_other_processes_until_then(tmp_path: Path) -> None:
     path = tmp_path / "deep" / "a.lock"
     code = "import sys; from pathlib import Path; from pipelines.runner.locks import hold\n"
     code += "with hold(Path(sys.argv[1]), 'toy', 0): pass"
 
-    def another_process_gets_it() -> bool:
+    def another_process_acquires_it() -> bool:
         other = start("-c", code, str(path))
         _, errors = other.communicate(timeout=60)
         assert other.returncode == 0 or "toy: is being computed by process" in errors
@@ -109,9 +109,9 @@ def test_a_lock_is_free_again_after_a_failure_and_for_other_processes_held_until
     with pytest.raises(RuntimeError), hold(path, "toy"):
         with pytest.raises(ThroughlineError, match="toy: is being computed"), hold(path, "toy", 0):
             pass
-        assert not another_process_gets_it(), "a thread that asked in vain gave the lock of its process away"
+        assert not another_process_acquires_it(), "a thread that timed out released the lock of its process"
         raise RuntimeError
-    assert another_process_gets_it()
+    assert another_process_acquires_it()
 
 
 @pytest.mark.parametrize("harm", ["removed", "taken"])
@@ -126,7 +126,7 @@ def test_nothing_is_published_without_the_lock(tmp_path: Path, harm: str) -> Non
             lock.check()
 
 
-def test_an_output_root_of_someone_else_is_one_sentence(tmp_path: Path) -> None:
+def test_an_output_root_that_is_not_writable_fails_with_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "toy").mkdir(mode=0o555)
     code = "import os, sys; from pathlib import Path; from pipelines.runner.locks import hold\n"
     code += "os.setuid(65534) if os.getuid() == 0 else None\n"
@@ -134,11 +134,11 @@ def test_an_output_root_of_someone_else_is_one_sentence(tmp_path: Path) -> None:
     other = start("-c", code, str(tmp_path / "toy" / "unfinished" / "a.lock"))
     _, errors = other.communicate(timeout=60)
     assert "ThroughlineError: " in errors
-    assert "may not be written by this user (Permission denied); whoever shares an output root" in errors
+    assert "not writable by this user (Permission denied); users who share an output root" in errors
 
 
 @pytest.mark.slow
-def test_two_publishers_of_one_output_leave_it_whole(tmp_path: Path) -> None:
+def test_two_concurrent_publishers_leave_one_complete_output(tmp_path: Path) -> None:
     num_rounds = 60
     racers = [start("-m", toy_stage.__name__, "publish", str(tmp_path), name, str(num_rounds)) for name in "ab"]
     printed = [racer.communicate(timeout=120) for racer in racers]
@@ -147,23 +147,23 @@ def test_two_publishers_of_one_output_leave_it_whole(tmp_path: Path) -> None:
     assert [len(lines) for lines in records] == [num_rounds, num_rounds]
     assert [line for lines in records for line in lines if line[2] or line[3]] == []
     winners = [(one[1], other[1]) for one, other in zip(*records, strict=True)]
-    assert all(one == other for one, other in winners), "both report the copy that lies there"
+    assert all(one == other for one, other in winners), "both return the published copy"
 
 
-def test_an_intact_output_stays_where_its_pointer_was_lost_and_a_damaged_one_is_replaced(tmp_path: Path) -> None:
+def test_an_intact_output_without_pointer_is_kept_and_a_damaged_one_is_replaced(tmp_path: Path) -> None:
     first = STAGE.run(ToyConfig(), {}, tmp_path)
     (tmp_path / "toy" / "fingerprints" / first.manifest.fingerprint).unlink()
     before = {path: path.stat().st_ino for path in first.folder.rglob("*")}
     again = STAGE.run(ToyConfig(), {}, tmp_path)
     assert {path: path.stat().st_ino for path in again.folder.rglob("*")} == before
-    assert again.manifest == first.manifest, "what is returned is the copy that stayed"
+    assert again.manifest == first.manifest, "returns the kept copy"
     first.path("a-00001.bin").write_bytes(b"short")
-    mended = STAGE.run(ToyConfig(), {}, tmp_path)
-    assert not damaged_files(mended.folder, mended.manifest, read_bytes=True)
+    recomputed = STAGE.run(ToyConfig(), {}, tmp_path)
+    assert not damaged_files(recomputed.folder, recomputed.manifest, read_bytes=True)
     assert [path for path in (tmp_path / "toy" / "unfinished").iterdir() if path.is_dir()] == []
 
 
-def test_a_folder_that_holds_another_output_is_replaced(tmp_path: Path) -> None:
+def test_a_folder_with_another_output_is_replaced(tmp_path: Path) -> None:
     output = STAGE.run(ToyConfig(), {}, tmp_path)
     other = STAGE.run(ToyConfig(value=2), {}, tmp_path)
     work = tmp_path / "work"

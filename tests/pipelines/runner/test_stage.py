@@ -16,11 +16,11 @@ from pipelines.core.manifest import DROPPED_NAME, MANIFEST_NAME, damaged_files
 from pipelines.laion.index import entry_of
 from pipelines.runner.outputs import StageOutput, find_input
 from pipelines.runner.request import StageRequest, write_request
-from pipelines.runner.stage import Stage
 from pipelines.runner.units import StageResult, StageRun
 from tests.pipelines.laion.laion_world import laion_row, run_index, write_laion
 from tests.pipelines.runner import toy_stage
 from tests.pipelines.runner.toy_stage import STAGE, ToyConfig
+from tests.plain_stage import plain_stage
 
 REPOSITORY = Path(__file__).parents[3]
 
@@ -51,7 +51,7 @@ def test_a_run_killed_at_any_line_resumes_to_the_same_data_version(tmp_path: Pat
 
 
 @pytest.mark.slow
-def test_two_processes_that_want_one_output_compute_it_once(tmp_path: Path) -> None:
+def test_two_processes_that_request_one_output_compute_it_once(tmp_path: Path) -> None:
     racers = [start("-m", toy_stage.__name__, "run", str(tmp_path)) for _ in range(2)]
     versions = {racer.communicate(timeout=60)[0] for racer in racers}
     assert all(racer.returncode == 0 for racer in racers)
@@ -71,7 +71,7 @@ def test_a_finished_output_is_reused_and_its_files_are_immutable_by_name(tmp_pat
 
 
 @pytest.mark.parametrize("harm", ["flip", "shorten", "remove", "remove the folder", "alter the manifest"])
-def test_damage_is_named_and_mended_by_running_again(tmp_path: Path, harm: str) -> None:
+def test_damage_is_reported_and_repaired_by_running_again(tmp_path: Path, harm: str) -> None:
     output = STAGE.run(ToyConfig(), {}, tmp_path)
     path = output.path("a-00001.bin")
     data = bytearray(path.read_bytes())
@@ -96,9 +96,9 @@ def test_damage_is_named_and_mended_by_running_again(tmp_path: Path, harm: str) 
         (problem,) = damaged_files(output.folder, output.manifest, read_bytes=True)
         assert "a-00001.bin" in problem
         assert "re-run toy" in problem
-    mended = STAGE.run(ToyConfig(), {}, tmp_path, verify="digest")
-    assert mended.data_version == output.data_version
-    assert not damaged_files(mended.folder, mended.manifest, read_bytes=True)
+    repaired = STAGE.run(ToyConfig(), {}, tmp_path, verify="digest")
+    assert repaired.data_version == output.data_version
+    assert not damaged_files(repaired.folder, repaired.manifest, read_bytes=True)
 
 
 def test_an_unfinished_output_has_no_manifest(tmp_path: Path) -> None:
@@ -110,13 +110,13 @@ def test_an_unfinished_output_has_no_manifest(tmp_path: Path) -> None:
         StageOutput.load(tmp_path / "deep" / MANIFEST_NAME)
 
 
-def test_a_unit_whose_files_vanished_is_done_again(tmp_path: Path) -> None:
+def test_a_unit_whose_files_vanished_is_computed_again(tmp_path: Path) -> None:
     def fails(run: StageRun[ToyConfig]) -> StageResult:
         toy_stage.produce(run)
         raise ThroughlineError("stopped before the end")
 
     with pytest.raises(ThroughlineError, match="stopped before the end"):
-        Stage(name="toy", code_version="1", config_type=ToyConfig, produce=fails).run(ToyConfig(), {}, tmp_path)
+        plain_stage(name="toy", code_version="1", config_type=ToyConfig, produce=fails).run(ToyConfig(), {}, tmp_path)
     (lost,) = tmp_path.glob("toy/unfinished/*/out/deep/b-00001.bin")
     lost.unlink()
     config = ToyConfig(count_file=str(tmp_path / "count"))
@@ -137,10 +137,10 @@ def test_conservation_is_summed_and_each_drop_is_listed(tmp_path: Path) -> None:
     ]
 
 
-def test_a_unit_may_lose_more_rows_than_are_held_in_memory(tmp_path: Path) -> None:
+def test_a_unit_can_drop_more_rows_than_are_buffered(tmp_path: Path) -> None:
     num_rows = 150_000
 
-    def loses_nearly_all(run: StageRun[ToyConfig]) -> None:
+    def drop_all(run: StageRun[ToyConfig]) -> None:
         for name in ("a", "b"):
             with run.unit(name) as unit:
                 for first in range(0, num_rows, 7_000):
@@ -148,7 +148,7 @@ def test_a_unit_may_lose_more_rows_than_are_held_in_memory(tmp_path: Path) -> No
                     unit.drop_many(keys, ["even" if int(key[1:]) % 2 == 0 else "odd" for key in keys], keys)
                 unit.account(rows_in=num_rows, rows_out=0)
 
-    stage = Stage(name="toy", code_version="1", config_type=ToyConfig, produce=loses_nearly_all)
+    stage = plain_stage(name="toy", code_version="1", config_type=ToyConfig, produce=drop_all)
     output = stage.run(ToyConfig(), {}, tmp_path)
     assert output.manifest.conservation is not None
     assert output.manifest.conservation.dropped == {"even": num_rows, "odd": num_rows}
@@ -158,12 +158,12 @@ def test_a_unit_may_lose_more_rows_than_are_held_in_memory(tmp_path: Path) -> No
     assert output.manifest.file(DROPPED_NAME).num_rows == 2 * num_rows
 
 
-def test_a_row_lost_in_silence_stops_the_stage(tmp_path: Path) -> None:
-    def loses_a_row(run: StageRun[ToyConfig]) -> None:
+def test_a_row_lost_without_a_reason_stops_the_stage(tmp_path: Path) -> None:
+    def lose_a_row(run: StageRun[ToyConfig]) -> None:
         with run.unit("00000") as unit:
             unit.account(rows_in=10, rows_out=9)
 
-    stage = Stage(name="toy", code_version="1", config_type=ToyConfig, produce=loses_a_row)
+    stage = plain_stage(name="toy", code_version="1", config_type=ToyConfig, produce=lose_a_row)
     with pytest.raises(ThroughlineError, match="every lost row needs a reason"):
         stage.run(ToyConfig(), {}, tmp_path)
     assert not list(tmp_path.glob("toy/*/manifest.json"))
@@ -181,8 +181,8 @@ class Outer(FrozenConfig):
     port: int = execution_field(1)
 
 
-def test_fingerprint_knows_what_changes_the_result_and_nothing_else(tmp_path: Path) -> None:
-    stage = Stage(name="s", code_version="1", config_type=Outer, produce=lambda run: None)
+def test_fingerprint_depends_on_exactly_what_changes_the_result(tmp_path: Path) -> None:
+    stage = plain_stage(name="s", code_version="1", config_type=Outer, produce=lambda run: None)
     same = [
         Outer(port=2),
         Outer(nested=Nested(workers=8), several=(Nested(workers=2),)),
@@ -194,12 +194,14 @@ def test_fingerprint_knows_what_changes_the_result_and_nothing_else(tmp_path: Pa
     others = {stage.fingerprint(config, {}) for config in other}
     others |= {stage.fingerprint(Outer(), {}, "00000")}
     others |= {stage.fingerprint(Outer(), {"x": [STAGE.run(ToyConfig(), {}, tmp_path)]})}
-    others |= {Stage(name="s", code_version="2", config_type=Outer, produce=lambda run: None).fingerprint(Outer(), {})}
+    others |= {
+        plain_stage(name="s", code_version="2", config_type=Outer, produce=lambda run: None).fingerprint(Outer(), {})
+    }
     assert len(others | {fingerprint}) == 7
 
 
-def test_manifest_names_models_inputs_and_surroundings(tmp_path: Path) -> None:
-    stage = Stage(name="s", code_version="1", config_type=Outer, produce=lambda run: None)
+def test_manifest_records_models_inputs_and_environment(tmp_path: Path) -> None:
+    stage = plain_stage(name="s", code_version="1", config_type=Outer, produce=lambda run: None)
     toy = STAGE.run(ToyConfig(), {}, tmp_path)
     manifest = stage.run(Outer(port=7), {"toys": [toy]}, tmp_path, "00003").manifest
     assert [(model.role, model.id, model.revision) for model in manifest.models] == [("model", "a/b", "c")]
@@ -223,7 +225,7 @@ def two_files(root: Path, first: str, second: str) -> StageOutput:
             for name, text in zip(("a.txt", "b.txt"), run.config.texts, strict=True):
                 unit.write(name, text.encode())
 
-    stage = Stage(name="two", code_version="1", config_type=TwoConfig, produce=produce)
+    stage = plain_stage(name="two", code_version="1", config_type=TwoConfig, produce=produce)
     return stage.run(TwoConfig(texts=(first, second)), {}, root)
 
 
@@ -240,7 +242,7 @@ def test_a_stage_that_reads_one_file_depends_on_that_file_alone(tmp_path: Path) 
         "data_version": one.data_version,
         "file": "a.txt",
     }
-    assert "file" not in before.ref.model_dump(), "the data versions of what reads whole outputs stay what they were"
+    assert "file" not in before.ref.model_dump(), "references to whole outputs must keep their digest"
     assert StageOutput.load(one.address) == one and StageOutput.load(before.address) == before
     assert one.files(".txt") == [one.path("a.txt")]
     with pytest.raises(ThroughlineError, match=r"the input is its file a.txt alone, not b.txt"):
@@ -249,16 +251,16 @@ def test_a_stage_that_reads_one_file_depends_on_that_file_alone(tmp_path: Path) 
         StageOutput.load(before.folder / "c.txt")
 
 
-def test_an_output_is_found_by_a_file_of_it(tmp_path: Path) -> None:
+def test_an_output_is_found_by_one_of_its_files(tmp_path: Path) -> None:
     before, after = two_files(tmp_path, "one", "two"), two_files(tmp_path, "one", "three")
     both, first = before.only_file("a.txt").ref, before.only_file("b.txt").ref
     assert find_input(tmp_path, first).folder == before.folder
     assert find_input(tmp_path, both, [after, before]).folder == after.folder
     assert find_input(tmp_path, both, [before, after]).folder == before.folder
-    assert find_input(tmp_path, both).folder == after.folder, "the newest where nothing is known"
+    assert find_input(tmp_path, both).folder == after.folder, "the newest, if no output is known"
     assert find_input(tmp_path, after.ref).folder == after.folder
     before.manifest_path.write_text(before.manifest_path.read_text().replace('"b.txt"', '"c.txt"'))
-    assert find_input(tmp_path, both).folder == after.folder, "an altered manifest is nobody's"
+    assert find_input(tmp_path, both).folder == after.folder, "an altered manifest is skipped"
     with pytest.raises(ThroughlineError, match=r"no sound output of two under .* holds b.txt with SHA-256"):
         find_input(tmp_path, first)
 
@@ -283,11 +285,11 @@ def run_module(request: Path) -> tuple[int, str, str]:
     return process.returncode, output.strip(), errors.strip().splitlines()[-1]
 
 
-def test_a_missing_package_is_one_sentence_with_the_way_out(tmp_path: Path) -> None:
+def test_a_missing_package_fails_with_one_sentence_that_names_the_fix(tmp_path: Path) -> None:
     def produce(run: Any) -> None:
         importlib.import_module("not_installed_here")
 
-    stage = Stage(name="s", code_version="1", config_type=ToyConfig, produce=produce)
+    stage = plain_stage(name="s", code_version="1", config_type=ToyConfig, produce=produce)
     write_request(tmp_path / "r.json", StageRequest(stage="s", config={}, output_root=str(tmp_path / "out")))
     with pytest.raises(SystemExit) as caught:
         stage.run_requests([tmp_path / "r.json"])
@@ -302,13 +304,13 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
         ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(folder)], capture_output=True, text=True, check=False
     )
     if done.returncode:
-        pytest.skip(f"a full disk needs a mount of a small tmpfs, which is not permitted here: {done.stderr.strip()}")
+        pytest.skip(f"needs to mount a small tmpfs, which is not permitted here: {done.stderr.strip()}")
     yield folder
     subprocess.run(["umount", str(folder)], check=True)
 
 
 @pytest.mark.slow
-def test_a_full_disk_is_one_sentence_and_loses_nothing(tmp_path: Path, small_disk: Path) -> None:
+def test_a_full_disk_fails_with_one_sentence_and_loses_nothing(tmp_path: Path, small_disk: Path) -> None:
     request = request_for_subset(tmp_path, small_disk / "out", 5000)
     status, output, sentence = run_module(request)
     assert (status, output) == (1, "")
@@ -320,7 +322,7 @@ def test_a_full_disk_is_one_sentence_and_loses_nothing(tmp_path: Path, small_dis
 
 
 @pytest.mark.slow
-def test_as_a_program_a_stage_prints_its_manifest_or_one_sentence(tmp_path: Path) -> None:
+def test_as_a_program_a_stage_prints_its_manifest_or_one_error_line(tmp_path: Path) -> None:
     request = request_for_subset(tmp_path, tmp_path / "out", 10)
     status, output, _ = run_module(request)
     assert status == 0

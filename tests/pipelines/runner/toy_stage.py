@@ -1,7 +1,7 @@
-"""A stage of three small units, and a program that runs it, kills it at chosen lines, and races two of it.
+"""A stage of three small units, and a program that runs it, kills it at given lines, and races two publishers.
 
 As a program: ``kill ROOT STRIDE`` prints one JSON line per kill; ``run ROOT [CONFIG]`` runs the stage and prints its
-version; ``publish ROOT NAME ROUNDS`` publishes one output after the other against another process that does the same.
+version; ``publish ROOT NAME ROUNDS`` publishes outputs in turn, in a race with another such process.
 """
 
 import hashlib
@@ -18,10 +18,9 @@ from pipelines.core import atomic, manifest
 from pipelines.core.config import FrozenConfig, execution_field
 from pipelines.core.digest import digest_json
 from pipelines.core.manifest import FileEntry, Manifest
-from pipelines.runner import locks as output_lock
-from pipelines.runner import publication, stage
-from pipelines.runner.stage import Stage
+from pipelines.runner import dropped, locks, outputs, publication, stage, units
 from pipelines.runner.units import StageResult, StageRun
+from tests.plain_stage import plain_stage
 
 UNITS = ("00000", "00001", "00002")
 
@@ -32,7 +31,7 @@ class ToyConfig(FrozenConfig):
     count_file: str | None = execution_field(None)
     """One byte is appended for each unit that is computed."""
     block_at: str | None = execution_field(None)
-    """In front of this unit, fork a child, write both process ids into the file `blocked`, and work no further."""
+    """Before this unit, fork a child, write both process ids into the file `blocked`, and stop."""
     blocked: str | None = execution_field(None)
 
 
@@ -63,13 +62,15 @@ def _block(config: ToyConfig) -> None:
     time.sleep(600)
 
 
-STAGE = Stage(name="toy", code_version="1", config_type=ToyConfig, produce=produce)
+STAGE = plain_stage(name="toy", code_version="1", config_type=ToyConfig, produce=produce)
 
-_TRACED = {module.__file__ for module in (stage, atomic, manifest, output_lock, publication)} | {__file__}
+_TRACED = {module.__file__ for module in (stage, units, outputs, dropped, atomic, manifest, locks, publication)} | {
+    __file__
+}
 
 
 class _KillAt:
-    """Counts executed lines of the stage runner, and kills this process in front of one of them."""
+    """Counts executed lines of the stage runner, and kills this process before one of them."""
 
     def __init__(self, line: int | None) -> None:
         self.line, self.count = line, 0
@@ -95,7 +96,7 @@ def count_lines(root: Path) -> int:
 
 
 def killed_run(root: Path, line: int) -> bool:
-    """Run the stage in a child that is killed in front of its line number `line`; return whether it was."""
+    """Run the stage in a child that is killed before its line number `line`; return whether it was killed."""
     child = os.fork()
     if child == 0:
         sys.settrace(_KillAt(line))
@@ -106,7 +107,7 @@ def killed_run(root: Path, line: int) -> bool:
 
 
 def kill_everywhere(root: Path, stride: int) -> None:
-    for line in range(1, count_lines(root / "undisturbed"), stride):
+    for line in range(1, count_lines(root / "uninterrupted"), stride):
         folder = root / str(line)
         was_killed = killed_run(folder, line)
         again = killed_run(folder, line)  # a second kill, in a run that resumes
@@ -118,7 +119,7 @@ def kill_everywhere(root: Path, stride: int) -> None:
 
 
 def publish_rounds(root: Path, name: str, num_rounds: int) -> None:
-    """Publish output 0, 1, ... at the same moment as the other process; print what is wrong with any afterwards."""
+    """Publish outputs 0, 1, ... simultaneously with the other process; print the problems of each afterwards."""
     for number in range(num_rounds):
         data, stage_root = bytes([number]) * 5000, root / "toy"
         sha256 = hashlib.sha256(data).hexdigest()

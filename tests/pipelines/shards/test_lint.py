@@ -20,12 +20,12 @@ from orchestration.cli.main import main
 from pipelines.core.config import FrozenConfig
 from pipelines.core.errors import ThroughlineError
 from pipelines.runner.outputs import StageOutput
-from pipelines.runner.stage import Stage
 from pipelines.runner.units import StageRun
 from pipelines.shards.format import ShardWriter
 from pipelines.shards.lint import lint_folder
 from pipelines.shards.lint_checks import KINDS, LintReport
 from pipelines.shards.tar import DamagedTarError, walk
+from tests.plain_stage import plain_stage
 
 Members = list[tuple[str, bytes]]
 
@@ -84,7 +84,7 @@ def our_shards(root: Path) -> StageOutput:
                     index = writer.finish()
                 unit.write(f"shard-{number:05d}.index.json", index.to_bytes(), num_rows=len(keys))
 
-    stage = Stage(name="shards", code_version="1", config_type=_Config, produce=produce)
+    stage = plain_stage(name="shards", code_version="1", config_type=_Config, produce=produce)
     return stage.run(_Config(), {}, root, "00000")
 
 

@@ -4,10 +4,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from pipelines.runner.stage import Stage
 from pipelines.runner.units import StageRun
 from pipelines.storage.mirror import bind
 from tests.pipelines.runner.toy_stage import ToyConfig
+from tests.plain_stage import plain_stage
 from tests.s3_server import PART_BYTES, config_of
 
 NUM_BYTES = 2 * PART_BYTES + 77
@@ -24,7 +24,7 @@ def produce(run: StageRun[ToyConfig]) -> None:
         unit.write("large.bin", bytes(range(256)) * (NUM_BYTES // 256) + bytes(NUM_BYTES % 256))
 
 
-STAGE = Stage(name="stored", code_version="1", config_type=ToyConfig, produce=produce)
+STAGE = plain_stage(name="stored", code_version="1", config_type=ToyConfig, produce=produce)
 
 
 def mirrored(root: Path, bucket: str, **changes: Any) -> Path:

@@ -19,7 +19,6 @@ from pipelines.dataset.order import Share
 from pipelines.dataset.samples import ShardSamples
 from pipelines.dataset.stream import ShardStream
 from pipelines.runner.outputs import StageOutput
-from pipelines.runner.stage import Stage
 from pipelines.runner.units import StageRun
 from pipelines.shards import shards
 from pipelines.shards.config import ShardsConfig
@@ -31,6 +30,7 @@ from tests.pipelines.download.hostile_server import HostileServer
 from tests.pipelines.laion.laion_world import laion_row, run_captions, run_images, run_subset, write_laion
 from tests.pipelines.runner.toy_stage import ToyConfig
 from tests.pipelines.storage.store_stage import STAGE, mirrored
+from tests.plain_stage import plain_stage
 from tests.s3_server import TRANSFER, Fault, FaultyProxy, S3Server
 
 REPOSITORY = Path(__file__).parents[3]
@@ -191,7 +191,9 @@ def test_of_two_machines_that_differ_the_first_one_stands(s3: FaultyProxy, bucke
             unit.write("first.bin", b"other bytes")
         STAGE.run(ToyConfig(), {}, roots[0])  # the first machine finishes while this one computes
 
-    second = Stage(name="stored", code_version="1", config_type=ToyConfig, produce=late).run(ToyConfig(), {}, roots[1])
+    second = plain_stage(name="stored", code_version="1", config_type=ToyConfig, produce=late).run(
+        ToyConfig(), {}, roots[1]
+    )
     first = STAGE.find_finished(ToyConfig(), {}, roots[0])
     assert first is not None and second.data_version == first.data_version
     assert second.path("first.bin").read_bytes() == b"first"
@@ -239,7 +241,7 @@ def _write_tars(run: StageRun[ToyConfig]) -> None:
 def test_a_reader_fetches_a_shard_when_it_opens_it(
     s3: FaultyProxy, bucket: str, tmp_path: Path, num_workers: int
 ) -> None:
-    stage = Stage(name="tars", code_version="1", config_type=ToyConfig, produce=_write_tars)
+    stage = plain_stage(name="tars", code_version="1", config_type=ToyConfig, produce=_write_tars)
     here, there = mirrored(tmp_path / "here", bucket), mirrored(tmp_path / "there", bucket)
     tars = stage.run(ToyConfig(), {}, here, "00000")
     names = [f"shard-{index // 10:05d}.tar" for index in range(NUM_SAMPLES)]
