@@ -107,15 +107,14 @@ class LaionSubsetConfig(FrozenConfig):
 
     @field_validator("where")
     @classmethod
-    def _where_can_be_read(cls, where: str | None) -> str | None:
-        from pipelines.core.errors import ThroughlineError
-        from pipelines.laion.where import Expression
-
+    def _check_where(cls, where: str | None) -> str | None:
         if where is not None:
+            from pipelines.laion.where import Condition, ConditionError
+
             try:
-                Expression(where)
-            except ThroughlineError as error:
-                # The field's name stands before it wherever it is shown.
+                Condition(where)
+            except ConditionError as error:
+                # Wherever the message is shown, the name of the field precedes it.
                 raise ValueError(str(error).removeprefix("where, ")) from error
         return where
 

@@ -16,7 +16,6 @@ import pyarrow.compute as pc
 from pipelines.laion.block_lists import DomainSet, OptOuts, hash_set, read_entries
 from pipelines.laion.config import EntryList, LaionSubsetConfig
 from pipelines.laion.hashes import hex_keys
-from pipelines.laion.where import Expression
 
 # The order in which rules are asked: a row counts under the first that drops it.
 REASONS = (
@@ -75,7 +74,7 @@ def rules_of(config: LaionSubsetConfig) -> list[Rule]:
     rules += _label_rules(config, "nsfw", "nsfw_allowed")
     rules += _size_rules(config)
     if config.where is not None:
-        rules += _where_rules(Expression(config.where), config.keep_missing)
+        rules += _where_rules(config.where, config.keep_missing)
     return rules
 
 
@@ -263,15 +262,19 @@ def _with_missing(config: LaionSubsetConfig, reason: str, *rules: Rule) -> list[
     return [Rule(reason, drops, roles, rules[0].field), *rules]
 
 
-def _where_rules(expression: Expression, keep_missing: bool) -> list[Rule]:
-    def verdict(rows: Rows) -> pa.Array:
+def _where_rules(where: str, keep_missing: bool) -> list[Rule]:
+    from pipelines.laion.where import Condition
+
+    condition = Condition(where)
+
+    def holds(rows: Rows) -> pa.Array:
         def column(name: str) -> pa.Array:
             array = rows[name]
             return array.dictionary_decode() if isinstance(array, pa.DictionaryArray) else array
 
-        return expression.evaluate(column, len(rows.keys))
+        return condition.evaluate(column, len(rows.keys))
 
-    false = Rule("where", lambda rows: _mask(pc.invert(verdict(rows))))
+    false = Rule("where", lambda rows: _mask(pc.invert(holds(rows))))
     if keep_missing:
         return [false]
-    return [Rule("where_unknown", lambda rows: _mask(pc.is_null(verdict(rows)))), false]
+    return [Rule("where_unknown", lambda rows: _mask(pc.is_null(holds(rows)))), false]

@@ -3,12 +3,12 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import shorten
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipelines.core.errors import ThroughlineError
-from pipelines.laion.where import Kind
 from pipelines.storage.remote_files import RangeReader
 
 
@@ -41,8 +41,10 @@ COLUMNS = (
     Column("license", ("license",), ("string",)),
     Column("sha256", ("sha256",), ("string",)),
 )
-KINDS: Mapping[str, Kind] = {column.role: "string" if "string" in column.kinds else "number" for column in COLUMNS}
-"""Role -> what its values are."""
+ROLE_TYPES: Mapping[str, pa.DataType] = {
+    column.role: pa.string() if "string" in column.kinds else pa.float64() for column in COLUMNS
+}
+"""Role -> type that the rules read it as."""
 LABELS = ("nsfw", "language", "license")
 """Roles whose values are few: they are read as dictionaries, and asked once per word."""
 
@@ -67,6 +69,9 @@ SUBSET_SCHEMA = pa.schema(
 )
 
 
+_READABLE = ("string", "integer", "floating", "bool", "null")
+
+
 def _kind(data_type: pa.DataType) -> str:
     if pa.types.is_dictionary(data_type):
         data_type = data_type.value_type
@@ -81,16 +86,34 @@ def _kind(data_type: pa.DataType) -> str:
     return str(data_type)
 
 
-def column_kinds(schema: pa.Schema) -> tuple[dict[str, Kind], dict[str, str]]:
-    """Return lower-case name -> kind and -> column, for the columns of a file that a condition can read."""
-    kinds: dict[str, Kind] = {}
-    columns = {}
-    for field in schema:
-        found = _kind(field.type)
-        if found in ("string", "integer", "floating", "bool"):
-            kinds[field.name.lower()] = "string" if found == "string" else "boolean" if found == "bool" else "number"
-            columns[field.name.lower()] = field.name
-    return kinds, columns
+def find_column(name: str, schema: pa.Schema, roles: Mapping[str, str]) -> str:
+    """Return the column of a file that a condition means by a name; `roles` are role -> column.
+
+    A name in double quotes is first compared exactly, with the columns. Then case does not count: a name is that of a
+    role, of a role's column or of another column, in this order. Raises ThroughlineError where there is no such column,
+    more than one, or one of a type that no condition reads.
+    """
+    exact, lower = name[1:-1], name.strip('"').lower()
+    if name.startswith('"') and exact in schema.names:
+        found = [exact]
+    elif lower in roles:
+        found = [roles[lower]]
+    else:
+        found = [column for column in schema.names if column.lower() == lower]
+        found = [column for column in found if column in roles.values()] or found
+    if not found:
+        known = sorted({*roles, *(field.name.lower() for field in schema if _kind(field.type) in _READABLE)})
+        raise ThroughlineError(f"no column {name}; known: {', '.join(known)}")
+    if len(found) > 1:
+        raise ThroughlineError(
+            f"columns {', '.join(found)} are all meant by {name}; write one of them in double quotes"
+        )
+    if (kind := _kind(schema.field(found[0]).type)) not in _READABLE:
+        raise ThroughlineError(
+            f"column {found[0]} is {shorten(kind, 60)}, but a condition reads only numbers, strings and booleans; "
+            "convert it in the file"
+        )
+    return found[0]
 
 
 def open_metadata(path: Path | RangeReader, dictionaries: Sequence[str] = ()) -> pq.ParquetFile:

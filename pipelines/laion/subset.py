@@ -87,21 +87,26 @@ def _open_checked(config: LaionSubsetConfig, part: Part, path: Path) -> "tuple[l
 
 
 def _named_columns(where: str, roles: dict[str, str], path: Path) -> dict[str, str]:
-    """Return lower-case name -> column or role for what `where` reads; a role's name means the role."""
-    from pipelines.laion.schema import KINDS, column_kinds, open_metadata
-    from pipelines.laion.where import Expression
+    """Return name -> column of the file for the names that `where` reads."""
+    import pyarrow as pa
+
+    from pipelines.laion.schema import ROLE_TYPES, find_column, open_metadata
+    from pipelines.laion.where import Condition
 
     with open_metadata(path) as metadata:
-        kinds, columns = column_kinds(metadata.schema_arrow)
-    by_column = {column.lower(): role for role, column in roles.items()}
-    for name, role in [*by_column.items(), *((role, role) for role in roles)]:
-        kinds[name], columns[name] = KINDS[role], role
-    expression = Expression(where)
+        schema = metadata.schema_arrow
+    types = {column: ROLE_TYPES[role] for role, column in roles.items()}
+    named = {}
+
+    def no_rows(name: str) -> pa.Array:
+        named[name] = column = find_column(name, schema, roles)
+        return pa.nulls(0, types[column]) if column in types else _plain(pa.nulls(0, schema.field(column).type))
+
     try:
-        expression.check(kinds)
+        Condition(where).evaluate(no_rows, 0)
     except ThroughlineError as error:
         raise ThroughlineError(f"{path}: {error}") from error
-    return {name: columns[name] for name in expression.names}
+    return named
 
 
 def _write_subset(run: StageRun[LaionSubsetConfig], unit: Unit, part: Part, path: Path) -> None:
@@ -156,17 +161,18 @@ def read_batches(
     """Yield record batches with one column per role, cast to the types that the rules read.
 
     text is never null (null becomes the empty string); labels may be dictionaries of strings; a role that the file
-    lacks is a column of nulls. `named` adds columns under further names: name -> role, or column of the file as it is.
+    lacks is a column of nulls. `named` adds columns of the file under further names: name -> column, as its role where
+    it fills one.
     Raises ThroughlineError that names the file where its data cannot be read.
     """
     import pyarrow as pa
 
     from pipelines.laion.hashes import fill_missing
-    from pipelines.laion.schema import COLUMNS, KINDS, LABELS, open_metadata
+    from pipelines.laion.schema import LABELS, ROLE_TYPES, open_metadata
 
     named = named or {}
-    types = {column.role: pa.string() if KINDS[column.role] == "string" else pa.float64() for column in COLUMNS}
-    own = [column for column in named.values() if column not in types]
+    roles = {column: role for role, column in columns.items()}
+    own = [column for column in named.values() if column not in roles]
     labels = [columns[role] for role in LABELS if role in columns]
     with open_metadata(path, labels) as metadata:
         try:
@@ -175,12 +181,14 @@ def read_batches(
                     role: _cast(batch[columns[role]], kind, role in LABELS)
                     if role in columns
                     else pa.nulls(batch.num_rows, kind)
-                    for role, kind in types.items()
+                    for role, kind in ROLE_TYPES.items()
                 }
                 arrays["text"] = fill_missing(arrays["text"])
-                for name, column in named.items():
-                    arrays[name] = arrays[column] if column in types else _plain(batch[column])
-                yield pa.RecordBatch.from_pydict(arrays)
+                values = {
+                    name: arrays[roles[column]] if column in roles else _plain(batch[column])
+                    for name, column in named.items()
+                }
+                yield pa.RecordBatch.from_pydict(arrays | values)
         except (pa.ArrowException, OSError) as error:
             reason = str(error).splitlines()[0]
             raise ThroughlineError(f"{path}: damaged metadata ({reason}); fetch the file again") from error

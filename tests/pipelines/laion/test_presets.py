@@ -67,8 +67,8 @@ def test_changes_go_over_the_preset_and_wrong_ones_are_named() -> None:
         preset_rules("best", {})
     with pytest.raises(ThroughlineError, match="rule min_beauty: unknown; known: opt_outs, "):
         preset_rules(None, {"min_beauty": 5})
-    with pytest.raises(ThroughlineError, match="rule where: position 6: expected"):
-        preset_rules(None, {"where": "width"[:4] + ">"})
+    with pytest.raises(ThroughlineError, match="rule where: position 5: incomplete at >"):
+        preset_rules(None, {"where": "size>"})
     with pytest.raises(ThroughlineError, match="min_text_words 9 exceeds max_text_words 3"):
         preset_rules(None, {"min_text_words": 9, "max_text_words": 3})
 
