@@ -1,4 +1,4 @@
-"""The columns of LAION metadata: their names in the published tables, their types, and the table a subset is."""
+"""Columns of LAION metadata: their names in the published tables, their types, and the schema of a subset."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,19 +14,19 @@ from pipelines.storage.remote_files import RangeReader
 
 @dataclass(frozen=True)
 class Column:
-    """A column by the role it plays: the names it goes by, compared without case, and the kinds of type it may have."""
+    """A role, the column names that fill it (case-insensitive), and the kinds of type it accepts."""
 
     role: str
     names: tuple[str, ...]
     kinds: tuple[str, ...]
-    needed: bool = False
+    required: bool = False
 
 
-# LAION-400M and LAION-5B's tables write URL, TEXT, WIDTH, LANGUAGE; Re-LAION url and caption; DataComp original_width
-# and clip_l14_similarity_score; the aesthetic tables aesthetic (v1), AESTHETIC_SCORE (v2) or prediction (tags).
+# LAION-400M and LAION-5B have URL, TEXT, WIDTH, LANGUAGE; Re-LAION url and caption; DataComp original_width and
+# clip_l14_similarity_score; the aesthetic tables aesthetic (v1), AESTHETIC_SCORE (v2) or prediction (tags).
 COLUMNS = (
-    Column("url", ("url",), ("string",), needed=True),
-    Column("text", ("text", "caption", "alt_text"), ("string",), needed=True),
+    Column("url", ("url",), ("string",), required=True),
+    Column("text", ("text", "caption", "alt_text"), ("string",), required=True),
     Column("width", ("width", "original_width"), ("integer", "floating")),
     Column("height", ("height", "original_height"), ("integer", "floating")),
     Column("similarity", ("similarity", "clip_b32_similarity_score", "clip_similarity_vitb32"), ("floating",)),
@@ -46,7 +46,7 @@ ROLE_TYPES: Mapping[str, pa.DataType] = {
 }
 """Role -> type that the rules read it as."""
 LABELS = ("nsfw", "language", "license")
-"""Roles whose values are few: they are read as dictionaries, and asked once per word."""
+"""Roles with few distinct values: read as dictionaries, so that rules test each value once."""
 
 SUBSET_SCHEMA = pa.schema(
     [
@@ -62,7 +62,7 @@ SUBSET_SCHEMA = pa.schema(
         pa.field("nsfw", pa.string()),
         pa.field("language", pa.string()),
         pa.field("license", pa.string()),
-        # What the source table says the picture's bytes hash to (DataComp); null elsewhere.
+        # SHA-256 of the image as the source table states it (DataComp), or null.
         pa.field("expected_sha256", pa.string()),
         pa.field("source_row", pa.int64(), nullable=False),
     ]
@@ -117,9 +117,9 @@ def find_column(name: str, schema: pa.Schema, roles: Mapping[str, str]) -> str:
 
 
 def open_metadata(path: Path | RangeReader, dictionaries: Sequence[str] = ()) -> pq.ParquetFile:
-    """Open a metadata file, to read some columns as dictionaries.
+    """Open a metadata file; columns in `dictionaries` are read as dictionaries.
 
-    Raises ThroughlineError where it is not a whole parquet file.
+    Raises ThroughlineError where it can't be read or is not a complete parquet file.
     """
     try:
         return pq.ParquetFile(path, read_dictionary=list(dictionaries), pre_buffer=True)
@@ -127,14 +127,14 @@ def open_metadata(path: Path | RangeReader, dictionaries: Sequence[str] = ()) ->
         if isinstance(error, OSError) and error.errno is not None:
             raise ThroughlineError(f"{path}: cannot be read ({error.strerror})") from error
         reason = str(error).splitlines()[0]
-        raise ThroughlineError(f"{path}: not a whole parquet file ({reason}); fetch it again") from error
+        raise ThroughlineError(f"{path}: not a complete parquet file ({reason}); fetch it again") from error
 
 
 def resolve_columns(schema: pa.Schema, path: object) -> dict[str, str]:
     """Return role -> column name for the roles that a metadata file fills; `path` names it in errors.
 
-    Raises ThroughlineError, naming the file, where a needed column is missing, a role is filled twice, or a column's
-    type cannot hold what its role means. A column of type null is a column of missing values.
+    Raises ThroughlineError, naming the file, where a required column is missing, two columns fill one role, or a column
+    has the wrong type. A column of type null holds only missing values.
     """
     roles: dict[str, str] = {}
     for column in COLUMNS:
@@ -142,17 +142,19 @@ def resolve_columns(schema: pa.Schema, path: object) -> dict[str, str]:
         if len(candidates) > 1:
             exact = [name for name in candidates if name.lower() == column.names[0]]
             if len(exact) != 1:
-                raise ThroughlineError(f"{path}: columns {', '.join(candidates)} all mean {column.role}; keep one")
+                raise ThroughlineError(
+                    f"{path}: columns {', '.join(candidates)} all fill the role {column.role}; keep one"
+                )
             candidates = exact
         if not candidates:
-            if column.needed:
+            if column.required:
                 raise ThroughlineError(
                     f"{path}: no column {' or '.join(column.names)} (in any case) among {', '.join(schema.names)}; "
                     "this is not LAION metadata"
                 )
             continue
         found = _kind(schema.field(candidates[0]).type)
-        if found not in (*column.kinds, *(() if column.needed else ("null",))):
+        if found not in (*column.kinds, *(() if column.required else ("null",))):
             raise ThroughlineError(
                 f"{path}: column {candidates[0]} is {schema.field(candidates[0]).type}, expected "
                 f"{' or '.join(column.kinds)}; convert it or leave the file out"

@@ -327,7 +327,7 @@ def test_what_the_lists_deny_is_not_asked_for_nor_looked_up(server: HostileServe
 def test_a_list_that_was_changed_stops_the_download_before_it_begins(server: HostileServer, tmp_path: Path) -> None:
     lists = lists_for(server, tmp_path)
     (tmp_path / "urls.txt").write_text("another\n")
-    with pytest.raises(ThroughlineError, match=r"urls.txt: SHA-256 .* the list was changed, name it again"):
+    with pytest.raises(ThroughlineError, match=r"urls.txt: SHA-256 .* the list has changed, set its new digest"):
         Fetcher(config_for(server, **lists))
 
 

@@ -144,7 +144,7 @@ def test_a_list_counts_by_content_and_a_changed_one_is_refused(tmp_path: Path) -
     first, second = (run_subset(source, tmp_path / "out", domains_denied=item) for item in (here, there))
     assert first.data_version == second.data_version
     (tmp_path / "here.txt").write_text("b.example\n")
-    with pytest.raises(ThroughlineError, match=r"here.txt: SHA-256 .* the list was changed, name it again"):
+    with pytest.raises(ThroughlineError, match=r"here.txt: SHA-256 .* the list has changed, set its new digest"):
         run_subset(source, tmp_path / "out", domains_denied=here, min_side_px=1)
     with pytest.raises(ThroughlineError, match=r"absent.txt: the list can't be read"):
         scan_entry_list(tmp_path / "absent.txt")

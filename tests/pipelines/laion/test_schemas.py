@@ -109,7 +109,7 @@ def test_the_case_of_names_means_nothing(tmp_path: Path, name: str) -> None:
         ("punsafe", pa.array(["low"]), "column punsafe is string, expected floating or integer"),
         ("aesthetic", pa.array([[5.0]]), "column aesthetic is list<"),
         ("language", pa.array([1]), "column language is int64, expected string"),
-        ("AESTHETIC", pa.array([5.0]), "columns aesthetic, AESTHETIC all mean aesthetic"),
+        ("AESTHETIC", pa.array([5.0]), "columns aesthetic, AESTHETIC all fill the role aesthetic"),
     ],
 )
 def test_a_wrong_type_names_file_and_column(tmp_path: Path, column: str, array: pa.Array, message: str) -> None:

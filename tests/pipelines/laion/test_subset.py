@@ -231,7 +231,7 @@ def test_two_files_of_one_part_are_refused(tmp_path: Path) -> None:
     write_laion(tmp_path / "laion" / "a" / "1.parquet", [laion_row(URL)])
     twin = f"{part_key('a/1.parquet')}.parquet"
     write_laion(tmp_path / "laion" / twin, [laion_row(URL)])
-    with pytest.raises(ThroughlineError, match=rf"{twin}, a/1.parquet: .* would all be part a-1-.*; rename one"):
+    with pytest.raises(ThroughlineError, match=rf"{twin}, a/1.parquet: .* all map to part a-1-.*; rename one"):
         run_index(tmp_path / "laion", tmp_path / "out")
 
 
@@ -294,7 +294,7 @@ def test_a_file_of_other_rows_than_its_entry_says_is_refused(
     index = run_index(write_laion(tmp_path / "laion" / "p.parquet", rows).parent, tmp_path / "out")
     part = read_part(entry_of(index, "p")).model_copy(update={"num_rows": num_rows})
     monkeypatch.setattr(laion_subset, "read_part", lambda entry: part)
-    with pytest.raises(ThroughlineError, match=rf"p.parquet: {found} rows, the index says {num_rows}; run laion_index"):
+    with pytest.raises(ThroughlineError, match=rf"p.parquet: {found} rows, the index says {num_rows}; re-run"):
         subset_of(index, tmp_path / "out", "p")
 
 
@@ -302,7 +302,7 @@ def test_a_file_changed_after_the_index_is_refused(tmp_path: Path) -> None:
     path = write_laion(tmp_path / "laion" / "p.parquet", [laion_row(URL, "one")])
     index = run_index(path.parent, tmp_path / "out")
     write_laion(path, [laion_row(URL, "two")])
-    with pytest.raises(ThroughlineError, match=r"p.parquet: SHA-256 .* the file was changed, run laion_index again"):
+    with pytest.raises(ThroughlineError, match=r"p.parquet: SHA-256 .* the file has changed, re-run laion_index"):
         subset_of(index, tmp_path / "out", "p")
     path.unlink()
     write_laion(path.with_name("q.parquet"), [laion_row(URL)])
@@ -347,8 +347,8 @@ def test_nothing_to_read_is_one_sentence(tmp_path: Path, case: str) -> None:
         ({"URL": [1], "TEXT": ["a"]}, "column URL is int64, expected string"),
         ({"URL": ["a"], "TEXT": [["a"]]}, "column TEXT is list<"),
         ({"URL": ["a"], "TEXT": ["a"], "WIDTH": ["12"]}, "column WIDTH is string, expected integer or floating"),
-        ({"URL": ["a"], "url": ["a"], "TEXT": ["a"]}, "columns URL, url all mean url"),
-        (None, "not a whole parquet file"),
+        ({"URL": ["a"], "url": ["a"], "TEXT": ["a"]}, "columns URL, url all fill the role url"),
+        (None, "not a complete parquet file"),
     ],
 )
 def test_a_wrong_schema_names_the_file_and_the_column(
