@@ -281,7 +281,7 @@ def test_a_subset_takes_its_own_entry_and_no_other(tmp_path: Path) -> None:
     for name in ("one", "two"):
         write_laion(tmp_path / "laion" / f"{name}.parquet", [laion_row(URL, name)])
     index = run_index(tmp_path / "laion", tmp_path / "out")
-    for entry, message in ((entry_of(index, "two"), "is that of part two"), (index, "got the whole index")):
+    for entry, message in ((entry_of(index, "two"), "got the index entry of part two"), (index, "got the whole index")):
         with pytest.raises(ThroughlineError, match=message):
             laion_subset.STAGE.run(LaionSubsetConfig(), {"index": [entry]}, tmp_path / "out", "one")
 
