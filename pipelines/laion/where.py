@@ -12,6 +12,7 @@ refused: a condition reads its own row and calls nothing but `FUNCTIONS`.
 import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import reduce
+from textwrap import shorten
 from typing import Any, ClassVar, Literal
 
 import pyarrow as pa
@@ -25,7 +26,7 @@ from pipelines.core.errors import ThroughlineError
 
 _Kind = Literal["number", "string", "boolean"]
 _MAX_CHARS = 10_000
-_MAX_BRACKETS = 32  # sqlglot takes about 20 stack frames a level, of Python's 1,000
+_MAX_BRACKETS = 20  # sqlglot takes about 20 stack frames per level, of Python's 1,000
 _MAX_DEPTH = 100
 
 # Function -> kinds of its arguments.
@@ -38,7 +39,7 @@ FUNCTIONS: Mapping[str, tuple[_Kind, ...]] = {
     "greatest": ("number", "number"),
 }
 
-# sqlglot's names of tokens and of nodes. All other words are names of columns, whatever they mean elsewhere in SQL.
+# sqlglot's names of tokens. Every other word is a column name, even if it is a keyword elsewhere in SQL.
 _COMPARISON_TOKENS = frozenset({"EQ", "NEQ", "LT", "LTE", "GT", "GTE", "IN", "LIKE", "ILIKE", "IS", "BETWEEN"})
 _TOKENS = _COMPARISON_TOKENS | {
     "AND", "OR", "NOT", "NULL", "TRUE", "FALSE", "PLUS", "DASH", "STAR", "SLASH", "L_PAREN", "R_PAREN", "COMMA",
@@ -62,27 +63,21 @@ def _error(position: int, message: object) -> ConditionError:
 
 
 class Condition:
-    """A parsed condition; `text` is as the user wrote it."""
+    """A parsed condition."""
 
     def __init__(self, text: str) -> None:
         """Raises ConditionError where no table could make the condition valid; it names the position, from 1."""
         if len(text) > _MAX_CHARS:
             raise _error(_MAX_CHARS, f"a condition has at most {_MAX_CHARS} characters; use a list file instead")
-        self.text = text
         self._root = _parse(text)
         self.evaluate(lambda name: pa.nulls(0), 0)
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """The columns it reads, each once: lower case, or as written and in double quotes where it was quoted."""
-        return tuple(dict.fromkeys(_reference(node) for node in self._root.dfs() if node.key == "column"))
 
     def evaluate(self, column: Callable[[str], pa.Array], num_rows: int) -> pa.Array:
         """Return a boolean array of `num_rows`, null where the condition is unknown.
 
-        `column` returns the values for one of `names`: strings, numbers, booleans, or an array of type null, which
-        stands for any of these. Raises ConditionError where values have the wrong kind, which no rows are needed to
-        find out, or where `column` raises ThroughlineError.
+        `column` returns the values of a name: strings, int64, float64, booleans, or an array of type null, which fits
+        everywhere. Names are in lower case, quoted ones as written and with their double quotes. Raises ConditionError
+        for values of the wrong kind, even if there are no rows, and where `column` raises ThroughlineError.
         """
         value = _Evaluator(column).condition(self._root)
         return pa.repeat(value, num_rows) if isinstance(value, pa.Scalar) else value
@@ -220,7 +215,7 @@ class _Evaluator:
             case "like" | "ilike" if flags <= {"negate"}:
                 value = self._like(node)
                 return pc.invert(value) if flags else value
-            case _ if flags:  # of a node with a flag that is not evaluated here nothing is known
+            case _ if flags:  # a modifier that this evaluator would ignore
                 pass
             case "paren":
                 return self._value(node.this)
@@ -243,7 +238,7 @@ class _Evaluator:
                 return self._call(node)
             case key if key in _COMPARISONS:
                 return getattr(pc, _COMPARISONS[key])(*self._comparable(node.this, node.expression))
-        raise _error(_position(node), f"a condition can't contain {node.sql()}")
+        raise _error(_position(node), f"a condition can't contain {shorten(node.sql(), 60)}")
 
     def _read(self, node: exp.Expression) -> Any:
         try:
@@ -288,7 +283,7 @@ class _Evaluator:
 
     def _is_in(self, node: exp.Expression) -> Any:
         for item in node.expressions:
-            if not isinstance(_literal(item), str | float) and type(_literal(item)) is not int:
+            if (literal := _literal(item)) is None or isinstance(literal, bool):
                 raise _error(_position(item, _position(node)), "expected a number or a string in single quotes")
         array, *values = self._comparable(node.this, *node.expressions)
         values = pa.array([value.as_py() for value in values], array.type)
@@ -305,6 +300,8 @@ class _Evaluator:
         if name.lower() in ("least", "greatest"):
             function = pc.min_element_wise if name.lower() == "least" else pc.max_element_wise
             return function(*values, skip_nulls=False)
+        if name.lower() == "length":
+            return pc.utf8_length(*values).cast(pa.int64())
         return pc.abs(*values) if name.lower() == "abs" else getattr(pc, f"utf8_{name.lower()}")(*values)
 
 
@@ -317,7 +314,7 @@ def _kind(value: Any) -> _Kind | None:
 
 
 def _alike(values: Sequence[Any], kind: _Kind) -> list[Any]:
-    """Return values of a kind in one type: floats where some are floats or of type null, or else as they are."""
+    """Return values of one kind in one type; numbers become floats unless all of them are integers."""
     types = {value.type for value in values}
     if len(types) == 1 and not pa.types.is_null(values[0].type):
         return list(values)
