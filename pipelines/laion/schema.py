@@ -93,8 +93,10 @@ def find_column(name: str, schema: pa.Schema, roles: Mapping[str, str]) -> str:
     role, of a role's column or of another column, in this order. Raises ThroughlineError where there is no such column,
     more than one, or one of a type that no condition reads.
     """
-    exact, lower = name[1:-1], name.strip('"').lower()
-    if name.startswith('"') and exact in schema.names:
+    is_quoted = name.startswith('"')
+    exact = name[1:-1] if is_quoted else name
+    lower = exact.lower()
+    if is_quoted and exact in schema.names:
         found = [exact]
     elif lower in roles:
         found = [roles[lower]]

@@ -171,7 +171,7 @@ def read_batches(
 
     named = named or {}
     roles = {column: role for role, column in columns.items()}
-    own = [column for column in named.values() if column not in roles]
+    own = {column for column in named.values() if column not in roles}
     labels = [columns[role] for role in LABELS if role in columns]
     with open_metadata(path, labels) as metadata:
         try:

@@ -130,6 +130,7 @@ def _kept_scores(tmp_path: Path, where: str, **rules: Any) -> list[int]:
         ("hash = 4611686018427387904", [0]),
         ("hash < 4611686018427387905", [0, 2]),
         ("hash > 0.5", [0, 1]),
+        ('hash > 0 AND "hash" < 4611686018427387905', [0]),
         ("empty IS NULL AND order >= 3", [2, 3]),
         ("empty = 'x' OR order = 1", [0]),
         ('NOT "a ""b"""', [1, 3]),
