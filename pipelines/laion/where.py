@@ -90,7 +90,7 @@ class _Parser(Parser):
     NO_PAREN_FUNCTION_PARSERS: ClassVar[Any] = {}
 
 
-def _parse(text: str) -> exp.Expression:
+def _parse(text: str) -> exp.Expr:
     try:
         tokens = _names_and_operators(Tokenizer().tokenize(text), text)
         (root,) = _Parser().parse_into(exp.Condition, tokens, text)
@@ -158,16 +158,16 @@ def _syntax_error(text: str, found: Mapping[str, Any]) -> ConditionError:
     return _error(position, f"incomplete at {word}; a column, a value or a bracket is missing")
 
 
-def _reference(column: exp.Expression) -> str:
+def _reference(column: exp.Expr) -> str:
     return f'"{column.name}"' if column.this.args.get("quoted") else column.name.lower()
 
 
-def _position(node: exp.Expression, otherwise: int = 1) -> int:
+def _position(node: exp.Expr, otherwise: int = 1) -> int:
     """Return where a node's text begins, from 1; sqlglot gives positions to names, values and calls alone."""
     return min((part.meta["start"] + 1 for part in node.walk() if "start" in part.meta), default=otherwise)
 
 
-def _literal(node: exp.Expression) -> int | float | str | bool | None:
+def _literal(node: exp.Expr) -> int | float | str | bool | None:
     """Return the value of a literal, which may be negated or in brackets; None for anything else."""
     if node.key == "paren":
         return _literal(node.this)
@@ -193,13 +193,13 @@ class _Evaluator:
         self._column = column
         self._depth = 0
 
-    def condition(self, root: exp.Expression) -> Any:
+    def condition(self, root: exp.Expr) -> Any:
         value = self._value(root)
         if (kind := _kind(value)) in ("number", "string"):
             raise _error(_position(root), f"this is a {kind}, not a condition; compare it with something")
         return _alike([value], "boolean")[0]
 
-    def _value(self, node: exp.Expression) -> Any:
+    def _value(self, node: exp.Expr) -> Any:
         """Return an array, or a scalar where the value is the same for all rows."""
         self._depth += 1
         if self._depth > _MAX_DEPTH:
@@ -209,7 +209,7 @@ class _Evaluator:
         self._depth -= 1
         return value
 
-    def _evaluate(self, node: exp.Expression) -> Any:
+    def _evaluate(self, node: exp.Expr) -> Any:
         flags = {name for name, value in node.args.items() if value} - _OPERANDS
         match node.key:
             case "like" | "ilike" if flags <= {"negate"}:
@@ -219,7 +219,7 @@ class _Evaluator:
                 pass
             case "paren":
                 return self._value(node.this)
-            case "column" if len(node.parts) == 1:
+            case "column" if isinstance(node, exp.Column) and len(node.parts) == 1:
                 return self._read(node)
             case "and" | "or":
                 return reduce(getattr(pc, f"{node.key}_kleene"), self._all("boolean", *node.flatten()))
@@ -240,14 +240,14 @@ class _Evaluator:
                 return getattr(pc, _COMPARISONS[key])(*self._comparable(node.this, node.expression))
         raise _error(_position(node), f"a condition can't contain {shorten(node.sql(), 60)}")
 
-    def _read(self, node: exp.Expression) -> Any:
+    def _read(self, node: exp.Expr) -> Any:
         try:
             array = self._column(_reference(node))
         except ThroughlineError as error:
             raise _error(_position(node), error) from error
         return pc.if_else(pc.is_nan(array), None, array) if pa.types.is_floating(array.type) else array
 
-    def _all(self, expected: _Kind, *nodes: exp.Expression) -> list[Any]:
+    def _all(self, expected: _Kind, *nodes: exp.Expr) -> list[Any]:
         """Return values of one kind."""
         values = []
         for node in nodes:
@@ -258,30 +258,30 @@ class _Evaluator:
             values.append(value)
         return _alike(values, expected)
 
-    def _comparable(self, *nodes: exp.Expression) -> list[Any]:
+    def _comparable(self, *nodes: exp.Expr) -> list[Any]:
         """Return values of the same kind, whichever it is."""
         values = [self._value(node) for node in nodes]
         kinds = [_kind(value) for value in values]
-        known = next((kind for kind in kinds if kind), "number")
+        known: _Kind = next((kind for kind in kinds if kind), "number")
         for node, kind in zip(nodes, kinds, strict=True):
             if kind not in (known, None):
                 raise _error(_position(node, _position(nodes[0])), f"a {known} is compared with a {kind}")
         return _alike(values, known)
 
-    def _arithmetic(self, node: exp.Expression) -> Any:
+    def _arithmetic(self, node: exp.Expr) -> Any:
         operands = self._all("number", node.this, *([node.expression] if node.key != "neg" else []))
         floats = [operand.cast(pa.float64(), safe=False) for operand in operands]
         value = getattr(pc, _ARITHMETIC[node.key])(*floats)
         return pc.if_else(pc.is_finite(value), value, None)  # a division by zero is unknown, as in SQL
 
-    def _like(self, node: exp.Expression) -> Any:
+    def _like(self, node: exp.Expr) -> Any:
         pattern = _literal(node.expression)
         if not isinstance(pattern, str):
             position = _position(node.expression, _position(node))
             raise _error(position, f"{node.key.upper()} needs a pattern in quotes, such as '%sunset%'")
         return pc.match_like(*self._all("string", node.this), pattern, ignore_case=node.key == "ilike")
 
-    def _is_in(self, node: exp.Expression) -> Any:
+    def _is_in(self, node: exp.Expr) -> Any:
         for item in node.expressions:
             if (literal := _literal(item)) is None or isinstance(literal, bool):
                 raise _error(_position(item, _position(node)), "expected a number or a string in single quotes")
@@ -289,7 +289,7 @@ class _Evaluator:
         values = pa.array([value.as_py() for value in values], array.type)
         return pc.if_else(pc.is_null(array), None, pc.is_in(array, values))
 
-    def _call(self, node: exp.Expression) -> Any:
+    def _call(self, node: exp.Expr) -> Any:
         name = str(node.this)
         kinds = FUNCTIONS.get(name.lower())
         if kinds is None:
