@@ -1,1 +1,1 @@
-"""LAION metadata: source files, schemas, filter rules, the stages `laion_index`, `laion_subset`, `laion_selection`."""
+"""LAION metadata: source files, schemas, filter rules, stages `laion_index`, `laion_subset`, `laion_selection`."""

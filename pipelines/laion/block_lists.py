@@ -1,6 +1,6 @@
-"""Lists of URLs, domains and sample keys in text files of one entry per line, and the question whether a row is in one.
+"""Lists of URLs, domains and sample keys (text files, one entry per line), and membership tests against them.
 
-An entry is kept as a 128-bit hash, so that an opt-out list of many millions costs 16 bytes an entry.
+Entries are stored as 128-bit hashes, so that an opt-out list of many millions takes 16 bytes per entry.
 """
 
 import string
@@ -22,9 +22,9 @@ if TYPE_CHECKING:
 
 
 def read_entries(entries: "EntryList") -> tuple[str, ...]:
-    """Return the entries of a list file: blank lines and lines that begin with ``#`` are left out.
+    """Return the entries of a list file, without blank lines and lines that begin with ``#``.
 
-    Raises ThroughlineError where the file is gone, is not UTF-8, or is not the file that the configuration names.
+    Raises ThroughlineError where the file is missing, is not UTF-8, or has another digest than the configuration says.
     """
     path = Path(entries.path)
     try:
@@ -37,14 +37,14 @@ def read_entries(entries: "EntryList") -> tuple[str, ...]:
     found = file_sha256(path)
     if found != entries.sha256:
         raise ThroughlineError(
-            f"{path}: SHA-256 {found[:12]}..., the configuration names {entries.sha256[:12]}...; the list was changed, "
-            "name it again"
+            f"{path}: SHA-256 {found[:12]}..., the configuration says {entries.sha256[:12]}...; the list has "
+            "changed, set its new digest"
         )
     return tuple(line for item in lines if (line := item.strip()) and not line.startswith("#"))
 
 
 class HashSet:
-    """A set of strings by 128-bit hash, sorted; `contains` asks for a whole array at once."""
+    """A set of strings, stored as sorted 128-bit hashes, with vectorised lookup."""
 
     def __init__(self, values: "pa.Array") -> None:
         from pipelines.laion.hashes import string_hashes
@@ -56,7 +56,7 @@ class HashSet:
         return len(self._first)
 
     def contains(self, values: "pa.Array") -> "np.ndarray":
-        """Return a mask of the strings that are in the set; null is in none."""
+        """Return a mask of the strings in the set; null is never in it."""
         import numpy as np
 
         from pipelines.laion.hashes import string_hashes
@@ -70,20 +70,20 @@ class HashSet:
 
 
 def hash_set(entries: Iterable[str]) -> HashSet:
-    """Return the set of some entries."""
+    """Return the entries as a set."""
     import pyarrow as pa
 
     return HashSet(pa.array(entries, pa.string()))
 
 
 class DomainSet:
-    """A set of domains; a host is in it if it or any domain above it is."""
+    """A set of domains; it contains a host if it contains the host or a parent domain."""
 
     def __init__(self, domains: tuple[str, ...]) -> None:
         self._entries = {item.lower().strip("."): item for item in domains}
 
     def entries_with(self, host: str) -> Iterator[str]:
-        """Yield the domains, as they were given, that a host is in."""
+        """Yield the entries, as they were given, that match a host."""
         while host:
             if host in self._entries:
                 yield self._entries[host]
@@ -93,11 +93,11 @@ class DomainSet:
         return next(self.entries_with(host), None) is not None
 
     def contains(self, urls: "pa.Array") -> "np.ndarray":
-        """Return a mask of the URLs whose host is in the set; what has no host is in none."""
+        """Return a mask of the URLs whose host is in the set; a URL without a host never is."""
         return self.contains_hosts(hosts_of(urls))
 
     def contains_hosts(self, hosts: "pa.DictionaryArray") -> "np.ndarray":
-        """Return a mask of what `hosts_of` made of URLs."""
+        """Return a mask of the hosts, as `hosts_of` returns them, in the set."""
         import numpy as np
 
         known = np.fromiter(map(self.contains_host, hosts.dictionary.to_pylist()), bool, len(hosts.dictionary))
@@ -108,7 +108,7 @@ class DomainSet:
 
 
 def hosts_of(urls: "pa.Array") -> "pa.DictionaryArray":
-    """Return the hosts of http and https URLs, lower case, without user, port and final dot; null for no host."""
+    """Return the hosts of http and https URLs, lower case, without user, port and trailing dot, or null."""
     import pyarrow.compute as pc
 
     pattern = r"^(?i:https?)://(?:[^/?#@]*@)*(?P<host>\[[^\]/?#]*\]|[^/?#:@\s]+)"
@@ -118,7 +118,7 @@ def hosts_of(urls: "pa.Array") -> "pa.DictionaryArray":
 
 @dataclass(frozen=True)
 class OptOuts:
-    """The entries of an opt-out list by what they name: rows by sample key, pictures by URL, everything of a domain."""
+    """The entries of an opt-out list by type: sample keys, image URLs, domains."""
 
     keys: tuple[str, ...]
     """32 hexadecimal digits each, lower case."""
@@ -132,7 +132,7 @@ class OptOuts:
 
     @classmethod
     def of(cls, entries: Iterable[str]) -> "OptOuts":
-        """Sort entries by what they name."""
+        """Sort entries by type."""
         keys, urls, domains = [], [], []
         for entry in entries:
             if "://" in entry:
@@ -153,14 +153,14 @@ def read_keys(entries: "EntryList | None") -> frozenset[str]:
     for other in (*named.urls, *named.domains):
         assert entries is not None
         raise ThroughlineError(
-            f"{entries.path}: {other!r} is no sample key, and captioned rows are known by nothing else here; let "
-            "`throughline withdraw` write the list, which finds the rows of URLs and domains"
+            f"{entries.path}: {other!r} is not a sample key, and this list can hold nothing else; write it with "
+            "`throughline withdraw`, which resolves URLs and domains to sample keys"
         )
     return frozenset(named.keys)
 
 
 class Denials:
-    """Which URLs no request may go to; asked for one at a time, before each request of a download."""
+    """Checks a URL against the deny lists before each request of a download."""
 
     def __init__(
         self, opt_outs: "EntryList | None", urls_denied: "EntryList | None", domains_denied: "EntryList | None"
@@ -172,9 +172,9 @@ class Denials:
         self._domains = {"opted_out": DomainSet(out.domains), "domain_denied": DomainSet(domains)}
 
     def reason(self, spellings: Collection[str], hosts: Collection[str]) -> str | None:
-        """Return ``opted_out``, ``url_denied`` or ``domain_denied``, or None for a URL that may be asked for.
+        """Return ``opted_out``, ``url_denied`` or ``domain_denied``, or None for a URL that may be requested.
 
-        `spellings` are ways to write the URL, `hosts` ways to write its host; one that is listed suffices.
+        `spellings` are equivalent forms of the URL, `hosts` of its host; one listed form suffices.
         """
         import pyarrow as pa
 
@@ -191,6 +191,6 @@ class Denials:
 def denials_of(
     opt_outs: "EntryList | None", urls_denied: "EntryList | None", domains_denied: "EntryList | None"
 ) -> Denials | None:
-    """Return what the lists deny, None where there is no list; a process reads them once, whatever it downloads."""
+    """Return the checks of these lists, None without lists; cached, so that a process reads them once."""
     lists = (opt_outs, urls_denied, domains_denied)
     return Denials(*lists) if any(lists) else None

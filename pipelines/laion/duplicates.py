@@ -1,6 +1,6 @@
-"""Duplicates among rows that come in order, told by 128-bit hashes in bounded memory: the first of its kind stays.
+"""Streaming exact deduplication by 128-bit hash; keeps the first occurrence.
 
-Duplicates between parts are left to `pipelines.laion.selection`.
+`pipelines.laion.selection` deduplicates across parts.
 """
 
 import math
@@ -13,75 +13,75 @@ from pipelines.laion.hashes import key_words, string_hashes
 
 # LAION-400M's parts of 12.9 million rows fit into 2**24 slots.
 _MAX_LOAD = 0.8
-_NUMBER = np.uint64((1 << 32) - 1)
+_LOW_HALF = np.uint64((1 << 32) - 1)
 
 
 class _Table:
-    """Rows uint64 [rows, 3], each the two words of a hash and a word that belongs to it, to be found by hash.
+    """A hash table of rows uint64 [rows, 3]: the two words of a hash, and one word of payload.
 
-    The rows stand in the order they came; an open-addressing table of 8-byte slots says where. A slot holds the high
-    half of a row's first word, and in its low half 1 + the row's place; 0 is empty. Nearly every row is settled by its
-    slot alone: of a 24-byte row in a slot of its own, each look would fetch a cache line from a table three times the
-    size. Memory is 24 bytes a row and 8 a slot, for 10 million rows 374 MB at most.
+    Rows are stored in order of arrival and indexed by an open-addressing table of 8-byte slots. A slot holds the high
+    half of a row's first word and, in its low half, 1 + the row's index; 0 is empty. Nearly every lookup needs the slot
+    alone; with the 24-byte rows in the slots, each probe would fetch a cache line from a table three times the size.
+    Memory is 24 bytes per row and 8 per slot: at most 374 MB for 10 million rows.
     """
 
     def __init__(self, max_rows: int) -> None:
-        if max_rows > _NUMBER:
-            raise ThroughlineError(f"{max_rows} rows are more than one part may have (2**32 - 1); split the file")
-        # Pages of either array take up memory once they are written to.
+        if max_rows > _LOW_HALF:
+            raise ThroughlineError(f"{max_rows} rows exceed the maximum of one part (2**32 - 1); split the file")
+        # The pages of both arrays take up memory only once they are written.
         self._slots = np.zeros(1 << math.ceil(math.log2(max_rows / _MAX_LOAD + 1)), np.uint64)
         self._rows = np.empty((max_rows, 3), np.uint64)
         self._used = 0
 
     def put(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Enter uint64 [rows, 3], the first of equal hashes first.
+        """Insert rows, uint64 [rows, 3], in order.
 
-        Return a mask of the rows that are new, and per row the third word of the first row with its hash.
+        Return a mask of the rows whose hash is new, and per row the payload of the first row with its hash.
         """
         first, self._used = self._used, self._used + len(rows)
         self._rows[first : self._used] = rows
         new, held = np.zeros(len(rows), bool), rows[:, 2].copy()
-        own = (rows[:, 0] & ~_NUMBER) | np.arange(first + 1, self._used + 1, dtype=np.uint64)
+        own = (rows[:, 0] & ~_LOW_HALF) | np.arange(first + 1, self._used + 1, dtype=np.uint64)
         last = len(self._slots) - 1
-        waiting, places = np.arange(len(rows)), (rows[:, 0] & np.uint64(last)).astype(np.int64)
-        while len(waiting):
-            found = self._slots.take(places)
+        pending, slots = np.arange(len(rows)), (rows[:, 0] & np.uint64(last)).astype(np.int64)
+        while len(pending):
+            found = self._slots.take(slots)
             empty = np.flatnonzero(found == 0)
             if len(empty):
-                at = places[empty]
-                # Of the rows that want one slot the first is written last, finds itself there and stays.
+                at = slots[empty]
+                # Of rows that compete for a slot the first is written last, so it wins.
                 self._slots[at[::-1]] = own[empty[::-1]]
                 found[empty] = self._slots.take(at)
-            settled = found == own
-            new[waiting[settled]] = True
-            alike = np.flatnonzero(((found ^ own) <= _NUMBER) & ~settled)
-            if len(alike):
-                numbers = (found[alike] & _NUMBER).astype(np.int64) - 1
-                same = (self._rows[numbers, :2] == rows[waiting[alike], :2]).all(axis=1)
-                alike, numbers = alike[same], numbers[same]
-                held[waiting[alike]] = self._rows[numbers, 2]
-                settled[alike] = True
-            others = np.flatnonzero(~settled)
-            waiting, own, places = waiting[others], own[others], (places[others] + 1) & last
+            resolved = found == own
+            new[pending[resolved]] = True
+            candidates = np.flatnonzero(((found ^ own) <= _LOW_HALF) & ~resolved)
+            if len(candidates):
+                indices = (found[candidates] & _LOW_HALF).astype(np.int64) - 1
+                same = (self._rows[indices, :2] == rows[pending[candidates], :2]).all(axis=1)
+                candidates, indices = candidates[same], indices[same]
+                held[pending[candidates]] = self._rows[indices, 2]
+                resolved[candidates] = True
+            unresolved = np.flatnonzero(~resolved)
+            pending, own, slots = pending[unresolved], own[unresolved], (slots[unresolved] + 1) & last
         return new, held
 
 
 class DuplicateFinder:
-    """Tells which rows repeat a pair or, with `by_url`, a URL that came before.
+    """Finds the rows that repeat an earlier pair or, with `by_url`, an earlier URL.
 
-    By URL one table serves both: a row repeats a kept pair exactly where its URL was kept with the same sample key.
+    With `by_url` one table serves both: a row repeats a pair if its URL was seen with the same sample key.
     """
 
     def __init__(self, by_url: bool, max_rows: int) -> None:
-        """Remember up to `max_rows` rows."""
+        """`max_rows`: capacity of the table."""
         self._by_url = by_url
         self._table = _Table(max_rows)
 
     def find(self, keys: np.ndarray, urls: pa.Array, rows: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
-        """Return two masks: rows that repeat a kept pair, and rows that repeat a kept URL with another text.
+        """Return two masks: rows that repeat an earlier pair, and rows that repeat an earlier URL with another text.
 
-        `keys` is uint8 [n, 16]; `rows` are the places of the rows that count, int64 in order, None for all of them: the
-        masks are over these. The rows in neither mask are kept, and remembered.
+        `keys` is uint8 [n, 16]. `rows`, int64 in ascending order, selects the rows to consider, None for all; the masks
+        are over these rows. Rows in neither mask are added to the table.
         """
         pairs = key_words(keys if rows is None else keys[rows])
         entries = np.empty((len(pairs), 3), np.uint64)

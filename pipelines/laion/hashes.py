@@ -1,7 +1,6 @@
-"""Hashes of many rows at once: sample keys of a whole batch, and 128-bit hashes of strings.
+"""Vectorised hashing: sample keys of a whole batch, and 128-bit hashes of strings.
 
-The definition of a sample key is `pipelines.core.sample_key`'s; this is the same
-for arrays, with no Python string per row.
+`pipelines.core.sample_key` defines the sample key; this computes the same for arrays, without a Python string per row.
 """
 
 # pyarrow.compute makes its functions when it is imported, where no type checker sees them.
@@ -17,18 +16,18 @@ from pipelines.core.sample_key import SAMPLE_KEY_BYTES, empty_digest
 
 _HEX_DIGITS = 2 * SAMPLE_KEY_BYTES
 _WORD_BYTES = 8
-# Rows hashed at a time, so that they stay in the processor's cache.
+# Rows hashed at a time, so that they stay in the CPU cache.
 _CHUNK_ROWS = 4096
-# Arrays of twice as many words are mapped anew by malloc each time, which doubles the cost of a hash.
+# malloc maps arrays of twice this size afresh on each call, which doubles the cost of a hash.
 _HASHED_ROWS = 16_384
-# Longer strings, of more than 512 bytes, are few among URLs.
+# URLs of more than 512 bytes are rare.
 _MOST_WORDS = 64
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _LOW_BYTES = np.array([(1 << 8 * count) - 1 for count in range(_WORD_BYTES)], np.uint64)
 
 
 def fill_missing(strings: pa.Array) -> pa.Array:
-    """Return strings with the empty string for null; where nothing is null, the array itself and no copy of it."""
+    """Return strings with null replaced by the empty string; without nulls the array itself, not a copy."""
     return pc.fill_null(strings, "") if strings.null_count else strings
 
 
@@ -37,7 +36,7 @@ def sample_keys(urls: pa.Array, texts: pa.Array) -> np.ndarray:
     urls, texts = (fill_missing(item).cast(pa.binary()) for item in (urls, texts))
     lengths = pc.binary_length(urls).to_numpy(zero_copy_only=False).astype("<u8")
     prefixes = pa.Array.from_buffers(pa.binary(8), len(urls), [None, pa.py_buffer(lengths)]).cast(pa.binary())
-    # A copy of a digest that knows its parameters costs two thirds of a new one.
+    # Copying a configured digest costs two thirds of making a new one.
     copy, digests = empty_digest().copy, []
     for start in range(0, len(urls), _CHUNK_ROWS):
         some = slice(start, start + _CHUNK_ROWS)
@@ -57,7 +56,7 @@ def hex_keys(keys: np.ndarray) -> pa.StringArray:
 
 
 def parse_hex_keys(keys: pa.Array) -> np.ndarray:
-    """Return keys that stand as 32 hex digits as uint8 [rows, 16]; none may be null."""
+    """Return keys given as 32 hex digits as uint8 [rows, 16]; none may be null."""
     digits = "".join(keys.to_pylist()) if len(keys) else ""
     return np.frombuffer(bytes.fromhex(digits), np.uint8).reshape(-1, SAMPLE_KEY_BYTES)
 
@@ -76,12 +75,12 @@ def key_ranks(words: np.ndarray, salt: str) -> np.ndarray:
 def string_hashes(values: pa.Array, rows: np.ndarray | None = None) -> np.ndarray:
     """Return a 128-bit hash of each string as uint64 [rows, 2]; null hashes as the empty string.
 
-    `rows` are the places of the strings that are asked for, int64 in rising order; None asks for all.
+    `rows`, int64 in ascending order, selects the strings to hash; None selects all.
 
-    Each eight bytes, with a number of their position, go through a 64-bit finaliser (Stafford's mix 13); the first word
-    is their sum, the second their sum with weights by position, each mixed with the length. Good for telling strings
-    apart (two of 400 million share a hash with a chance below 2**-70), and no guard against somebody who makes strings
-    that collide.
+    Every eight bytes, with a constant for their position, go through a 64-bit finaliser (Stafford's mix 13). The first
+    word is the sum of the results, the second their sum weighted by position, each mixed with the length. The
+    probability that any two of 400 million strings collide is below 2**-70; the hash does not resist deliberate
+    collisions.
     """
     values = fill_missing(values).cast(pa.large_binary())
     offsets = np.frombuffer(values.buffers()[1], np.int64)[values.offset : values.offset + len(values) + 1]
@@ -98,7 +97,7 @@ def string_hashes(values: pa.Array, rows: np.ndarray | None = None) -> np.ndarra
 
 
 def _chunk_hashes(data: np.ndarray, begins: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """Hash strings of one stretch of bytes, a word of all of them at a time, in the order of their lengths."""
+    """Hash strings in one contiguous buffer, one word of all strings at a time, in order of length."""
     padded = np.zeros(len(data) // _WORD_BYTES + 2, "<u8")
     padded.view(np.uint8)[: len(data)] = data
     counts = np.minimum(lengths // _WORD_BYTES + 1, _MOST_WORDS + 1)  # the last word holds 0 to 7 bytes of the string
@@ -108,8 +107,8 @@ def _chunk_hashes(data: np.ndarray, begins: np.ndarray, lengths: np.ndarray) -> 
     ends = np.cumsum(np.bincount(counts, minlength=_MOST_WORDS + 2))
     num_short = ends[_MOST_WORDS]
     sums = np.zeros((2, len(order)), np.uint64)
-    # A word lies across two aligned ones, of which the second is the first of the next: to fetch each of these once
-    # costs half of fetching eight bytes from any place.
+    # An unaligned word spans two aligned ones, and the second is the first of the next word: fetching each aligned word
+    # once costs half of unaligned reads.
     places = begins // _WORD_BYTES
     down = (begins % _WORD_BYTES).astype(np.uint64) * np.uint64(8)
     up = np.uint64(63) - down
@@ -126,7 +125,7 @@ def _chunk_hashes(data: np.ndarray, begins: np.ndarray, lengths: np.ndarray) -> 
         upper <<= np.uint64(1)
         upper <<= up[rest]
         words |= upper
-        words[: end - begin] &= low_bytes[begin:end]  # of these strings it is the last word
+        words[: end - begin] &= low_bytes[begin:end]  # the last word of these strings
         weight = np.uint64((number + 1) * int(_GOLDEN) % (1 << 64))
         words += weight
         words = _mixed(words)
@@ -141,8 +140,8 @@ def _chunk_hashes(data: np.ndarray, begins: np.ndarray, lengths: np.ndarray) -> 
 
 
 def _sums_of_long(data: np.ndarray, begins: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """Return the sums uint64 [2, strings] of strings of any length: twice the work for a word, but none for a place
-    that few strings reach. `data` goes on for eight bytes after the last."""
+    """Return the sums uint64 [2, strings] of strings of any length; each word costs twice as much, but no work is spent
+    on positions that few strings reach. `data` is padded by eight bytes."""
     windows = np.lib.stride_tricks.as_strided(data[:_WORD_BYTES].view("<u8"), (len(data) - _WORD_BYTES + 1,), (1,))
     counts = lengths // _WORD_BYTES + 1
     ends = np.cumsum(counts)
@@ -156,7 +155,7 @@ def _sums_of_long(data: np.ndarray, begins: np.ndarray, lengths: np.ndarray) -> 
 
 
 def _mixed(words: np.ndarray) -> np.ndarray:
-    """Return a bijection of 64-bit words in which every bit depends on every bit."""
+    """Return a bijective mix of 64-bit words: every output bit depends on every input bit."""
     shifted = words >> np.uint64(30)
     words = words ^ shifted
     words *= np.uint64(0xBF58476D1CE4E5B9)

@@ -1,7 +1,7 @@
-"""Stage ``laion_index``: registers the LAION metadata files, checks their schema, and names the part each of them is.
+"""Stage ``laion_index``: registers the LAION metadata files as parts and checks their schemas.
 
-Every part has a file of its own in the output, its entry: whoever reads that alone depends on no other part. Rows are
-left alone here; `pipelines.laion.subset` reads them.
+Each part has its own file in the output, its entry, so that a stage that reads one entry depends on no other part. Rows
+are read by `pipelines.laion.subset`.
 """
 
 import hashlib
@@ -26,14 +26,14 @@ from pipelines.storage.remote_files import RangeReader, RemoteFile
 
 _ENTRY_SUFFIX = ".part.json"
 ENTRY_FILE = "{partition}" + _ENTRY_SUFFIX
-"""Name of a part's entry in the output."""
+"""File name of a part's entry in the output."""
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*")
 _MAX_KEY_CHARS = 40
 _DIGEST_CHARS = 12
 
 
 class Part(FrozenConfig):
-    """One metadata file: which part it is, its content, and which of its columns plays which role."""
+    """One metadata file: its part, its content, and the columns that fill its roles."""
 
     part: str
     name: str
@@ -49,10 +49,10 @@ class Part(FrozenConfig):
 
 
 def part_key(name: str) -> str:
-    """Return the part that the metadata file of that name is.
+    """Return the part key of a metadata file.
 
-    The key follows from the name alone, so that files which come and go leave all other parts what they are: the name
-    without ``.parquet`` where it is short and plain, or else its beginning and a digest of the whole.
+    It depends only on the file's name, so that adding or removing files leaves other parts unchanged: the name without
+    ``.parquet`` if it is short and plain, else its beginning and a digest of the whole name.
     """
     stem = name.removesuffix(SUFFIX)
     if stem != name and len(stem) <= _MAX_KEY_CHARS and _PLAIN_NAME.fullmatch(stem):
@@ -69,7 +69,7 @@ def part_names(index: StageOutput) -> tuple[str, ...]:
 
 
 def entry_of(index: StageOutput, part: str) -> StageOutput:
-    """Return the entry of a part as an input by itself; raises ThroughlineError where the index has none."""
+    """Return the entry of one part as an input; raises ThroughlineError where the index has none."""
     names = part_names(index)
     if part not in names:
         shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
@@ -78,9 +78,9 @@ def entry_of(index: StageOutput, part: str) -> StageOutput:
 
 
 def known_entries(config: LaionIndexConfig, earlier: Iterable[StageOutput]) -> dict[str, StageOutput | None]:
-    """Return part -> its entry in an earlier index that registered the very same file; None where none did.
+    """Return part -> its entry in an earlier index that registered the same file, or None.
 
-    So it is known what of a changed folder is as it was before the index is computed anew.
+    It tells which parts of a changed folder are unchanged before the index is recomputed.
     """
     holders = {(item.name, item.sha256): index for index in earlier for item in index.manifest.sources}
     found: dict[str, StageOutput | None] = {}
@@ -91,14 +91,14 @@ def known_entries(config: LaionIndexConfig, earlier: Iterable[StageOutput]) -> d
 
 
 def read_part(entry: StageOutput) -> Part:
-    """Return what an entry says; raises ThroughlineError where it is none, or is not readable."""
+    """Return the part that an entry describes; raises ThroughlineError where it is not a readable entry."""
     if entry.only is None:
         raise ThroughlineError(f"{entry.folder}: expected the entry of one part, got the whole index")
     path = entry.path(entry.only)
     try:
         return Part.model_validate_json(path.read_bytes())
     except (OSError, ValidationError) as error:
-        raise ThroughlineError(f"{path}: not an entry of the index; run laion_index again") from error
+        raise ThroughlineError(f"{path}: not an entry of the index; re-run laion_index") from error
 
 
 def read_parts(index: StageOutput) -> list[Part]:
@@ -123,7 +123,7 @@ def produce(run: StageRun[LaionIndexConfig]) -> StageResult:
     for key, count in Counter(part.part for part in parts).items():
         if count > 1:
             names = ", ".join(part.name for part in parts if part.part == key)
-            raise ThroughlineError(f"{names}: these metadata files would all be part {key}; rename one of them")
+            raise ThroughlineError(f"{names}: these metadata files all map to part {key}; rename one of them")
     num_rows = sum(part.num_rows for part in parts)
     if not run.is_finished("parts"):
         with run.unit("parts") as unit:
@@ -140,7 +140,7 @@ def produce(run: StageRun[LaionIndexConfig]) -> StageResult:
 def _describe(content: SourceContent, place: SourcePlace) -> Part:
     from pipelines.laion.schema import open_metadata, resolve_columns
 
-    # Of a file on a server the footer alone is asked for.
+    # Of a remote file only the footer is fetched.
     with open_metadata(place if isinstance(place, Path) else RangeReader(place)) as metadata:
         columns = resolve_columns(metadata.schema_arrow, place)
         num_rows = metadata.metadata.num_rows

@@ -1,6 +1,6 @@
-"""Published sets of rules for a subset, each with its source, its thresholds, and what metadata alone can't do of it.
+"""Published rule sets: each with its source, its thresholds, and the rules that metadata alone can't apply.
 
-"Above 5.0" is written as the least number above it, since the rules' own thresholds are met by equal values.
+A value equal to a minimum passes a rule, so "above 5.0" is the next larger float.
 """
 
 import math
@@ -21,13 +21,13 @@ def _above(value: float) -> float:
 def laion400m() -> LaionSubsetConfig:
     """LAION-400M's own rules (arXiv 2111.02114): CLIP ViT-B/32 similarity of 0.3, at least 5 characters of text.
 
-    Duplicates there are of URL and text together. Not on metadata: the rule against pictures of less than 5 kB.
+    It deduplicates by URL and text together. Not included: the rule against images below 5 kB, which needs the images.
     """
     return LaionSubsetConfig(min_similarity=0.3, min_text_chars=5, drop_duplicate_urls=False)
 
 
 def high_resolution() -> LaionSubsetConfig:
-    """LAION-High-Resolution (its dataset card; LAION-5B, arXiv 2210.08402): both sides of at least 1024 pixels."""
+    """LAION-High-Resolution (its dataset card; LAION-5B, arXiv 2210.08402): both sides at least 1024 pixels."""
     return LaionSubsetConfig(min_side_px=1024)
 
 
@@ -45,7 +45,7 @@ def aesthetic_v1() -> LaionSubsetConfig:
 
 
 def laion_art() -> LaionSubsetConfig:
-    """LAION-Art, the best of LAION-Aesthetics V1 (laion-datasets, laion-aesthetic.md): as that, score above 8."""
+    """LAION-Art, the best of LAION-Aesthetics V1 (laion-datasets, laion-aesthetic.md): the same, score above 8."""
     return LaionSubsetConfig(max_pwatermark=0.8, max_punsafe=0.5, min_aesthetic=_above(8.0))
 
 
@@ -63,8 +63,8 @@ def _aesthetic_v2(score: float) -> Callable[[], LaionSubsetConfig]:
 def sd_1_2() -> LaionSubsetConfig:
     """Stable Diffusion 1.2's "laion-improved-aesthetics" (model card CompVis/stable-diffusion-v1-2).
 
-    Of LAION-2B-en: size of at least 512 x 512, aesthetic score above 5.0 (improved predictor), pwatermark < 0.5.
-    English is what LAION-2B-en's tables hold; they carry no language column.
+    From LAION-2B-en: at least 512 x 512 pixels, aesthetic score above 5.0 (improved predictor), pwatermark < 0.5.
+    LAION-2B-en's tables are English and have no language column.
     """
     return LaionSubsetConfig(min_side_px=512, min_aesthetic=_above(5.0), max_pwatermark=0.5)
 
@@ -76,16 +76,16 @@ def sd_2() -> LaionSubsetConfig:
 
 
 def sd_2_512() -> LaionSubsetConfig:
-    """Stable Diffusion 2's 512-pixel stage (the same card): as `sd-2`, of at least 512 x 512 pixels."""
+    """Stable Diffusion 2's 512-pixel stage (the same card): `sd-2` with at least 512 x 512 pixels."""
     return LaionSubsetConfig(max_punsafe=0.1, min_aesthetic=4.5, min_side_px=512)
 
 
 def datacomp_basic() -> LaionSubsetConfig:
     """DataComp's basic filtering (arXiv 2304.14108, section 3.3, and its published code): English, more than two words
-    and five characters, shorter side of at least 200 pixels, aspect of at most 3.
+    and five characters, shorter side of at least 200 pixels, aspect ratio of at most 3.
 
-    English there is fastText's verdict on the text. CommonPool's tables don't carry it: it has to be joined to them
-    as a column ``language`` or ``detected_language``, or be left out with ``languages_allowed=null``.
+    fastText classifies the language of the text. CommonPool's tables have no language column: join one as ``language``
+    or ``detected_language``, or switch the rule off with ``languages_allowed=null``.
     """
     return LaionSubsetConfig(
         languages_allowed=("en",), min_text_words=3, min_text_chars=6, min_side_px=200, max_aspect=3.0,
@@ -97,8 +97,8 @@ def datacomp_clip_l14() -> LaionSubsetConfig:
     """DataComp's CLIP score filtering (arXiv 2304.14108, section 3.3): the 30 % of the pool with the highest ViT-L/14
     score.
 
-    The published rule is the share, not a number: the threshold is that of the pool at hand. `throughline subset` finds
-    it from the files it is given; elsewhere ``min_similarity_l14`` has to be set.
+    The published rule is a share, so the threshold depends on the pool: `throughline subset` computes it from its input
+    files; elsewhere set ``min_similarity_l14``.
     """
     return LaionSubsetConfig(drop_duplicate_urls=False)
 
@@ -109,9 +109,9 @@ def datacomp_clip_b32() -> LaionSubsetConfig:
 
 
 def datacomp_laion2b() -> LaionSubsetConfig:
-    """DataComp's remake of LAION-2B's rules (arXiv 2304.14108): ViT-B/32 score of at least 0.28, English.
+    """DataComp's reproduction of LAION-2B's rules (arXiv 2304.14108): ViT-B/32 score of at least 0.28, English.
 
-    English there is cld3's verdict on the text, to be joined as for `datacomp-basic`.
+    cld3 classifies the language of the text; join the column as for `datacomp-basic`.
     """
     return LaionSubsetConfig(min_similarity=0.28, languages_allowed=("en",), drop_duplicate_urls=False)
 
@@ -136,13 +136,13 @@ PRESETS: Mapping[str, Callable[[], LaionSubsetConfig]] = MappingProxyType(
 TOP_SHARES: Mapping[str, tuple[str, float]] = MappingProxyType(
     {"datacomp-clip-l14": ("similarity_l14", 0.3), "datacomp-clip-b32": ("similarity", 0.3)}
 )
-"""Presets whose threshold is a share of the pool: role, share of the rows that stay."""
+"""Presets whose threshold is a share of the pool: role, share of the rows to keep."""
 
 
 def preset_rules(name: str | None, changes: Mapping[str, Any]) -> LaionSubsetConfig:
-    """Return the rules of a preset, or none of them without a name, with some fields changed.
+    """Return the rules of a preset, or no rules without a name, with some fields changed.
 
-    Raises ThroughlineError for an unknown name or a field that can't be what it is set to.
+    Raises ThroughlineError for an unknown preset or field, or an invalid value.
     """
     if name is not None and name not in PRESETS:
         raise ThroughlineError(f"preset {name}: unknown; known: {', '.join(PRESETS)}")

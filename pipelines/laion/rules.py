@@ -1,6 +1,6 @@
-"""The rules by which a subset keeps or drops LAION rows, each over a whole record batch at once.
+"""Filter rules for LAION rows, vectorised over record batches.
 
-Duplicates are left to `pipelines.laion.duplicates`: they need memory of the rows before.
+Deduplication needs state across batches and is in `pipelines.laion.duplicates`.
 """
 
 # pyarrow.compute makes its functions when it is imported, where no type checker sees them.
@@ -16,9 +16,8 @@ import pyarrow.compute as pc
 from pipelines.laion.block_lists import DomainSet, OptOuts, hash_set, read_entries
 from pipelines.laion.config import EntryList, LaionSubsetConfig
 from pipelines.laion.hashes import hex_keys
-from pipelines.laion.where import Expression
 
-# The order in which rules are asked: a row counts under the first that drops it.
+# In order of application: a row is counted under the first rule that drops it.
 REASONS = (
     "url_missing", "url_not_http", "opted_out", "url_denied", "url_not_allowed", "domain_denied", "domain_not_allowed",
     "text_empty", "text_too_short", "text_too_long", "text_few_words", "text_many_words", "language_missing",
@@ -33,7 +32,7 @@ BoolArray = np.ndarray
 
 @dataclass(frozen=True)
 class Rows:
-    """A batch as the rules read it: one column per role, and the sample keys as uint8 [rows, 16]."""
+    """A batch with one column per role, and its sample keys as uint8 [rows, 16]."""
 
     batch: pa.RecordBatch
     keys: np.ndarray
@@ -44,8 +43,8 @@ class Rows:
 
 @dataclass(frozen=True)
 class Rule:
-    """`drops` returns a mask of the rows that the rule drops; `columns` are the roles it reads that a file may lack;
-    `field` is what switches it on in the configuration."""
+    """`drops` returns a mask of the rows to drop; `columns` are the optional roles the rule reads; `field` is the
+    configuration field that switches it on."""
 
     reason: str
     drops: Callable[[Rows], BoolArray]
@@ -56,8 +55,9 @@ class Rule:
 def rules_of(config: LaionSubsetConfig) -> list[Rule]:
     """Return the active rules in the order of `REASONS`.
 
-    They read batches with the columns url and text (string, text never null), numbers as float64, labels as strings or
-    dictionaries of strings: see `laion_subset.read_batches`. Raises ThroughlineError where a list file can't be read.
+    They read batches as `pipelines.laion.subset.read_batches` yields them: url and text as strings (text never null),
+    numbers as float64, labels as strings or dictionaries of strings. Raises ThroughlineError where a list file can't be
+    read.
     """
     rules = [
         Rule("url_missing", lambda rows: _mask(pc.equal(pc.fill_null(pc.binary_length(rows["url"]), 0), 0))),
@@ -75,12 +75,12 @@ def rules_of(config: LaionSubsetConfig) -> list[Rule]:
     rules += _label_rules(config, "nsfw", "nsfw_allowed")
     rules += _size_rules(config)
     if config.where is not None:
-        rules += _where_rules(Expression(config.where), config.keep_missing)
+        rules += _where_rules(config.where, config.keep_missing)
     return rules
 
 
 def first_reasons(rules: list[Rule], rows: Rows) -> np.ndarray:
-    """Return per row the index of the first rule that drops it, or -1 for a row that every rule keeps."""
+    """Return per row the index of the first rule that drops it, or -1 if none does."""
     reasons = np.full(len(rows.keys), -1, dtype=np.int16)
     for index, rule in enumerate(rules):
         mask = rule.drops(rows)
@@ -94,17 +94,17 @@ def _mask(array: pa.Array) -> BoolArray:
 
 
 def _is_http(urls: pa.Array) -> BoolArray:
-    """Match ``^(?i)https?://[^/?#\\s]``; what begins with http:// or https:// in lower case, nearly every row, is told
-    by its bytes, at a fifth of the regular expression's cost."""
+    """Match ``^(?i)https?://[^/?#\\s]``. Lower-case schemes, nearly all rows, are compared as bytes, at a fifth of the
+    regular expression's cost."""
     offsets = _offsets(urls).astype(np.int64)
-    # The bytes of these URLs alone, so that eight can be read from the beginning of each.
+    # Copied with padding, so that eight bytes can be read from the start of each URL.
     data = np.zeros(offsets[-1] - offsets[0] + 8, np.uint8)
     data[:-8] = np.frombuffer(urls.buffers()[2] or b"", np.uint8)[offsets[0] : offsets[-1]]
     begins, ends = offsets[:-1] - offsets[0], offsets[1:] - offsets[0]
     words = np.lib.stride_tricks.as_strided(data[:8].view("<u8"), (len(data) - 7,), (1,))[begins]
     is_https = words == _HTTPS
     after = begins + 7 + is_https
-    # Where a URL is too short for a host, the bytes are those of the next.
+    # If a URL is too short for a host, these bytes belong to the next one: hence after < ends.
     found = (is_https | (words & _SEVEN_BYTES == _HTTP)) & (after < ends)
     found &= _BEGINS_HOST[data[np.minimum(after, len(data) - 1)]]
     rest = np.flatnonzero(~found)
@@ -115,7 +115,7 @@ def _is_http(urls: pa.Array) -> BoolArray:
 
 _HTTPS, _HTTP = (np.uint64(int.from_bytes(scheme, "little")) for scheme in (b"https://", b"http://"))
 _SEVEN_BYTES = np.uint64((1 << 56) - 1)
-# ASCII that no host begins with; bytes of 128 and more begin a letter of another script.
+# False for ASCII that no host begins with; bytes from 128 begin a non-ASCII letter.
 _BEGINS_HOST = np.array([chr(byte) not in "/?#\t\n\f\r " for byte in range(256)])
 
 
@@ -165,13 +165,13 @@ def _text_rules(config: LaionSubsetConfig) -> Iterable[Rule]:
 
 
 def _offsets(strings: pa.Array) -> np.ndarray:
-    """Return where each string begins in the array's bytes, and where the last ends: int32 [rows + 1]."""
+    """Return the offsets of the strings in the array's data buffer, int32 [rows + 1]."""
     return np.frombuffer(strings.buffers()[1], np.int32)[strings.offset : strings.offset + len(strings) + 1]
 
 
 def _is_shorter(texts: pa.Array, num_chars: int) -> BoolArray:
-    """Mark texts of fewer characters. A character has one to four bytes: only where their number leaves it open are
-    characters counted."""
+    """Mark texts of fewer than `num_chars` characters. A character has one to four bytes; characters are counted only
+    where the number of bytes doesn't decide."""
     num_bytes = np.diff(_offsets(texts))
     shorter = num_bytes < num_chars
     rest = np.flatnonzero(~shorter & (num_bytes <= 4 * (num_chars - 1)))
@@ -181,7 +181,7 @@ def _is_shorter(texts: pa.Array, num_chars: int) -> BoolArray:
 
 
 def _is_blank(texts: pa.Array) -> BoolArray:
-    """Mark empty and white texts; only those that don't begin with a visible ASCII character are looked at whole."""
+    """Mark texts that are empty or whitespace; only those that don't begin with visible ASCII are read in full."""
     offsets = _offsets(texts)
     data = np.frombuffer(texts.buffers()[2] or b"\0", np.uint8)
     first = data[np.minimum(offsets[:-1], len(data) - 1)]
@@ -194,7 +194,7 @@ def _is_blank(texts: pa.Array) -> BoolArray:
 
 
 def _num_words(texts: pa.Array) -> pa.Array:
-    """Count the runs of anything but white space."""
+    """Count words: runs of non-whitespace."""
     return pc.count_substring_regex(texts, r"[^\s\pZ\x0b\x1c-\x1f\x{85}]+")
 
 
@@ -209,7 +209,7 @@ def _label_rules(config: LaionSubsetConfig, role: str, field: str) -> list[Rule]
         if not isinstance(labels, pa.DictionaryArray):
             labels = labels.dictionary_encode()
         wrong = _mask(pc.invert(pc.is_in(pc.utf8_upper(labels.dictionary.cast(pa.string())), words)))
-        # A null has no place in the dictionary: whether it stays is the missing rule's business.
+        # Nulls have no dictionary index; the rule for missing values handles them.
         places = labels.indices.fill_null(len(wrong)).to_numpy(zero_copy_only=False)
         return np.append(wrong, False)[places]
 
@@ -252,7 +252,7 @@ def _aspects(rows: Rows) -> np.ndarray:
 
 
 def _with_missing(config: LaionSubsetConfig, reason: str, *rules: Rule) -> list[Rule]:
-    """Put the rule about missing values in front of the rules that read them."""
+    """Prepend the rule that drops missing values, unless they are kept."""
     if config.keep_missing:
         return list(rules)
     roles = rules[0].columns
@@ -263,15 +263,19 @@ def _with_missing(config: LaionSubsetConfig, reason: str, *rules: Rule) -> list[
     return [Rule(reason, drops, roles, rules[0].field), *rules]
 
 
-def _where_rules(expression: Expression, keep_missing: bool) -> list[Rule]:
-    def verdict(rows: Rows) -> pa.Array:
+def _where_rules(where: str, keep_missing: bool) -> list[Rule]:
+    from pipelines.laion.where import Condition
+
+    condition = Condition(where)
+
+    def holds(rows: Rows) -> pa.Array:
         def column(name: str) -> pa.Array:
             array = rows[name]
             return array.dictionary_decode() if isinstance(array, pa.DictionaryArray) else array
 
-        return expression.evaluate(column, len(rows.keys))
+        return condition.evaluate(column, len(rows.keys))
 
-    false = Rule("where", lambda rows: _mask(pc.invert(verdict(rows))))
+    false = Rule("where", lambda rows: _mask(pc.invert(holds(rows))))
     if keep_missing:
         return [false]
-    return [Rule("where_unknown", lambda rows: _mask(pc.is_null(verdict(rows)))), false]
+    return [Rule("where_unknown", lambda rows: _mask(pc.is_null(holds(rows)))), false]

@@ -1,10 +1,10 @@
-"""Stage ``laion_selection``: the rows of all parts taken together, without duplicates between parts, cut to a sample.
+"""Stage ``laion_selection``: deduplicates across parts and, with a limit, draws a sample of the rows of all parts.
 
-What the whole set decides is decided here and not in ``laion_subset``, so that a part's rows depend on its own file. Of
-rows with one URL that of the smallest sample key stays, of rows with one sample key that of the first part and row; so
-the keys that stay are the same in whatever order, and in however many files, the rows came.
+`laion_subset` filters each part by itself; decisions that depend on all parts are made here. Of rows with the same URL
+the one with the smallest sample key is kept, of rows with the same sample key the first by part and row, so the kept
+keys don't depend on the order of the rows or on how they are spread over files.
 
-Rows are compared by 128-bit hash, in buckets of the hash's range that fit into memory one at a time.
+Rows are partitioned into buckets by 128-bit hash, and one bucket at a time is deduplicated in memory.
 """
 
 import shutil
@@ -31,44 +31,43 @@ PART_ROWS_FILE = "rows-{partition}.parquet"
 """Name of a part's rows in the output; the stage `images` reads this file alone."""
 _BATCH_ROWS = 65_536
 _HASH_BITS = 64
-# A row on its way to its bucket: hash of what must differ, sample key, part by place in the input, row of its file.
+# A row in a bucket: hash of its URL or pair, sample key, index of its part, row in the part's file.
 _ENTRY = [("hash", "u8", 2), ("key", "u8", 2), ("part", "u4"), ("row", "u4")]
-_LOSER = [("row", "u4"), ("reason", "u1")]
-_SURVIVORS = "survivors"
-_SURVIVOR_BYTES = 1 << 28
-_HIGH = 48
-"""Bits below the high ones: the sample's last row is found by counting ranks by their high 16 bits, then by looking at
-one count's rows alone."""
+_DUPLICATE = [("row", "u4"), ("reason", "u1")]
+_UNIQUE_KEYS = "unique-keys"
+_READ_BYTES = 1 << 28
+# The sample's last row is found from a histogram of the ranks' high 16 bits, and then among the rows of one bin.
+_LOW_BITS = 48
 _TASKS_PER_PLACE = 4
 
 
 def rows_name(part: str) -> str:
-    """Return the file that holds a part's rows in this stage's output."""
+    """Return the name of the file that holds a part's rows in this stage's output."""
     return PART_ROWS_FILE.format(partition=part)
 
 
 @dataclass(frozen=True)
 class _Work:
-    """What every piece of the work needs to know, on whatever node it is done."""
+    """What every task needs, on any node."""
 
     config: LaionSelectionConfig
     bits: int
-    """Leading bits of a hash that name its bucket."""
+    """Number of leading bits of a hash that select its bucket."""
     num_parts: int
     folder: Path
-    """Where pieces that are done on other nodes make folders of their own."""
-    scattered: tuple[Path, ...] = ()
-    """Folders that together hold all entries, by bucket."""
+    """Scratch folder; tasks on other nodes create their own folders in it."""
+    partitions: tuple[Path, ...] = ()
+    """Folders that together hold the entries of all parts, one file per bucket."""
 
 
 @dataclass(frozen=True)
-class _Verdict:
-    """What is known of all rows before a part is written."""
+class _Resolution:
+    """The decisions about all rows, before any part is written."""
 
-    losers: tuple[Path, ...]
-    """Folders that together hold all duplicates, by part."""
+    duplicates: tuple[Path, ...]
+    """Folders that together hold all duplicates, one file per part."""
     threshold: "np.ndarray | None"
-    """(rank, key words) of the last row of the sample; None where there is no limit."""
+    """(rank, key words) of the last row in the sample; None if all rows are in it."""
 
 
 def produce(run: StageRun[LaionSelectionConfig]) -> StageResult:
@@ -83,8 +82,11 @@ def produce(run: StageRun[LaionSelectionConfig]) -> StageResult:
         bits = max((-(-sum(counts) // run.config.bucket_rows) - 1).bit_length(), 0)
         work = _Work(run.config, bits, len(parts), run.scratch.absolute())
         with ray_tasks(run, run.config.workers) as tasks, run.progress(2 * sum(counts), "rows") as progress:
-            verdict = _judge_here(work, subsets, progress) if tasks is None else _judge(work, subsets, tasks, progress)
-            pieces = ((part, (number, verdict)) for number, part in enumerate(parts))
+            if tasks is None:
+                resolution = _resolve_local(work, subsets, progress)
+            else:
+                resolution = _resolve_on_cluster(work, subsets, tasks, progress)
+            pieces = ((part, (number, resolution)) for number, part in enumerate(parts))
             progress.advance(sum(counts[parts.index(unit.name)] for unit in run.finished_units()))
             for unit in run_units(run, tasks, pieces, _write_part):
                 progress.advance(counts[parts.index(unit.name)])
@@ -101,73 +103,73 @@ def produce(run: StageRun[LaionSelectionConfig]) -> StageResult:
 
 
 def _in_order(run: StageRun[LaionSelectionConfig]) -> list[StageOutput]:
-    """Return the subsets in the order of their parts: a part's place in it stands for the part."""
+    """Return the subsets sorted by part; tasks refer to a part by its index in this order."""
     return sorted(run.inputs.get("subset", ()), key=lambda item: item.manifest.partition or "")
 
 
-def _judge_here(work: _Work, subsets: list[StageOutput], progress: Progress) -> _Verdict:
+def _resolve_local(work: _Work, subsets: list[StageOutput], progress: Progress) -> _Resolution:
     """Find the duplicates and the threshold in this process."""
     for number, subset in enumerate(subsets):
-        _scatter(work, number, subset.path(ROWS_FILE), work.folder)
+        _partition(work, number, subset.path(ROWS_FILE), work.folder)
         progress.advance(subset.manifest.file(ROWS_FILE).num_rows or 0)
-    work = replace(work, scattered=(work.folder,))
+    work = replace(work, partitions=(work.folder,))
     histogram = None
     for bucket in range(1 << work.bits):
-        histogram = _sum(histogram, _settle(work, range(bucket, bucket + 1), work.folder))
+        histogram = _sum(histogram, _dedup_buckets(work, range(bucket, bucket + 1), work.folder))
         _bucket_path(work.folder, bucket).unlink(missing_ok=True)
-    place, rank = _place_of_limit(work.config.limit, histogram)
-    if place is None:
-        return _Verdict((work.folder,), None)
-    return _Verdict((work.folder,), _threshold([_candidates(work.folder, place, work.config)], rank))
+    bin_number, position = _locate_limit(work.config.limit, histogram)
+    if bin_number is None:
+        return _Resolution((work.folder,), None)
+    return _Resolution((work.folder,), _threshold([_candidates(work.folder, bin_number, work.config)], position))
 
 
-def _judge(work: _Work, subsets: list[StageOutput], tasks: RayTasks, progress: Progress) -> _Verdict:
-    """Find them on a cluster: parts are scattered at the same time, then buckets are settled at the same time."""
+def _resolve_on_cluster(work: _Work, subsets: list[StageOutput], tasks: RayTasks, progress: Progress) -> _Resolution:
+    """Find them on a cluster: all parts are partitioned in parallel, then all buckets are deduplicated in parallel."""
     paths = [subset.path(ROWS_FILE).absolute() for subset in subsets]
     names = [f"part {subset.manifest.partition}" for subset in subsets]
-    scattered = []
-    for name, folder in tasks.map(_scatter_apart, work, zip(names, enumerate(paths), strict=True)):
-        scattered.append(folder)
+    partitions = []
+    for name, folder in tasks.map(_partition_task, work, zip(names, enumerate(paths), strict=True)):
+        partitions.append(folder)
         progress.advance(subsets[names.index(name)].manifest.file(ROWS_FILE).num_rows or 0)
-    work = replace(work, scattered=tuple(scattered))
+    work = replace(work, partitions=tuple(partitions))
     num_buckets = 1 << work.bits
     step = -(-num_buckets // (_TASKS_PER_PLACE * max(1, tasks.num_places)))
     ranges = [range(start, min(start + step, num_buckets)) for start in range(0, num_buckets, step)]
     histogram = None
-    losers = []
-    for _, (folder, counts) in tasks.map(_settle_apart, work, ((f"bucket {item[0]}", item) for item in ranges)):
-        losers.append(folder)
+    duplicates = []
+    for _, (folder, counts) in tasks.map(_dedup_task, work, ((f"bucket {item[0]}", item) for item in ranges)):
+        duplicates.append(folder)
         histogram = _sum(histogram, counts)
-    for folder in scattered:
+    for folder in partitions:
         shutil.rmtree(folder, ignore_errors=True)
-    place, rank = _place_of_limit(work.config.limit, histogram)
-    if place is None:
-        return _Verdict(tuple(losers), None)
-    chosen = tasks.map(_candidates_apart, (place, work.config), ((folder.name, folder) for folder in losers))
-    return _Verdict(tuple(losers), _threshold([candidates for _, candidates in chosen], rank))
+    bin_number, position = _locate_limit(work.config.limit, histogram)
+    if bin_number is None:
+        return _Resolution(tuple(duplicates), None)
+    chosen = tasks.map(_candidates_task, (bin_number, work.config), ((folder.name, folder) for folder in duplicates))
+    return _Resolution(tuple(duplicates), _threshold([candidates for _, candidates in chosen], position))
 
 
 def _sum(one: "np.ndarray | None", other: "np.ndarray | None") -> "np.ndarray | None":
     return other if one is None or other is None else one + other
 
 
-def _scatter_apart(work: _Work, numbered: tuple[int, Path]) -> Path:
-    folder = fresh_folder(work.folder, "scattered")
-    _scatter(work, *numbered, folder)
+def _partition_task(work: _Work, numbered: tuple[int, Path]) -> Path:
+    folder = fresh_folder(work.folder, "partitioned")
+    _partition(work, *numbered, folder)
     return folder
 
 
-def _settle_apart(work: _Work, buckets: range) -> "tuple[Path, np.ndarray | None]":
-    folder = fresh_folder(work.folder, "settled")
-    return folder, _settle(work, buckets, folder)
+def _dedup_task(work: _Work, buckets: range) -> "tuple[Path, np.ndarray | None]":
+    folder = fresh_folder(work.folder, "deduplicated")
+    return folder, _dedup_buckets(work, buckets, folder)
 
 
-def _candidates_apart(chosen: tuple[int, LaionSelectionConfig], folder: Path) -> "np.ndarray":
+def _candidates_task(chosen: tuple[int, LaionSelectionConfig], folder: Path) -> "np.ndarray":
     return _candidates(folder, *chosen)
 
 
-def _scatter(work: _Work, number: int, path: Path, folder: Path) -> None:
-    """Append the entries of one part to the files of their buckets in `folder`."""
+def _partition(work: _Work, number: int, path: Path, folder: Path) -> None:
+    """Append the entries of one part to the bucket files in `folder`."""
     import numpy as np
     import pyarrow.parquet as pq
 
@@ -202,8 +204,8 @@ def _bucket_path(folder: Path, bucket: int) -> Path:
     return folder / f"bucket-{bucket:05d}"
 
 
-def _losers_path(folder: Path, number: int) -> Path:
-    return folder / f"losers-{number:05d}"
+def _duplicates_path(folder: Path, number: int) -> Path:
+    return folder / f"duplicates-{number:05d}"
 
 
 def _append(path: Path, rows: "np.ndarray") -> None:
@@ -211,10 +213,10 @@ def _append(path: Path, rows: "np.ndarray") -> None:
         stream.write(rows.tobytes())
 
 
-def _settle(work: _Work, buckets: range, folder: Path) -> "np.ndarray | None":
-    """Write down the duplicates of some buckets in `folder`, by part, and with a limit the keys of all other rows.
+def _dedup_buckets(work: _Work, buckets: range, folder: Path) -> "np.ndarray | None":
+    """Write the duplicates in some buckets to `folder`, one file per part; with a limit also the keys of unique rows.
 
-    Return with a limit how many of these have each value of the high bits of their rank, int64 [65536].
+    With a limit, return a histogram of the high 16 bits of the unique rows' ranks, int64 [65536].
     """
     import numpy as np
 
@@ -222,59 +224,59 @@ def _settle(work: _Work, buckets: range, folder: Path) -> "np.ndarray | None":
 
     histogram = None if work.config.limit is None else np.zeros(1 << 16, np.int64)
     for bucket in buckets:
-        paths = [path for place in work.scattered if (path := _bucket_path(place, bucket)).exists()]
+        paths = [path for source in work.partitions if (path := _bucket_path(source, bucket)).exists()]
         if not paths:
             continue
         entries = np.concatenate([np.fromfile(path, _ENTRY) for path in paths])
-        reasons = _duplicates(entries)
-        _write_losers(folder, entries, reasons, work.num_parts)
+        reasons = _find_duplicates(entries)
+        _write_duplicates(folder, entries, reasons, work.num_parts)
         if histogram is not None:
-            survivors = np.ascontiguousarray(entries["key"][reasons < 0])
-            ranks = key_ranks(survivors, work.config.sample_salt)
-            histogram += np.bincount((ranks >> _HIGH).astype(np.int64), minlength=1 << 16)
-            _append(folder / _SURVIVORS, survivors)
+            unique = np.ascontiguousarray(entries["key"][reasons < 0])
+            ranks = key_ranks(unique, work.config.sample_salt)
+            histogram += np.bincount((ranks >> _LOW_BITS).astype(np.int64), minlength=1 << 16)
+            _append(folder / _UNIQUE_KEYS, unique)
     return histogram
 
 
-def _place_of_limit(limit: int | None, histogram: "np.ndarray | None") -> tuple[int | None, int]:
-    """Return the high bits of the rank of the sample's last row, and its place among the rows that have them.
+def _locate_limit(limit: int | None, histogram: "np.ndarray | None") -> tuple[int | None, int]:
+    """Return the histogram bin that holds the sample's last row, and the row's position within the bin.
 
-    None and 0 where all rows are in the sample.
+    Returns (None, 0) if all rows are in the sample.
     """
     import numpy as np
 
     if limit is None or histogram is None or histogram.sum() <= limit:
         return None, 0
     totals = histogram.cumsum()
-    place = int(np.searchsorted(totals, limit))
-    return place, limit - int(totals[place] - histogram[place]) - 1
+    bin_number = int(np.searchsorted(totals, limit))
+    return bin_number, limit - int(totals[bin_number] - histogram[bin_number]) - 1
 
 
-def _candidates(folder: Path, place: int, config: LaionSelectionConfig) -> "np.ndarray":
-    """Return (rank, key words) of the rows that have these high bits, uint64 [rows, 3]."""
+def _candidates(folder: Path, bin_number: int, config: LaionSelectionConfig) -> "np.ndarray":
+    """Return (rank, key words) of the rows in one histogram bin, uint64 [rows, 3]."""
     import numpy as np
 
     from pipelines.laion.hashes import key_ranks
 
     found = [np.empty((0, 3), "u8")]
-    path = folder / _SURVIVORS
-    for start in range(0, path.stat().st_size if path.exists() else 0, _SURVIVOR_BYTES):
-        keys = np.fromfile(path, "u8", count=_SURVIVOR_BYTES // 8, offset=start).reshape(-1, 2)
+    path = folder / _UNIQUE_KEYS
+    for start in range(0, path.stat().st_size if path.exists() else 0, _READ_BYTES):
+        keys = np.fromfile(path, "u8", count=_READ_BYTES // 8, offset=start).reshape(-1, 2)
         ranks = key_ranks(keys, config.sample_salt)
-        inside = (ranks >> _HIGH) == place
+        inside = (ranks >> _LOW_BITS) == bin_number
         found.append(np.column_stack([ranks[inside], keys[inside]]))
     return np.concatenate(found)
 
 
-def _threshold(found: "list[np.ndarray]", rank: int) -> "np.ndarray":
+def _threshold(found: "list[np.ndarray]", position: int) -> "np.ndarray":
     import numpy as np
 
     candidates = np.concatenate(found)
-    return candidates[np.lexsort(candidates.T[::-1])[rank]]
+    return candidates[np.lexsort(candidates.T[::-1])[position]]
 
 
-def _duplicates(entries: "np.ndarray") -> "np.ndarray":
-    """Return per entry -1 where it stays, or the number of its reason."""
+def _find_duplicates(entries: "np.ndarray") -> "np.ndarray":
+    """Return per entry -1 if it is kept, or else the index of its reason."""
     import numpy as np
 
     reasons = np.full(len(entries), -1, np.int8)
@@ -295,39 +297,44 @@ def _duplicates(entries: "np.ndarray") -> "np.ndarray":
     return reasons
 
 
-def _write_losers(folder: Path, entries: "np.ndarray", reasons: "np.ndarray", num_parts: int) -> None:
+def _write_duplicates(folder: Path, entries: "np.ndarray", reasons: "np.ndarray", num_parts: int) -> None:
     import numpy as np
 
-    lost = np.flatnonzero(reasons >= 0)
-    losers = np.empty(len(lost), _LOSER)
-    losers["row"], losers["reason"] = entries["row"][lost], reasons[lost]
-    parts = entries["part"][lost]
+    dropped = np.flatnonzero(reasons >= 0)
+    duplicates = np.empty(len(dropped), _DUPLICATE)
+    duplicates["row"], duplicates["reason"] = entries["row"][dropped], reasons[dropped]
+    parts = entries["part"][dropped]
     order = np.argsort(parts, kind="stable")
     ends = np.cumsum(np.bincount(parts, minlength=num_parts))
-    for number, piece in enumerate(np.split(losers[order], ends[:-1])):
+    for number, piece in enumerate(np.split(duplicates[order], ends[:-1])):
         if len(piece):
-            _append(_losers_path(folder, number), piece)
+            _append(_duplicates_path(folder, number), piece)
 
 
-def _write_part(run: StageRun[LaionSelectionConfig], name: str, judged: tuple[int, _Verdict]) -> None:
-    """Write the rows of one part that stay."""
-    number, verdict = judged
+def _write_part(run: StageRun[LaionSelectionConfig], name: str, numbered: tuple[int, _Resolution]) -> None:
+    """Write the kept rows of one part."""
+    number, resolution = numbered
     with run.unit(name) as unit:
-        _write_rows(run, unit, _in_order(run)[number], [_losers_path(item, number) for item in verdict.losers], verdict)
+        paths = [_duplicates_path(folder, number) for folder in resolution.duplicates]
+        _write_rows(run, unit, _in_order(run)[number], paths, resolution.threshold)
 
 
 def _write_rows(
-    run: StageRun[LaionSelectionConfig], unit: Unit, subset: StageOutput, losers: list[Path], verdict: _Verdict
+    run: StageRun[LaionSelectionConfig],
+    unit: Unit,
+    subset: StageOutput,
+    duplicates: list[Path],
+    threshold: "np.ndarray | None",
 ) -> None:
-    """Write the rows of one part that stay; a part that loses none is linked as it is.
+    """Write the kept rows of one part; a part that loses none is hard-linked.
 
-    The file's bytes follow from the rows that stay in this part, whatever the other parts hold.
+    The file's bytes depend only on the rows kept in this part.
     """
     import pyarrow.parquet as pq
 
     source = subset.path(ROWS_FILE)
     name = rows_name(subset.manifest.partition or "")
-    reasons = _reasons(run.config, subset, losers, verdict.threshold)
+    reasons = _reasons(run.config, subset, duplicates, threshold)
     if (reasons < 0).all():
         copy = run.scratch / name
         copy.unlink(missing_ok=True)
@@ -350,7 +357,7 @@ def _write_rows(
         ) as writer,
     ):
         for batch in rows.iter_batches(_BATCH_ROWS, use_threads=False):
-            kept = _kept(unit, batch, reasons[first : first + batch.num_rows])
+            kept = _filter_batch(unit, batch, reasons[first : first + batch.num_rows])
             first += batch.num_rows
             rows_out += kept.num_rows
             if kept.num_rows:
@@ -360,19 +367,19 @@ def _write_rows(
 
 
 def _reasons(
-    config: LaionSelectionConfig, subset: StageOutput, losers: list[Path], threshold: "np.ndarray | None"
+    config: LaionSelectionConfig, subset: StageOutput, duplicates: list[Path], threshold: "np.ndarray | None"
 ) -> "np.ndarray":
-    """Return per row of a part -1 where it stays, or the number of its reason."""
+    """Return per row of a part -1 if it is kept, or else the index of its reason."""
     import numpy as np
     import pyarrow.parquet as pq
 
     from pipelines.laion.hashes import key_ranks, key_words, parse_hex_keys
 
     reasons = np.full(subset.manifest.file(ROWS_FILE).num_rows or 0, -1, np.int8)
-    for path in losers:
+    for path in duplicates:
         if path.exists():
-            lost = np.fromfile(path, _LOSER)
-            reasons[lost["row"]] = lost["reason"]
+            dropped = np.fromfile(path, _DUPLICATE)
+            reasons[dropped["row"]] = dropped["reason"]
     if threshold is None:
         return reasons
     first = 0
@@ -382,27 +389,28 @@ def _reasons(
             ranked = np.column_stack([key_ranks(keys, config.sample_salt), keys])
             differs = ranked != threshold
             column = differs.argmax(axis=1)
-            beyond = differs.any(axis=1) & (ranked[np.arange(len(ranked)), column] > threshold[column])
+            outside = differs.any(axis=1) & (ranked[np.arange(len(ranked)), column] > threshold[column])
             here = reasons[first : first + batch.num_rows]
-            here[(here < 0) & beyond] = REASONS.index("not_sampled")
+            here[(here < 0) & outside] = REASONS.index("not_sampled")
             first += batch.num_rows
     return reasons
 
 
-def _kept(unit: Unit, batch: "pa.RecordBatch", reasons: "np.ndarray") -> "pa.RecordBatch":
+def _filter_batch(unit: Unit, batch: "pa.RecordBatch", reasons: "np.ndarray") -> "pa.RecordBatch":
+    """Return the kept rows of a batch; record the others as dropped."""
     import pyarrow as pa
     import pyarrow.compute as pc
 
-    lost = pa.array(reasons >= 0)
-    if not pc.any(lost).as_py():
+    dropped = pa.array(reasons >= 0)
+    if not pc.any(dropped).as_py():
         return batch
-    gone = batch.filter(lost)
+    removed = batch.filter(dropped)
     unit.drop_arrays(
-        gone["sample_key"],
+        removed["sample_key"],
         pa.DictionaryArray.from_arrays(pa.array(reasons[reasons >= 0]), pa.array(REASONS)),
-        pc.binary_join_element_wise("row", pc.cast(gone["source_row"], pa.string()), " "),
+        pc.binary_join_element_wise("row", pc.cast(removed["source_row"], pa.string()), " "),
     )
-    return batch.filter(pc.invert(lost))
+    return batch.filter(pc.invert(dropped))
 
 
 STAGE = Stage(

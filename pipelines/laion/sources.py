@@ -1,7 +1,7 @@
-"""Files from outside the graph: finding them, digesting each once, finding them again by content.
+"""Source files from outside the graph: finding them, digesting each once, locating them by content.
 
-A file may be on a server, see `pipelines.storage.remote_files`; it is then copied into a folder ``sources`` next to
-the digest cache when it is first read.
+A remote file (see `pipelines.storage.remote_files`) is copied into the folder ``sources`` next to the digest cache when
+it is first read.
 """
 
 import glob
@@ -20,15 +20,14 @@ from pipelines.storage.remote_files import RemoteFile, file_name, find_files, is
 
 SUFFIX = ".parquet"
 
-
 SourcePlace = Path | RemoteFile
 
 
 def find_sources(sources: Sequence[str]) -> dict[str, SourcePlace]:
-    """Return name -> place of the parquet files of folders, globs, files and URLs, sorted by name.
+    """Return name -> place of the parquet files in folders, globs, files and URLs, sorted by name.
 
-    Hidden files and files named like unfinished writes (``_``, ``.tmp``) are left out, as Spark and Hadoop do.
-    Raises ThroughlineError where a source is missing, holds no parquet file, or two files share a name.
+    In folders, paths with a component that begins with ``.`` or ``_`` are skipped, as Spark and Hadoop do. Raises
+    ThroughlineError where a source is missing, holds no parquet file, or two files share a name.
     """
     found: dict[str, SourcePlace] = {}
     for source in sources:
@@ -65,17 +64,17 @@ def _expand(source: str) -> Sequence[tuple[str, SourcePlace]]:
 
 
 def _could_hold(source: str, name: str) -> bool:
-    """Whether a source need be asked for a file of that name; a URL of one file tells its name itself."""
+    """Return whether a source may hold a file of that name; the URL of a single file contains the name."""
     return not is_url(source) or not source.endswith(SUFFIX) or glob.has_magic(source) or file_name(source) == name
 
 
 def local_path(place: SourcePlace, cache_file: Path | None = None) -> Path:
-    """Return where a file can be opened, copied there first if it lies on a server."""
+    """Return the local path of a file; a remote file is copied first."""
     return place if isinstance(place, Path) else place.copy(_copies(cache_file))
 
 
 def size_of(place: SourcePlace) -> int:
-    """Return the bytes of a file."""
+    """Return the size of a file in bytes."""
     return place.stat().st_size if isinstance(place, Path) else place.num_bytes
 
 
@@ -88,9 +87,9 @@ def _is_hidden(path: Path, root: Path) -> bool:
 
 
 def digest_sources(files: Mapping[str, SourcePlace], cache_file: Path | None = None) -> tuple[SourceContent, ...]:
-    """Return names, digests and sizes, reading only the files that `cache_file` doesn't know unchanged.
+    """Return names, digests and sizes, reading only files that are new or changed since `cache_file` was written.
 
-    Of a file on a server the digest that the server vouches for is taken, where there is one.
+    For a remote file the digest stated by the server is used, if there is one.
     """
     cache = _DigestCache(cache_file)
     content = []
@@ -103,8 +102,8 @@ def digest_sources(files: Mapping[str, SourcePlace], cache_file: Path | None = N
 def scan_index(source: str | Path | Sequence[str], digest_cache: Path | None = None) -> LaionIndexConfig:
     """Return the configuration of the index over the parquet files of `source`.
 
-    Each file is read once to be digested, and never again while it is unchanged. Raises ThroughlineError where a folder
-    or file is missing or empty, or no parquet file is found.
+    Files are read to digest them; with `digest_cache`, only if they are new or changed. Raises ThroughlineError where a
+    folder or file is missing, or no parquet file is found.
     """
     sources = (str(source),) if isinstance(source, str | Path) else tuple(map(str, source))
     content = digest_sources(find_sources(sources), digest_cache)
@@ -114,7 +113,7 @@ def scan_index(source: str | Path | Sequence[str], digest_cache: Path | None = N
 
 
 def scan_entry_list(path: str | Path) -> EntryList:
-    """Return a list file by content; raises ThroughlineError where it can't be read."""
+    """Return a list file with its digest; raises ThroughlineError where it can't be read."""
     try:
         return EntryList(path=str(Path(path).absolute()), sha256=file_sha256(Path(path)))
     except OSError as error:
@@ -122,9 +121,9 @@ def scan_entry_list(path: str | Path) -> EntryList:
 
 
 def locate_source(content: SourceContent, sources: Sequence[str], cache_file: Path | None = None) -> Path:
-    """Return where the file of that name and content lies.
+    """Return the local path of the file of that name and content.
 
-    Raises ThroughlineError where it is gone, or where it is no longer the file that the index registered.
+    Raises ThroughlineError where the file is missing, or has changed since the index registered it.
     """
     place = find_sources([source for source in sources if _could_hold(source, content.name)]).get(content.name)
     if place is None:
@@ -134,13 +133,13 @@ def locate_source(content: SourceContent, sources: Sequence[str], cache_file: Pa
     if found.sha256 != content.sha256:
         raise ThroughlineError(
             f"{place}: SHA-256 {found.sha256[:12]}..., the index registered {content.sha256[:12]}...; "
-            "the file was changed, run laion_index again"
+            "the file has changed, re-run laion_index"
         )
     return path
 
 
 class _DigestCache:
-    """Digests by path, valid while size, modification time and inode stay the same."""
+    """Digests by path, valid while size, modification time and inode are unchanged."""
 
     def __init__(self, cache_file: Path | None) -> None:
         self._file = cache_file
@@ -173,7 +172,7 @@ class _DigestCache:
     def save(self) -> None:
         if self._file is not None and self._changed:
             self._file.parent.mkdir(parents=True, exist_ok=True)
-            # Parts may be read by several processes at once: each writes a file of its own, the last rename wins.
+            # Several processes may save at once: each writes its own file, and the last rename wins.
             own = self._file.with_name(f"{self._file.name}.{os.getpid()}-{threading.get_ident()}")
             write_json(own, self._entries)
             own.replace(self._file)

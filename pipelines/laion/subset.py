@@ -1,7 +1,7 @@
-"""Stage ``laion_subset``: the rows of one part that pass the rules, each with its sample key.
+"""Stage ``laion_subset``: filters the rows of one part and gives each its sample key.
 
-They depend on the part's own entry of the index alone. Duplicates are looked for within the part; the stage `dataset`
-settles equal sample keys between parts.
+The output depends only on the part's own entry in the index. Duplicates are dropped within the part; the stages
+`laion_selection` and `dataset` deduplicate across parts.
 """
 
 # pyarrow.compute makes its functions when it is imported, where no type checker sees them.
@@ -32,10 +32,10 @@ if TYPE_CHECKING:
 
 ROWS_FILE = "rows.parquet"
 _UNIT = "rows"
-# Rows held in memory at a time, and rows per row group: part of the output's bytes, so no matter of configuration.
+# Rows in memory at a time, and rows per row group: it shapes the output's bytes, so it is not configurable.
 _BATCH_ROWS = 65_536
 # Role -> column of the subset.
-_KEPT_AS_THEY_ARE = {
+_COPIED = {
     "url": "url", "text": "alt_text", "sha256": "expected_sha256", "similarity": "similarity",
     "aesthetic": "aesthetic", "pwatermark": "pwatermark", "punsafe": "punsafe",
 }  # fmt: skip
@@ -45,11 +45,11 @@ def produce(run: StageRun[LaionSubsetConfig]) -> StageResult:
     entry = run.input("index")
     part = read_part(entry)
     if part.part != run.partition:
-        raise ThroughlineError(f"laion_subset {run.partition}: the entry of the index is that of part {part.part}")
+        raise ThroughlineError(f"laion_subset {run.partition}: got the index entry of part {part.part}")
     if not run.is_finished(_UNIT):
         path = _locate(run.config, entry, part).absolute()
         with ray_tasks(run, run.config.workers) as tasks:
-            for _ in run_units(run, tasks, [(_UNIT, path)], _make_rows):
+            for _ in run_units(run, tasks, [(_UNIT, path)], _make_unit):
                 pass
     (finished,) = run.finished_units()
     rows_in, rows_out = finished.rows or (0, 0)
@@ -59,7 +59,7 @@ def produce(run: StageRun[LaionSubsetConfig]) -> StageResult:
     )
 
 
-def _make_rows(run: StageRun[LaionSubsetConfig], name: str, path: Path) -> None:
+def _make_unit(run: StageRun[LaionSubsetConfig], name: str, path: Path) -> None:
     with run.unit(name) as unit:
         _write_subset(run, unit, read_part(run.input("index")), path)
 
@@ -71,9 +71,9 @@ def _locate(config: LaionSubsetConfig, entry: StageOutput, part: Part) -> Path:
 
 
 def _open_checked(config: LaionSubsetConfig, part: Part, path: Path) -> "tuple[list[Rule], dict[str, str]]":
-    """Return the rules, and name -> column of the file for the names in `where` that are no roles.
+    """Return the rules, and name -> column of the file for the names in `where`.
 
-    Raises ThroughlineError that names the file and the column where a rule finds nothing to read.
+    Raises ThroughlineError that names file and column where the file lacks a column that a rule needs.
     """
     from pipelines.laion.rules import rules_of
 
@@ -82,28 +82,33 @@ def _open_checked(config: LaionSubsetConfig, part: Part, path: Path) -> "tuple[l
         for role in rule.columns:
             if role not in part.columns:
                 raise ThroughlineError(
-                    f"{path}: no column {role}, which the rule {rule.field} needs; switch that rule off "
+                    f"{path}: no column {role}, which the rule {rule.field} needs; switch the rule off "
                     f"({rule.field}=null) or leave the file out"
                 )
     return rules, _named_columns(config.where, part.columns, path) if config.where else {}
 
 
 def _named_columns(where: str, roles: dict[str, str], path: Path) -> dict[str, str]:
-    """Return lower-case name -> column or role for what `where` reads; a role's name means the role."""
-    from pipelines.laion.schema import KINDS, column_kinds, open_metadata
-    from pipelines.laion.where import Expression
+    """Return name -> column of the file for the names that `where` reads."""
+    import pyarrow as pa
+
+    from pipelines.laion.schema import ROLE_TYPES, find_column, open_metadata
+    from pipelines.laion.where import Condition
 
     with open_metadata(path) as metadata:
-        kinds, columns = column_kinds(metadata.schema_arrow)
-    by_column = {column.lower(): role for role, column in roles.items()}
-    for name, role in [*by_column.items(), *((role, role) for role in roles)]:
-        kinds[name], columns[name] = KINDS[role], role
-    expression = Expression(where)
+        schema = metadata.schema_arrow
+    types = {column: ROLE_TYPES[role] for role, column in roles.items()}
+    named = {}
+
+    def no_rows(name: str) -> pa.Array:
+        named[name] = column = find_column(name, schema, roles)
+        return pa.nulls(0, types[column]) if column in types else _plain(pa.nulls(0, schema.field(column).type))
+
     try:
-        expression.check(kinds)
+        Condition(where).evaluate(no_rows, 0)
     except ThroughlineError as error:
         raise ThroughlineError(f"{path}: {error}") from error
-    return {name: columns[name] for name in expression.names}
+    return named
 
 
 def _write_subset(run: StageRun[LaionSubsetConfig], unit: Unit, part: Part, path: Path) -> None:
@@ -118,7 +123,7 @@ def _write_subset(run: StageRun[LaionSubsetConfig], unit: Unit, part: Part, path
     with (
         run.progress(part.num_rows, "rows") as progress,
         unit.open(ROWS_FILE) as stream,
-        # A dictionary of addresses, texts or keys would be built only to be thrown away.
+        # Dictionaries of URLs, texts or keys would be built and then discarded.
         pq.ParquetWriter(
             stream, SUBSET_SCHEMA, compression="zstd", use_dictionary=["width", "height", *LABELS]
         ) as writer,
@@ -127,21 +132,21 @@ def _write_subset(run: StageRun[LaionSubsetConfig], unit: Unit, part: Part, path
         for batch in read_batches(path, part.columns, _BATCH_ROWS, named):
             rows_in += batch.num_rows
             if rows_in > part.num_rows:
-                break  # there is room to remember so many
-            pending.append(_keep(batch, rows_in - batch.num_rows, rules, duplicates, unit))
+                break  # the deduplication table has no room for more
+            pending.append(_filter_batch(batch, rows_in - batch.num_rows, rules, duplicates, unit))
             rows_out += pending[-1].num_rows
             _write_groups(writer, pending, _BATCH_ROWS)
             progress.advance(batch.num_rows, kept=rows_out)
         _write_groups(writer, pending, 1)
     if rows_in != part.num_rows:
         found = f"at least {rows_in}" if rows_in > part.num_rows else rows_in
-        raise ThroughlineError(f"{path}: {found} rows, the index says {part.num_rows}; run laion_index again")
+        raise ThroughlineError(f"{path}: {found} rows, the index says {part.num_rows}; re-run laion_index")
     unit.count_rows(ROWS_FILE, rows_out)
     unit.account(rows_in=rows_in, rows_out=rows_out)
 
 
 def _write_groups(writer: "pq.ParquetWriter", pending: "list[pa.RecordBatch]", least: int) -> None:
-    """Write whole row groups while at least `least` rows are pending, however the rows came."""
+    """Write full row groups while at least `least` rows are pending, whatever the sizes of the batches."""
     import pyarrow as pa
 
     while (num_rows := sum(batch.num_rows for batch in pending)) >= least:
@@ -155,20 +160,20 @@ def _write_groups(writer: "pq.ParquetWriter", pending: "list[pa.RecordBatch]", l
 def read_batches(
     path: Path, columns: dict[str, str], batch_rows: int, named: dict[str, str] | None = None
 ) -> "Iterator[pa.RecordBatch]":
-    """Yield record batches with one column per role, cast to the types that the rules read.
+    """Yield record batches with one column per role, in the types that the rules read.
 
     text is never null (null becomes the empty string); labels may be dictionaries of strings; a role that the file
-    lacks is a column of nulls. `named` adds columns under further names: name -> role, or column of the file as it is.
-    Raises ThroughlineError that names the file where its data cannot be read.
+    lacks is a column of nulls. `named` adds columns, name -> column of the file; a column that fills a role has the
+    role's values. Raises ThroughlineError that names the file where its data can't be read.
     """
     import pyarrow as pa
 
     from pipelines.laion.hashes import fill_missing
-    from pipelines.laion.schema import COLUMNS, KINDS, LABELS, open_metadata
+    from pipelines.laion.schema import LABELS, ROLE_TYPES, open_metadata
 
     named = named or {}
-    types = {column.role: pa.string() if KINDS[column.role] == "string" else pa.float64() for column in COLUMNS}
-    own = [column for column in named.values() if column not in types]
+    roles = {column: role for role, column in columns.items()}
+    own = {column for column in named.values() if column not in roles}
     labels = [columns[role] for role in LABELS if role in columns]
     with open_metadata(path, labels) as metadata:
         try:
@@ -177,19 +182,21 @@ def read_batches(
                     role: _cast(batch[columns[role]], kind, role in LABELS)
                     if role in columns
                     else pa.nulls(batch.num_rows, kind)
-                    for role, kind in types.items()
+                    for role, kind in ROLE_TYPES.items()
                 }
                 arrays["text"] = fill_missing(arrays["text"])
-                for name, column in named.items():
-                    arrays[name] = arrays[column] if column in types else _plain(batch[column])
-                yield pa.RecordBatch.from_pydict(arrays)
+                values = {
+                    name: arrays[roles[column]] if column in roles else _plain(batch[column])
+                    for name, column in named.items()
+                }
+                yield pa.RecordBatch.from_pydict(arrays | values)
         except (pa.ArrowException, OSError) as error:
             reason = str(error).splitlines()[0]
             raise ThroughlineError(f"{path}: damaged metadata ({reason}); fetch the file again") from error
 
 
 def _raw_batches(metadata: "pq.ParquetFile", batch_rows: int, columns: list[str]) -> "Iterator[pa.RecordBatch]":
-    """Yield the rows, a few row groups read ahead at a time: asked for all at once, the whole file would be."""
+    """Yield the rows, reading a few row groups at a time; one call for all would read the whole file ahead."""
     groups: list[int] = []
     num_rows = 0
     for group in range(metadata.num_row_groups):
@@ -211,7 +218,7 @@ def _cast(array: "pa.Array", kind: "pa.DataType", keep_dictionary: bool) -> "pa.
 
 
 def _plain(array: "pa.Array") -> "pa.Array":
-    """Return a column that no role fills as strings, integers, floats or booleans of one width."""
+    """Return a column that fills no role as string, int64, float64 or boolean."""
     import pyarrow as pa
 
     if isinstance(array, pa.DictionaryArray):
@@ -223,10 +230,10 @@ def _plain(array: "pa.Array") -> "pa.Array":
     return array.cast(pa.float64()) if pa.types.is_floating(array.type) else array
 
 
-def _keep(
+def _filter_batch(
     batch: "pa.RecordBatch", first_row: int, rules: "list[Rule]", duplicates: "DuplicateFinder", unit: Unit
 ) -> "pa.RecordBatch":
-    """Return the rows that stay, in the subset's schema; each of the others is dropped with its reason."""
+    """Return the rows that pass, in the subset's schema; drop the others with their reasons."""
     import numpy as np
     import pyarrow as pa
     import pyarrow.compute as pc
@@ -237,7 +244,7 @@ def _keep(
 
     keys = sample_keys(batch["url"], batch["text"])
     reasons = first_reasons(rules, Rows(batch, keys))
-    words = [*(rule.reason for rule in rules), "duplicate_pair", "duplicate_url"]
+    names = [*(rule.reason for rule in rules), "duplicate_pair", "duplicate_url"]
     passed = np.flatnonzero(reasons < 0)
     for offset, mask in enumerate(duplicates.find(keys, batch["url"], passed)):
         reasons[passed[mask]] = len(rules) + offset
@@ -246,10 +253,10 @@ def _keep(
         numbers = pc.cast(pa.array(lost + first_row), pa.string())
         unit.drop_arrays(
             hex_keys(keys[lost]),
-            pa.DictionaryArray.from_arrays(pa.array(reasons[lost]), pa.array(words)),
+            pa.DictionaryArray.from_arrays(pa.array(reasons[lost]), pa.array(names)),
             pc.binary_join_element_wise("row", numbers, " "),
         )
-    rows = batch.select([*_KEPT_AS_THEY_ARE, "width", "height", *LABELS])
+    rows = batch.select([*_COPIED, "width", "height", *LABELS])
     if len(kept) < len(reasons):
         rows = rows.take(pa.array(kept))
     columns = {
@@ -257,14 +264,14 @@ def _keep(
         "source_row": pa.array(kept + first_row),
         "width": _pixels(rows["width"]),
         "height": _pixels(rows["height"]),
-        **{name: rows[role] for role, name in _KEPT_AS_THEY_ARE.items()},
+        **{name: rows[role] for role, name in _COPIED.items()},
         **{role: rows[role].cast(pa.string()) for role in LABELS},
     }
     return pa.RecordBatch.from_pydict(columns, schema=SUBSET_SCHEMA)
 
 
 def _pixels(sides: "pa.Array") -> "pa.Array":
-    """Return sides as int32; what is no size a picture can have (NaN, negative, huge) becomes null."""
+    """Return sides as int32; values that are no image size (NaN, negative, huge) become null."""
     import pyarrow as pa
     import pyarrow.compute as pc
 

@@ -1,4 +1,4 @@
-"""The threshold that keeps a share of a pool: exact, over any number of files, in memory of a fixed size."""
+"""The score threshold of the top share of a pool: exact, over any number of files, in constant memory."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -16,15 +16,15 @@ _BATCH_ROWS = 1 << 20
 def top_share_threshold(files: Sequence[tuple[Path, dict[str, str]]], role: str, share: float) -> float:
     """Return the score t such that the rows with a score of at least t are the top `share` of all rows.
 
-    `files` are paths with their role -> column. Scores count as float32; a row without one counts as a row of the pool.
-    As DataComp's code does it, t is the score at place int(rows x share) of the scores from the highest down. Two
-    passes over one column: the first counts scores by their high 16 bits, the second those of one count by their low.
+    `files` are paths with their role -> column. Scores are compared as float32; rows without a score count as rows of
+    the pool. As in DataComp's code, t is the score at index int(rows x share) in descending order. The column is read
+    twice: the first pass builds a histogram of the scores' high 16 bits, the second of the low 16 bits in one bin.
 
-    Raises ThroughlineError where a file has no such column, or fewer rows than the share have a score.
+    Raises ThroughlineError where a file has no such column, or too few rows have a score.
     """
     for path, columns in files:
         if role not in columns:
-            raise ThroughlineError(f"{path}: no column {role}, whose highest {share:.0%} are asked for")
+            raise ThroughlineError(f"{path}: no column {role}, whose top {share:.0%} should be kept")
     high = np.zeros(1 << _HALF_BITS, np.int64)
     num_rows = 0
     for ranks, count in _ranks(files, role):
@@ -33,9 +33,7 @@ def top_share_threshold(files: Sequence[tuple[Path, dict[str, str]]], role: str,
     place = int(num_rows * share)
     above = high[::-1].cumsum()
     if not num_rows or above[-1] <= place:
-        raise ThroughlineError(
-            f"{int(above[-1])} of {num_rows} rows have a {role}, too few for the highest {share:.0%}"
-        )
+        raise ThroughlineError(f"{int(above[-1])} of {num_rows} rows have a {role}, too few for the top {share:.0%}")
     found = int(np.searchsorted(above, place, side="right"))
     bin_number = len(high) - 1 - found
     low = np.zeros(1 << _HALF_BITS, np.int64)
@@ -47,7 +45,7 @@ def top_share_threshold(files: Sequence[tuple[Path, dict[str, str]]], role: str,
 
 
 def _ranks(files: Sequence[tuple[Path, dict[str, str]]], role: str) -> Iterator[tuple[np.ndarray, int]]:
-    """Yield (ranks, rows): float32 scores as uint32 that sort alike, without null and NaN; and the rows they are of."""
+    """Yield (ranks, rows): float32 scores as integers of the same order, without null and NaN, and the batch's rows."""
     for path, columns in files:
         with open_metadata(path) as metadata:
             for batch in metadata.iter_batches(_BATCH_ROWS, columns=[columns[role]]):

@@ -102,7 +102,7 @@ def test_the_clip_preset_takes_its_threshold_from_the_pool(tmp_path: Path, capsy
         (["--preset", "best"], "error: preset best: unknown; known: laion400m, "),
         (["--set", "min_side_px"], "error: --set min_side_px: expected RULE=VALUE"),
         (["--set", "min_side_px=wide"], "error: rule min_side_px: Input should be a valid integer"),
-        (["--where", "width >"], "error: rule where: position 8: expected a column"),
+        (["--where", "width >"], "error: rule where: position 7: incomplete at >"),
         (
             ["--where", "beauty > 1"],
             "p.parquet: where, position 1: no column beauty; known: clip_l14_similarity_score, ",

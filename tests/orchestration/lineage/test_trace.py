@@ -306,5 +306,5 @@ def test_a_withdrawn_row_leaves_the_data_set_and_a_url_is_no_key(world: World, t
     assert manifest.conservation.dropped == {"withdrawn": 2}, "one in each part"
     found = trace(Outputs.load(tmp_path / "out"), [world.key(TWICE)])
     assert [drop.detail for drop in found.drops] == [f"shard-00000.tar of part {part}" for part in ("00000", "00001")]
-    with pytest.raises(Exception, match=r"'example.org' is no sample key"):
+    with pytest.raises(Exception, match=r"'example.org' is not a sample key"):
         run(world.key(TWICE), "example.org")

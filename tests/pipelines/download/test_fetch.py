@@ -197,7 +197,7 @@ def test_denied_urls_are_neither_requested_nor_resolved(server: HostileServer, t
 def test_a_changed_list_stops_the_download_before_it_begins(server: HostileServer, tmp_path: Path) -> None:
     lists = lists_for(server, tmp_path)
     (tmp_path / "urls.txt").write_text("another\n")
-    with pytest.raises(ThroughlineError, match=r"urls.txt: SHA-256 .* the list was changed, name it again"):
+    with pytest.raises(ThroughlineError, match=r"urls.txt: SHA-256 .* the list has changed, set its new digest"):
         Fetcher(config_for(server, **lists))
 
 

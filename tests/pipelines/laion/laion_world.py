@@ -1,4 +1,4 @@
-"""Small LAION tables, captions and stage inputs for the tests of the data stages."""
+"""Small LAION tables, captions and stage inputs for tests of the data stages."""
 
 import subprocess
 import sys
@@ -69,7 +69,7 @@ def run_index(source: Path, root: Path) -> StageOutput:
 
 
 def run_subset(source: Path, root: Path, part: str | None = None, **rules: Any) -> StageOutput:
-    """Index a folder and return the subset of a part, the first where none is named."""
+    """Index a folder and return the subset of a part, by default the first."""
     index = run_index(source, root)
     return subset_of(index, root, part or laion_index.part_names(index)[0], **rules)
 
@@ -93,7 +93,7 @@ def images_config(server: HostileServer, **changes: Any) -> ImagesConfig:
 
 
 def start_images(config: ImagesConfig, subset: StageOutput, folder: Path) -> "subprocess.Popen[bytes]":
-    """Start the stage in a process of its own, for a test to kill; its output root is `folder`/killed."""
+    """Start the stage in a process that the test kills; the output root is `folder`/killed."""
     request = StageRequest(
         stage="images",
         partition="00000",
@@ -112,11 +112,11 @@ def run_images(server: HostileServer, subset: StageOutput, root: Path, **changes
 
 
 class CaptionerConfig(FrozenConfig):
-    """Stands for the captioning stage: what it writes, without a model."""
+    """Stand-in for the captioning stage: writes its tables without a model."""
 
     captioner: ModelRef = ModelRef(id="test/captioner", revision="sha256:1")
     changes: dict[str, dict[str, str] | None] = {}  # noqa: RUF012 - a pydantic field
-    """sample key -> fields of its caption row that differ, or None for no row."""
+    """sample key -> fields to change in its caption row, or None to omit the row."""
     duplicate: str | None = None
     stranger: str | None = None
 
@@ -133,7 +133,7 @@ def _caption(run: StageRun[CaptionerConfig]) -> StageResult:
                 "finish_reason": "stop",
             }
             | (config.changes.get(key) or {})
-            for key in reversed(keys)  # another order than the pictures': a join by position would be seen
+            for key in reversed(keys)  # not in the images' order, so that a join by position fails
             if config.changes.get(key, {}) is not None
         ]
         rows += [rows[0] | {"sample_key": key} for key in (config.duplicate, config.stranger) if key]

@@ -1,4 +1,4 @@
-"""The rules over labels, scores, lists and conditions, and the fast ways against the plain ones."""
+"""Rules over labels, scores and lists; vectorised code against plain Python."""
 
 import math
 import re
@@ -11,7 +11,6 @@ import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pydantic import ValidationError
 
 from pipelines.core.errors import ThroughlineError
 from pipelines.core.sample_key import sample_key
@@ -20,7 +19,6 @@ from pipelines.laion.duplicates import DuplicateFinder, _Table
 from pipelines.laion.hashes import hex_keys, sample_keys, string_hashes
 from pipelines.laion.rules import Rows, _is_blank, _is_http, _is_shorter, _num_words, rules_of
 from pipelines.laion.sources import scan_entry_list
-from pipelines.laion.where import Expression
 from tests.pipelines.laion.laion_world import drop_reasons, entry_list, kept_rows, run_subset, write_laion
 
 JOINED = pa.schema(
@@ -56,8 +54,8 @@ def row(number: int, **changes: Any) -> dict[str, Any]:
     } | changes
 
 
-def outcome(tmp_path: Path, cases: list[tuple[dict[str, Any], str | None]], **rules: Any) -> None:
-    """Assert that the rows end as the cases say."""
+def assert_outcome(tmp_path: Path, cases: list[tuple[dict[str, Any], str | None]], **rules: Any) -> None:
+    """Assert that each row is kept or dropped for its expected reason."""
     source = write_laion(
         tmp_path / "laion" / "p.parquet", [row(i, **case) for i, (case, _) in enumerate(cases)], JOINED
     )
@@ -67,7 +65,7 @@ def outcome(tmp_path: Path, cases: list[tuple[dict[str, Any], str | None]], **ru
 
 
 def test_scores_labels_and_words(tmp_path: Path) -> None:
-    outcome(
+    assert_outcome(
         tmp_path,
         [
             ({}, None),
@@ -97,7 +95,7 @@ def test_scores_labels_and_words(tmp_path: Path) -> None:
     )
 
 
-def test_missing_values_pass_scores_labels_and_conditions_where_the_policy_says_so(tmp_path: Path) -> None:
+def test_keep_missing_lets_missing_values_pass_scores_labels_and_conditions(tmp_path: Path) -> None:
     cases: list[tuple[dict[str, Any], str | None]] = [
         ({"LANGUAGE": None, "aesthetic": None, "pwatermark": math.nan}, None),
         ({"aesthetic": 1.0}, "aesthetic_low"),
@@ -110,13 +108,13 @@ def test_missing_values_pass_scores_labels_and_conditions_where_the_policy_says_
         "max_pwatermark": 0.5,
         "where": "hash>=0",
     }
-    outcome(tmp_path / "keep", cases, keep_missing=True, **rules)
-    outcome(tmp_path / "drop", [(cases[2][0], "where_unknown")], **rules)
+    assert_outcome(tmp_path / "keep", cases, keep_missing=True, **rules)
+    assert_outcome(tmp_path / "drop", [(cases[2][0], "where_unknown")], **rules)
 
 
 def test_lists_of_urls_and_domains(tmp_path: Path) -> None:
     key = sample_key(row(7)["url"], row(7)["text"])
-    outcome(
+    assert_outcome(
         tmp_path,
         [
             ({}, None),
@@ -137,107 +135,16 @@ def test_lists_of_urls_and_domains(tmp_path: Path) -> None:
     )
 
 
-def test_a_list_counts_by_content_and_a_changed_one_is_refused(tmp_path: Path) -> None:
+def test_a_list_is_identified_by_content_and_a_changed_one_is_refused(tmp_path: Path) -> None:
     here, there = (entry_list(tmp_path / name, "a.example") for name in ("here.txt", "there.txt"))
     source = write_laion(tmp_path / "laion" / "p.parquet", [row(0)], JOINED).parent
     first, second = (run_subset(source, tmp_path / "out", domains_denied=item) for item in (here, there))
     assert first.data_version == second.data_version
     (tmp_path / "here.txt").write_text("b.example\n")
-    with pytest.raises(ThroughlineError, match=r"here.txt: SHA-256 .* the list was changed, name it again"):
+    with pytest.raises(ThroughlineError, match=r"here.txt: SHA-256 .* the list has changed, set its new digest"):
         run_subset(source, tmp_path / "out", domains_denied=here, min_side_px=1)
     with pytest.raises(ThroughlineError, match=r"absent.txt: the list can't be read"):
         scan_entry_list(tmp_path / "absent.txt")
-
-
-def test_a_condition_counts_after_the_rules_and_reads_further_columns(tmp_path: Path) -> None:
-    outcome(
-        tmp_path,
-        [
-            ({"hash": -(2**62)}, None),
-            ({"text": "sunset", "hash": -(2**62) + 1}, "where"),
-            ({"aesthetic": 1.0}, "aesthetic_low"),
-            ({"width": None}, "where_unknown"),
-            ({"width": 640, "height": 481, "hash": 5}, "where"),
-        ],
-        min_aesthetic=5.0,
-        where=f"AESTHETIC > 5 AND (hash = {-(2**62)} OR hash = 3) and width/height between 1.3 and 1.4",
-    )
-
-
-@pytest.mark.parametrize(
-    ("where", "message"),
-    [
-        ("aesthetic >", r"where\n.*position 12: expected a column, a value or a bracket, found the end"),
-        ("aesthetic > 5 AN width < 3", r"where\n.*position 15: expected AND, OR or the end, found AN"),
-        ("text LIKE 5", r"where\n.*position 11: LIKE needs a pattern in quotes"),
-        ("import('os')", r"where\n.*position 1: no function import; known: length, lower"),
-        ("aesthetic > 5; drop", r"where\n.*position 14: ';' has no meaning here"),
-        ("width IN (height)", r"where\n.*position 11: expected a number or a string"),
-        ("(" * 70 + "1" + ")" * 70 + " = 1", r"more than 64 levels of brackets"),
-    ],
-)
-def test_a_condition_that_cannot_be_read_names_the_position(where: str, message: str) -> None:
-    with pytest.raises(ValidationError, match=message):
-        LaionSubsetConfig(where=where)
-
-
-@pytest.mark.parametrize(
-    ("where", "message"),
-    [
-        (
-            "beauty > 5",
-            r"p.parquet: where, position 1: no column beauty; known: aesthetic, clip_l14_similarity_score, ",
-        ),
-        ("text > 5", r"position 8: a string is compared with a number"),
-        ("length(width) > 5", r"position 8: length takes a string, found a number"),
-        ("width AND height", r"position 1: expected a condition, found a number"),
-        ("width", r"position 1: this is a number, not a condition"),
-    ],
-)
-def test_a_condition_that_does_not_fit_the_file_names_it(tmp_path: Path, where: str, message: str) -> None:
-    source = write_laion(tmp_path / "laion" / "p.parquet", [row(0)], JOINED).parent
-    with pytest.raises(ThroughlineError, match=message) as caught:
-        run_subset(source, tmp_path / "out", where=where)
-    assert "\n" not in str(caught.value)
-
-
-A = [None, -2.0, 0.0, 1.5, math.nan, 3.0]
-B = [2, None, 0, 3, 1, -3]
-S = ["sunset", "", None, "It's A_b%", "SUNRISE", "x"]
-
-
-@pytest.mark.parametrize(
-    ("where", "expected"),
-    [
-        ("a > 0", [None, False, False, True, None, True]),
-        ("NOT a > 0", [None, True, True, False, None, False]),
-        ("a IS NULL", [True, False, False, False, True, False]),
-        ("a is not null OR b = 2", [True, True, True, True, False, True]),
-        ("a > 0 AND b > 0", [None, False, False, True, None, False]),
-        ("a > 0 OR b > 0", [True, None, False, True, True, True]),
-        ("a + 2 * b = 7.5", [None, None, False, True, None, False]),
-        ("(a + 2) * b = 10.5", [None, None, False, True, None, False]),
-        ("a / b >= .5", [None, None, None, True, None, False]),
-        ("-b = 3", [False, None, False, False, False, True]),
-        ("b IN (3, -3)", [False, None, False, True, False, True]),
-        ("a NOT IN (1.5, 3)", [None, True, True, False, None, False]),
-        ("b BETWEEN 1 AND 2 OR a = 3", [True, None, False, False, True, True]),
-        ("s NOT BETWEEN 'a' AND 't'", [False, True, None, True, True, True]),
-        ("s LIKE '%s%t'", [True, False, None, False, False, False]),
-        ("s ILIKE 'sun%'", [True, False, None, False, True, False]),
-        (r"s LIKE 'It''s A\_b\%'", [False, False, None, True, False, False]),
-        ("lower(s) = 'sunrise'", [False, False, None, False, True, False]),
-        ('length("S") <> 6', [False, True, None, True, True, True]),
-        ("greatest(a, b) = 3", [None, None, False, True, None, True]),
-        ("abs(b) = 3 and not false", [False, None, False, True, False, True]),
-        ("1 = 1", [True] * 6),
-    ],
-)
-def test_conditions_mean_what_sql_means(where: str, expected: list[bool | None]) -> None:
-    batch = pa.record_batch({"a": pa.array(A, from_pandas=False), "b": pa.array(B), "s": pa.array(S)})
-    expression = Expression(where)
-    expression.check({"a": "number", "b": "number", "s": "string"})
-    assert expression.evaluate(lambda name: batch[name], batch.num_rows).to_pylist() == expected
 
 
 _texts = st.lists(st.none() | st.text(max_size=200), max_size=30)
@@ -255,7 +162,7 @@ def test_keys_of_a_batch_are_the_keys_of_its_rows(urls: list[str | None], texts:
 
 @settings(max_examples=40, deadline=None)
 @given(st.lists(st.text(alphabet="ab\0é", max_size=20), max_size=40), st.integers(0, 5))
-def test_hashes_of_strings_tell_strings_apart(strings: list[str], start: int) -> None:
+def test_different_strings_have_different_hashes(strings: list[str], start: int) -> None:
     array = pa.array(["x", *strings], pa.string())[1:][start:]
     hashes = [tuple(item) for item in string_hashes(array).tolist()]
     assert len(set(hashes)) == len(set(array.to_pylist()))
@@ -280,7 +187,7 @@ def _plain_mix(word: int) -> int:
 
 @settings(max_examples=40, deadline=None)
 @given(st.lists(st.text(max_size=40) | st.integers(495, 530).map("x".__mul__) | st.none()), st.randoms())
-def test_hashes_of_short_and_long_strings_are_the_plain_loop(strings: list[str | None], random: Random) -> None:
+def test_hashes_of_short_and_long_strings_equal_a_plain_loop(strings: list[str | None], random: Random) -> None:
     rows = [row for row in range(len(strings)) if random.random() < 0.5]
     array, expected = pa.array(strings, pa.string()), [_plain_hash(string or "") for string in strings]
     assert [tuple(item) for item in string_hashes(array).tolist()] == expected
@@ -290,14 +197,14 @@ def test_hashes_of_short_and_long_strings_are_the_plain_loop(strings: list[str |
 
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.text(alphabet="hHtTpPsS:/?# \té.\0", max_size=12) | st.sampled_from(["http://é", "https://x", ""])))
-def test_the_fast_look_at_a_url_is_the_regular_expression(urls: list[str]) -> None:
+def test_the_fast_url_check_equals_the_regular_expression(urls: list[str]) -> None:
     pattern = re.compile(r"(?i)https?://[^/?#\t\n\f\r ]")
     assert _is_http(pa.array(urls, pa.string())).tolist() == [bool(pattern.match(url)) for url in urls]
 
 
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.text(alphabet="a\u00e9 \t\n\v\x1c\x85\xa0\u2003\u3000\u200b", max_size=8)))
-def test_blank_and_words_are_what_python_says(texts: list[str]) -> None:
+def test_blank_texts_and_word_counts_equal_python(texts: list[str]) -> None:
     array = pa.array(texts, pa.string())
     assert _is_blank(array).tolist() == [not text.strip() for text in texts]
     assert _num_words(array).to_pylist() == [len(text.split()) for text in texts]
@@ -312,7 +219,7 @@ _sides = st.lists(st.none() | st.sampled_from([math.nan, -300.0, -1.0, 0.0]) | s
 
 @settings(max_examples=60, deadline=None)
 @given(_sides, _sides)
-def test_sizes_are_judged_as_a_plain_loop_would(widths: list[float | None], heights: list[float | None]) -> None:
+def test_size_rules_equal_a_plain_loop(widths: list[float | None], heights: list[float | None]) -> None:
     pairs = list(zip(widths, heights, strict=False))
     width, height = (pa.array([pair[place] for pair in pairs], pa.float64(), from_pandas=False) for place in (0, 1))
     rows = Rows(pa.record_batch({"width": width, "height": height}), np.empty((len(pairs), 16), np.uint8))
@@ -326,7 +233,7 @@ def test_sizes_are_judged_as_a_plain_loop_would(widths: list[float | None], heig
 
 @settings(max_examples=40, deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 12), st.integers(0, 3)), max_size=120), st.integers(1, 40), st.booleans())
-def test_duplicates_are_those_of_a_plain_loop(pairs: list[tuple[int, int]], batch: int, by_url: bool) -> None:
+def test_duplicates_equal_a_plain_loop(pairs: list[tuple[int, int]], batch: int, by_url: bool) -> None:
     urls, texts = [f"http://a.example/{url}" for url, _ in pairs], [str(text) for _, text in pairs]
     keys = sample_keys(pa.array(urls, pa.string()), pa.array(texts, pa.string()))
     finder, found = DuplicateFinder(by_url, len(pairs)), []
@@ -358,7 +265,7 @@ def test_duplicates_are_found_while_the_table_fills() -> None:
     assert kept == np.sort(np.unique(numbers, return_index=True)[1]).tolist()
 
 
-def test_rows_that_do_not_count_are_no_duplicates_and_make_none() -> None:
+def test_unselected_rows_are_neither_duplicates_nor_originals() -> None:
     urls = pa.array(["a", "b", "a", "b", "a", "b"])
     keys = sample_keys(urls, pa.array(["1", "1", "1", "2", "2", "2"]))
     finder = DuplicateFinder(True, len(urls))
@@ -366,7 +273,7 @@ def test_rows_that_do_not_count_are_no_duplicates_and_make_none() -> None:
     assert (same_pair.tolist(), same_url.tolist()) == ([False, False, False, True], [False, False, True, False])
 
 
-def test_hashes_alike_in_what_a_slot_holds_are_told_apart() -> None:
+def test_hashes_that_agree_in_a_slot_are_distinguished() -> None:
     table = _Table(8)
     rows = np.array([[1 << 40 | 5, 1, 10], [1 << 40 | 5, 2, 20], [1 << 40 | 1 << 31 | 5, 1, 30]], np.uint64)
     new, held = table.put(rows)

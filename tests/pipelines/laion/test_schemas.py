@@ -1,4 +1,4 @@
-"""The column names of the published tables, each in the case and type it is published with."""
+"""The published tables, with their columns' names, case and types."""
 
 from pathlib import Path
 from typing import Any
@@ -92,7 +92,7 @@ def test_published_tables_fill_the_roles_they_have(tmp_path: Path, name: str) ->
 
 
 @pytest.mark.parametrize("name", TABLES)
-def test_the_case_of_names_means_nothing(tmp_path: Path, name: str) -> None:
+def test_column_names_are_case_insensitive(tmp_path: Path, name: str) -> None:
     swapped = {column.swapcase(): array for column, array in TABLES[name].items()}
     digests = set()
     for number, columns in enumerate((TABLES[name], swapped)):
@@ -109,10 +109,10 @@ def test_the_case_of_names_means_nothing(tmp_path: Path, name: str) -> None:
         ("punsafe", pa.array(["low"]), "column punsafe is string, expected floating or integer"),
         ("aesthetic", pa.array([[5.0]]), "column aesthetic is list<"),
         ("language", pa.array([1]), "column language is int64, expected string"),
-        ("AESTHETIC", pa.array([5.0]), "columns aesthetic, AESTHETIC all mean aesthetic"),
+        ("AESTHETIC", pa.array([5.0]), "columns aesthetic, AESTHETIC all fill the role aesthetic"),
     ],
 )
-def test_a_wrong_type_names_file_and_column(tmp_path: Path, column: str, array: pa.Array, message: str) -> None:
+def test_a_type_error_names_file_and_column(tmp_path: Path, column: str, array: pa.Array, message: str) -> None:
     table = {"url": pa.array([URL]), "text": pa.array(["a"]), "aesthetic": pa.array([5.0]), column: array}
     with pytest.raises(ThroughlineError, match=rf"p.parquet: .*{message}"):
         run_index(write(tmp_path, table), tmp_path / "out")

@@ -47,7 +47,7 @@ _pairs = st.lists(st.tuples(st.integers(0, 8), st.integers(0, 2)), min_size=1, m
 @pytest.mark.slow
 @settings(max_examples=6, deadline=None)
 @given(_pairs, st.integers(1, 3), st.integers(1, 3), st.booleans(), st.sampled_from([None, 1, 3, 1000]), st.randoms())
-def test_what_stays_depends_on_the_rows_and_not_on_their_order_or_parts(
+def test_the_kept_rows_do_not_depend_on_order_or_parts(
     tmp_path_factory: pytest.TempPathFactory,
     pairs: list[Pair],
     one: int,
@@ -72,7 +72,7 @@ def test_what_stays_depends_on_the_rows_and_not_on_their_order_or_parts(
     assert table is not None and table.holds
 
 
-def test_every_lost_row_is_listed_with_its_reason(tmp_path: Path) -> None:
+def test_every_dropped_row_is_listed_with_its_reason(tmp_path: Path) -> None:
     output = select(tmp_path, [[(1, 0), (2, 0), (3, 0)], [(2, 0), (1, 1), (4, 0)], [(5, 0)]])
     (first,) = [pair for pair in ((1, 0), (1, 1)) if key_of(pair) != min(key_of((1, 0)), key_of((1, 1)))]
     rows = pq.read_table(output.path(DROPPED_NAME)).to_pylist()
@@ -81,13 +81,13 @@ def test_every_lost_row_is_listed_with_its_reason(tmp_path: Path) -> None:
         (key_of(first), "duplicate_url", f"0000{first[1]}"): 1,
     }
     assert output.manifest.summary["num_kept"] == 5
-    # A part that loses nothing is the same file, byte for byte.
+    # A part that loses no row is the same file, byte for byte.
     (untouched,) = output.manifest.inputs["subset"][2:]
     subset = StageOutput.load(output.folder.parents[1] / "laion_subset" / untouched.data_version / "manifest.json")
     assert output.manifest.file("rows-00002.parquet").sha256 == subset.manifest.file("rows.parquet").sha256
 
 
-def test_a_sample_is_part_of_every_larger_sample_and_another_salt_gives_another(tmp_path: Path) -> None:
+def test_samples_are_nested_and_depend_on_the_salt(tmp_path: Path) -> None:
     parts = [[(url, 0) for url in range(start, 60, 2)] for start in range(2)]
     samples = [set(kept(select(tmp_path, parts, limit=limit))) for limit in (5, 20, 60, 61)]
     assert [len(sample) for sample in samples] == [5, 20, 60, 60]
@@ -96,7 +96,7 @@ def test_a_sample_is_part_of_every_larger_sample_and_another_salt_gives_another(
 
 
 def part_files(output: StageOutput) -> dict[str, str]:
-    """Return part -> digest of the file that `images` reads."""
+    """Return part -> data version of the file that `images` reads."""
     return {name: output.only_file(rows_name(name)).data_version for name in sorted(_parts(output))}
 
 
@@ -104,22 +104,22 @@ def _parts(output: StageOutput) -> list[str]:
     return [ref.partition or "" for ref in output.manifest.inputs["subset"]]
 
 
-def test_a_new_part_changes_the_files_of_those_parts_alone_that_lose_other_rows(tmp_path: Path) -> None:
-    loses = max((1, 0), (1, 1), key=key_of)  # of two texts at one address, the one that stays only while it is alone
+def test_a_new_part_changes_only_parts_that_lose_other_rows(tmp_path: Path) -> None:
+    loses = max((1, 0), (1, 1), key=key_of)  # of two texts with one URL, the one with the larger key
     parts = [[loses, (2, 0)], [(3, 0), (3, 0), (4, 0)], [(5, 0)]]
     before = part_files(select(tmp_path, parts))
     winner = (1, 1 - loses[1])
     after = select(tmp_path, [*parts, [winner]])
     changed = {name for name, digest in part_files(after).items() if before.get(name) not in (None, digest)}
     assert changed == {"00000"}
-    # A sample that is larger than the set takes no row, and leaves every file what it is without a sample.
+    # A limit above the number of rows drops nothing and changes no file.
     for limit in (100, 5):
         assert part_files(select(tmp_path, parts, limit=limit)) == before
     assert part_files(select(tmp_path, parts, limit=4)) != before
 
 
-def test_a_sample_that_spares_a_part_leaves_its_file_as_it_is(tmp_path: Path) -> None:
-    """A part from which the sample takes no row is the same file, whether or not the sample took rows elsewhere."""
+def test_a_sample_leaves_a_part_without_drops_unchanged(tmp_path: Path) -> None:
+    """A part from which the sample drops no row is the same file, whatever it drops elsewhere."""
     ranked = [key for limit in range(1, 7) for key in kept(select(tmp_path, [[(n, 0) for n in range(6)]], limit=limit))]
     last = next(n for n in range(6) if ranked.count(key_of((n, 0))) == 1)
     parts = [[(n, 0) for n in range(6) if n != last], [(last, 0)]]

@@ -27,7 +27,7 @@ from tests.pipelines.laion.laion_world import kept_rows as kept
 URL = "http://example.com/cat.jpg"
 
 
-def test_each_rule_drops_its_rows_and_the_first_rule_counts(tmp_path: Path) -> None:
+def test_each_rule_drops_its_rows_and_the_first_rule_is_the_reason(tmp_path: Path) -> None:
     cases: list[tuple[dict[str, Any], str | None]] = [
         (laion_row(URL), None),
         (laion_row(None), "url_missing"),
@@ -84,7 +84,7 @@ def test_each_rule_drops_its_rows_and_the_first_rule_counts(tmp_path: Path) -> N
         assert (row["nsfw"], row["license"]) == (source_row["NSFW"], "?")
 
 
-def test_missing_values_pass_where_the_policy_says_so(tmp_path: Path) -> None:
+def test_keep_missing_lets_missing_values_pass(tmp_path: Path) -> None:
     rows = [
         laion_row("http://a.example/1", None, similarity=None, NSFW=None, WIDTH=None),
         laion_row("http://a.example/2", "", similarity=math.nan),
@@ -97,7 +97,7 @@ def test_missing_values_pass_where_the_policy_says_so(tmp_path: Path) -> None:
     assert [row["alt_text"] for row in kept(output)] == ["", ""]
 
 
-def test_without_rules_only_urls_text_and_duplicates_count(tmp_path: Path) -> None:
+def test_without_rules_only_urls_texts_and_duplicates_are_checked(tmp_path: Path) -> None:
     rows = [laion_row(URL, "a", WIDTH=-5, HEIGHT=2**40), laion_row(URL, "b"), laion_row(URL, "a"), laion_row("x", "a")]
     source = write_laion(tmp_path / "laion" / "p.parquet", rows).parent
     assert reasons(run_subset(source, tmp_path / "out", drop_duplicate_urls=False)) == {
@@ -121,7 +121,7 @@ _values = st.fixed_dictionaries(
 
 @settings(max_examples=25, deadline=None)
 @given(st.lists(_values, max_size=30), st.integers(1, 40), st.booleans())
-def test_rows_are_conserved_and_kept_rows_obey_the_rules(
+def test_rows_are_conserved_and_kept_rows_satisfy_the_rules(
     tmp_path_factory: pytest.TempPathFactory, rows: list[dict[str, Any]], group_rows: int, keep_missing: bool
 ) -> None:
     folder = tmp_path_factory.mktemp("rows")
@@ -138,7 +138,7 @@ def test_rows_are_conserved_and_kept_rows_obey_the_rules(
     assert len({row["url"] for row in kept(output)}) == len(kept(output))
 
 
-def test_row_groups_and_names_of_columns_change_nothing(tmp_path: Path) -> None:
+def test_row_groups_and_case_of_columns_change_nothing(tmp_path: Path) -> None:
     rows = [laion_row(f"http://a.example/{index % 70}", f"text {index}") for index in range(100)]
     lower = pa.schema([field.with_name(field.name.lower()) for field in LAION_400M])
     lower_rows = [{name.lower(): value for name, value in row.items()} for row in rows]
@@ -151,7 +151,7 @@ def test_row_groups_and_names_of_columns_change_nothing(tmp_path: Path) -> None:
 
 
 def test_float_sizes_dictionaries_and_large_strings_are_read(tmp_path: Path) -> None:
-    """As LAION-2B (float32 similarity), DataComp (original_width) and pandas' own writers give them."""
+    """As written by LAION-2B (float32 similarity), DataComp (original_width) and pandas."""
     table = pa.table(
         {
             "url": pa.array([URL, "http://b.example"], pa.large_string()),
@@ -216,7 +216,7 @@ def test_index_is_the_same_from_another_folder_and_another_when_a_file_changes(t
     assert index("here", "two").data_version != index("there", "one").data_version
 
 
-def test_a_file_names_its_part_whatever_other_files_there_are() -> None:
+def test_a_part_key_depends_only_on_the_file_name() -> None:
     names = ["part-00000.parquet", "00017.parquet", "a_b-c.d.parquet"]
     assert [part_key(name) for name in names] == ["part-00000", "00017", "a_b-c.d"]
     odd = ["a/1.parquet", "a-1.PARQUET", "a/../1.parquet", "b/1.parquet", "...parquet", "猫.parquet", "犬.parquet"]
@@ -231,12 +231,12 @@ def test_two_files_of_one_part_are_refused(tmp_path: Path) -> None:
     write_laion(tmp_path / "laion" / "a" / "1.parquet", [laion_row(URL)])
     twin = f"{part_key('a/1.parquet')}.parquet"
     write_laion(tmp_path / "laion" / twin, [laion_row(URL)])
-    with pytest.raises(ThroughlineError, match=rf"{twin}, a/1.parquet: .* would all be part a-1-.*; rename one"):
+    with pytest.raises(ThroughlineError, match=rf"{twin}, a/1.parquet: .* all map to part a-1-.*; rename one"):
         run_index(tmp_path / "laion", tmp_path / "out")
 
 
-def _bring_up_to_date(source: Path, root: Path) -> tuple[set[str], dict[str, StageOutput]]:
-    """Run index and subsets; return the parts that needed no work, and all subsets."""
+def _update(source: Path, root: Path) -> tuple[set[str], dict[str, StageOutput]]:
+    """Run index and subsets; return the parts that were up to date, and all subsets."""
     index = run_index(source, root)
     config, parts = LaionSubsetConfig(), part_names(index)
     inputs = {part: {"index": [entry_of(index, part)]} for part in parts}
@@ -244,30 +244,30 @@ def _bring_up_to_date(source: Path, root: Path) -> tuple[set[str], dict[str, Sta
     return fresh, {part: laion_subset.STAGE.run(config, inputs[part], root, part) for part in parts}
 
 
-def test_a_file_that_comes_changes_or_goes_leaves_every_other_part_fresh(tmp_path: Path) -> None:
+def test_adding_changing_or_removing_a_file_leaves_other_parts_fresh(tmp_path: Path) -> None:
     source, root = tmp_path / "laion", tmp_path / "out"
     for name in ("one", "two", "three"):
         write_laion(source / f"{name}.parquet", [laion_row(URL, name)])
-    fresh, first = _bring_up_to_date(source, root)
+    fresh, first = _update(source, root)
     assert not fresh and set(first) == {"one", "two", "three"}
     write_laion(source / "a-new-one.parquet", [laion_row(URL, "new")])
-    fresh, _ = _bring_up_to_date(source, root)
-    assert fresh == {"one", "two", "three"}, "though the new file stands before them all"
+    fresh, _ = _update(source, root)
+    assert fresh == {"one", "two", "three"}, "although the new file sorts first"
     write_laion(source / "two.parquet", [laion_row(URL, "changed")])
-    fresh, changed = _bring_up_to_date(source, root)
+    fresh, changed = _update(source, root)
     assert fresh == {"a-new-one", "one", "three"}
     assert changed["two"].data_version != first["two"].data_version
     (source / "one.parquet").unlink()
-    fresh, last = _bring_up_to_date(source, root)
+    fresh, last = _update(source, root)
     assert fresh == set(last) == {"a-new-one", "two", "three"}
-    # What came before leaves no trace in an output: another place that knows only the last files agrees.
-    _, elsewhere = _bring_up_to_date(source, tmp_path / "elsewhere")
+    # Outputs don't depend on history: an output root that only ever saw the last files agrees.
+    _, elsewhere = _update(source, tmp_path / "elsewhere")
     assert {part: output.data_version for part, output in elsewhere.items()} == {
         part: output.data_version for part, output in last.items()
     }
 
 
-def test_a_subset_leads_to_its_index_and_to_the_digest_of_its_file(tmp_path: Path) -> None:
+def test_a_subset_records_its_index_and_the_digest_of_its_file(tmp_path: Path) -> None:
     path = write_laion(tmp_path / "laion" / "p.parquet", [laion_row(URL)])
     subset = run_subset(path.parent, tmp_path / "out")
     (source,), (ref,) = subset.manifest.sources, subset.manifest.inputs["index"]
@@ -277,24 +277,24 @@ def test_a_subset_leads_to_its_index_and_to_the_digest_of_its_file(tmp_path: Pat
     assert read_part(index.only_file(ref.file or "")).sha256 == source.sha256
 
 
-def test_a_subset_takes_its_own_entry_and_no_other(tmp_path: Path) -> None:
+def test_a_subset_accepts_only_its_own_entry(tmp_path: Path) -> None:
     for name in ("one", "two"):
         write_laion(tmp_path / "laion" / f"{name}.parquet", [laion_row(URL, name)])
     index = run_index(tmp_path / "laion", tmp_path / "out")
-    for entry, message in ((entry_of(index, "two"), "is that of part two"), (index, "got the whole index")):
+    for entry, message in ((entry_of(index, "two"), "got the index entry of part two"), (index, "got the whole index")):
         with pytest.raises(ThroughlineError, match=message):
             laion_subset.STAGE.run(LaionSubsetConfig(), {"index": [entry]}, tmp_path / "out", "one")
 
 
 @pytest.mark.parametrize(("num_rows", "found"), [(2, "at least 3"), (4, "3")])
-def test_a_file_of_other_rows_than_its_entry_says_is_refused(
+def test_a_file_whose_row_count_differs_from_its_entry_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_rows: int, found: str
 ) -> None:
     rows = [laion_row(f"{URL}?{number}") for number in range(3)]
     index = run_index(write_laion(tmp_path / "laion" / "p.parquet", rows).parent, tmp_path / "out")
     part = read_part(entry_of(index, "p")).model_copy(update={"num_rows": num_rows})
     monkeypatch.setattr(laion_subset, "read_part", lambda entry: part)
-    with pytest.raises(ThroughlineError, match=rf"p.parquet: {found} rows, the index says {num_rows}; run laion_index"):
+    with pytest.raises(ThroughlineError, match=rf"p.parquet: {found} rows, the index says {num_rows}; re-run"):
         subset_of(index, tmp_path / "out", "p")
 
 
@@ -302,7 +302,7 @@ def test_a_file_changed_after_the_index_is_refused(tmp_path: Path) -> None:
     path = write_laion(tmp_path / "laion" / "p.parquet", [laion_row(URL, "one")])
     index = run_index(path.parent, tmp_path / "out")
     write_laion(path, [laion_row(URL, "two")])
-    with pytest.raises(ThroughlineError, match=r"p.parquet: SHA-256 .* the file was changed, run laion_index again"):
+    with pytest.raises(ThroughlineError, match=r"p.parquet: SHA-256 .* the file has changed, re-run laion_index"):
         subset_of(index, tmp_path / "out", "p")
     path.unlink()
     write_laion(path.with_name("q.parquet"), [laion_row(URL)])
@@ -322,7 +322,7 @@ def test_sources_may_be_folders_globs_and_files(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("case", ["absent", "empty", "no parquet", "no match", "text file"])
-def test_nothing_to_read_is_one_sentence(tmp_path: Path, case: str) -> None:
+def test_a_source_without_files_is_one_sentence(tmp_path: Path, case: str) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "texts").mkdir()
     (tmp_path / "texts" / "a.txt").write_text("x")
@@ -347,8 +347,8 @@ def test_nothing_to_read_is_one_sentence(tmp_path: Path, case: str) -> None:
         ({"URL": [1], "TEXT": ["a"]}, "column URL is int64, expected string"),
         ({"URL": ["a"], "TEXT": [["a"]]}, "column TEXT is list<"),
         ({"URL": ["a"], "TEXT": ["a"], "WIDTH": ["12"]}, "column WIDTH is string, expected integer or floating"),
-        ({"URL": ["a"], "url": ["a"], "TEXT": ["a"]}, "columns URL, url all mean url"),
-        (None, "not a whole parquet file"),
+        ({"URL": ["a"], "url": ["a"], "TEXT": ["a"]}, "columns URL, url all fill the role url"),
+        (None, "not a complete parquet file"),
     ],
 )
 def test_a_wrong_schema_names_the_file_and_the_column(
