@@ -8,7 +8,7 @@ from pipelines.core.manifest import MANIFEST_NAME, damaged_files
 from pipelines.runner.outputs import StageOutput
 from pipelines.storage.mirror import know_outputs, location_of
 from training.config import Strategy
-from training.export.saved_model import read_conditioning
+from training.models.saved_model import read_conditioning
 
 if TYPE_CHECKING:
     from orchestration.profiles.profile import Profile

@@ -1,11 +1,8 @@
 """What the asset checks look for in a finished output: pure functions from a task to a finding."""
 
-import json
-import math
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from evaluation.judging.checks import (
@@ -17,6 +14,7 @@ from evaluation.judging.checks import (
     unscored_share,
 )
 from pipelines.core.manifest import DROPPED_NAME
+from pipelines.core.safetensors_file import count_not_finite
 from pipelines.runner.outputs import StageOutput
 
 if TYPE_CHECKING:
@@ -118,30 +116,6 @@ def look_for_nan(plan: "Plan", task: "Task") -> Finding:
     bad = {path.name: count for path in files if (count := count_not_finite(path))}
     said = "; ".join(f"{name}: {count} values are NaN or infinite" for name, count in list(bad.items())[:_MAX_NAMED])
     return Finding(not bad, said or "every value is finite", {"num_files": len(files), "num_bad_files": len(bad)})
-
-
-_SIGN_FREE = {"F16": ("<u2", 0x7C00), "BF16": ("<u2", 0x7F80), "F32": ("<u4", 0x7F800000)}
-"""Floating types by safetensors' name: their bits as integers, and the exponent that NaN and infinity have."""
-
-
-def count_not_finite(path: Path) -> int:
-    """Return how many values in a safetensors file are NaN or infinite, without loading torch."""
-    import numpy as np
-
-    with path.open("rb") as stream:
-        header_bytes = int.from_bytes(stream.read(8), "little")
-        header = json.loads(stream.read(header_bytes))
-    count = 0
-    for name, entry in header.items():
-        if name == "__metadata__" or entry["dtype"] not in _SIGN_FREE or math.prod(entry["shape"]) == 0:
-            continue
-        bits, exponent = _SIGN_FREE[entry["dtype"]]
-        start, end = entry["data_offsets"]
-        width = np.dtype(bits).itemsize
-        values = np.memmap(path, dtype=bits, mode="r", offset=8 + header_bytes + start, shape=((end - start) // width,))
-        for begin in range(0, len(values), 1 << 24):
-            count += int(np.count_nonzero((values[begin : begin + (1 << 24)] & exponent) == exponent))
-    return count
 
 
 def _said_by(judge: Callable[[StageOutput], Verdict]) -> "Callable[[Plan, Task], Finding]":

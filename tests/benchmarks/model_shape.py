@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from training.config import ModelConfig, Strategy
-from training.models.dit import Backbone, build_model
+from training.models.backbone import Backbone
+from training.models.build import build_model
 from training.models.fuse_dit import FuseDiT
 from training.models.shared_attention import SharedAttention, SharedLayer
 

@@ -29,7 +29,7 @@ from tests.benchmarks.record import write_results
 from training.config import ModelConfig, Strategy, TrainingConfig
 from training.data.feature_source import Batch, prepare_text, text_lengths
 from training.loop.loop import batch_losses
-from training.loop.parallel import lay_out
+from training.loop.parallel import parallelize
 from training.loop.run_state import build_optimizer
 from training.models.kernels.malloc import keep_freed_memory
 
@@ -42,7 +42,7 @@ def training_step(
     """Return one step of a strategy, ready to be timed."""
     training = TrainingConfig(batch_size=args.batch, compile=mode == COMPILE)
     model = built(config, strategy).train()
-    lay_out(model, training, torch.device("cpu"), num_processes=1)
+    parallelize(model, training, torch.device("cpu"), num_processes=1)
     optimizer = build_optimizer(model, training)
     hidden_states = random_texts(config, args.batch, args.tokens)
 

@@ -14,9 +14,9 @@ from pipelines.core.progress import Progress
 from tests.training.conftest import TinyData
 from training.config import Strategy
 from training.data.feature_source import FeatureSource
-from training.export.saved_model import connect_text_encoder
 from training.loop.loop import train
-from training.models.dit import build_model
+from training.models.build import build_model
+from training.models.saved_model import connect_text_encoder
 
 GOLDEN = Path(__file__).with_name("losses.json")
 NUM_STEPS = 20

@@ -9,13 +9,13 @@ from pipelines.runner.units import StageRun
 from tests.training.conftest import TEMPLATE, TINY_MODEL, TINY_TRAINING
 from tests.training.models.test_dit import built
 from training.config import CheckpointConfig, ModelConfig, Strategy
-from training.export.saved_model import (
+from training.models.saved_model import (
     CONDITIONING_NAME,
     MODEL_CONFIG_NAME,
     ConditioningRecord,
     write_conditioning,
 )
-from training.export.weight_files import WEIGHTS_NAME
+from training.models.weight_files import WEIGHTS_NAME
 
 
 def write_checkpoint(

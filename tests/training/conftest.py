@@ -22,7 +22,7 @@ from pipelines.shards.format import ShardWriter
 from tests.tiny_models import write_causal_lm
 from training.config import CheckpointConfig, ModelConfig, Strategy, TrainingConfig
 from training.data.feature_source import text_lengths
-from training.models.fusion import stack_texts
+from training.models.kernels.ragged_texts import stack_texts
 
 NUM_LAYERS, TEXT_WIDTH, KV_HEADS, HEAD_DIM = 4, 48, 2, 8  # of tests.tiny_models.write_causal_lm
 TEMPLATE = "plain-1"

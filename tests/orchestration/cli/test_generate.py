@@ -145,7 +145,7 @@ def test_what_cannot_be_drawn_is_one_sentence(home: Home) -> None:
         assert isinstance(said, str) and expected in said and "\n" not in said
     home.write_profile(home.llm, home.autoencoder.model_copy(update={"revision": "sha256:other"}))
     said = home.generate("a dog", *common)
-    assert isinstance(said, str) and "given tiny-vae at sha256:other; name the former" in said
+    assert isinstance(said, str) and "given tiny-vae at sha256:other; use the former" in said
     assert not list(home.folder.glob("x*"))
     (checkpoint.folder / "model.safetensors").write_bytes(b"short")
     said = home.generate("a dog", *common)
@@ -163,7 +163,7 @@ def test_export_writes_the_pipeline_of_the_newest_checkpoint(home: Home, capsys:
     assert index["lineage"]["checkpoint"] == checkpoint.data_version
     assert (index["num_inference_steps"], index["guidance_scale"]) == (2, 2.0)
     said = home.call("export", "--strategy", "uniform", "--out", str(out))
-    assert isinstance(said, str) and "there is something already" in said
+    assert isinstance(said, str) and "the folder is not empty" in said
     said = home.call("export", "--out", str(home.folder / "other"))
     assert isinstance(said, str) and "name either a strategy" in said
 

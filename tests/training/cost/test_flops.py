@@ -8,7 +8,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from tests.training.conftest import TINY_MODEL
 from training.config import ModelConfig, Strategy
 from training.cost.flops import KNOWN_TEXT_ENCODERS, TextEncoderShape, count_flops
-from training.models.dit import DiT, build_model
+from training.models.build import build_model
+from training.models.dit import DiT
+from training.sampling.text_over_time import text_over_time, time_bases
 
 QWEN = KNOWN_TEXT_ENCODERS["Qwen/Qwen3-VL-4B-Instruct"]
 
@@ -89,8 +91,8 @@ def test_text_over_time_costs_what_the_formula_says(strategy: Strategy) -> None:
     model.fusion.gate.weight_out += torch.randn(model.fusion.gate.weight_out.shape[1:])
     text = model.prepare_text(torch.zeros(config.num_text_layers, tokens, config.text_width))
     with FlopCounterMode(display=False) as counter:
-        bases = model.fusion.time_bases(torch.linspace(0, 1, num_steps))
-        model.text_over_time((text, text), bases, model.text_projections())
+        bases = time_bases(model.fusion, torch.linspace(0, 1, num_steps))
+        text_over_time(model, (text, text), bases, model.fold_text_projection())
     (num_directions,) = {len(basis.directions) for basis in bases}
     assert 1 < num_directions < config.num_text_layers
     expected = count_flops(

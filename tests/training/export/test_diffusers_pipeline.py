@@ -33,7 +33,7 @@ from tests.training.fresh_process import printed_by
 from training.config import SamplerConfig, Strategy
 from training.diffusers_pipeline import ThroughlinePipeline
 from training.export.export import build_pipeline, export_pipeline
-from training.loop.flow import sampling_noise
+from training.models.flow import sampling_noise
 from training.sampling.sampler import load_sampler
 
 pytestmark = pytest.mark.slow
@@ -153,7 +153,7 @@ def test_an_encoder_of_no_hub_is_given_by_its_folder_and_checked(
     with pytest.raises(ThroughlineError, match=rf"{llm.id} \({local.revision}\) is neither in .* nor on a hub"):
         _drawn(pipe, gate_shift=False)
     other = write_causal_lm(tmp_path / "other", num_layers=NUM_LAYERS, seed=1)
-    with pytest.raises(ThroughlineError, match=f"trained with {llm.id} at {local.revision}; give the folder"):
+    with pytest.raises(ThroughlineError, match=f"trained with {llm.id} at {local.revision}; pass the folder"):
         pipe.load_text_encoder(other.path)
     pipe.load_text_encoder(llm.path)
     expected = load_sampler(checkpoint, local, autoencoder).latents(PROMPTS, INDICES, 7, SETTINGS)
@@ -266,7 +266,7 @@ def test_schedulers_of_flow_matching_can_be_swapped(
         (DPMSolverMultistepScheduler(), "DPMSolverMultistepScheduler is not set to flow matching"),
         (DPMSolverMultistepScheduler(use_flow_sigmas=True), "is not set to flow matching"),
         (DPMSolverMultistepScheduler(prediction_type="flow_prediction"), "is not set to flow matching"),
-        (FlowMatchEulerDiscreteScheduler(num_train_timesteps=100), "num_train_timesteps 100, times here run to 1000"),
+        (FlowMatchEulerDiscreteScheduler(num_train_timesteps=100), "num_train_timesteps 100; build it with 1000"),
     ],
 )
 def test_other_schedulers_are_refused(pipe: Any, exported: Path, scheduler: Any, match: str) -> None:
@@ -391,15 +391,15 @@ def test_lower_precision_stays_close(
 
 def test_what_a_call_refuses(pipe: Any) -> None:
     refusals: dict[str, dict[str, Any]] = {
-        "height 30 is not a multiple of 8; take 24": {"height": 30},
+        "height 30 is not a multiple of 8; use 24": {"height": 30},
         "1 prompts but 2 negative prompts": {"negative_prompt": ["a", "b"]},
         "output_type 'jpeg'": {"output_type": "jpeg"},
-        r"latents are \(1, 4, 8, 8\), this call draws \(2,": {
+        r"latents are \(1, 4, 8, 8\), this call needs \(2,": {
             "latents": _noise("", 0)[None],
             "num_images_per_prompt": 2,
         },
         "callbacks get": {"callback_on_step_end_tensor_inputs": ["prompt_embeds"]},
-        "there is nothing to draw": {"num_images_per_prompt": 0},
+        "nothing to sample": {"num_images_per_prompt": 0},
         "num_steps": {"num_inference_steps": 0},
     }
     for match, arguments in refusals.items():
@@ -426,7 +426,7 @@ def test_export_refuses_other_models_and_folders_in_use(
     exported: Path, tmp_path: Path, llm: ModelRef, autoencoder: ModelRef
 ) -> None:
     checkpoint = write_checkpoint(tmp_path, Strategy.STATIC, llm, autoencoder)
-    with pytest.raises(ThroughlineError, match="there is something already"):
+    with pytest.raises(ThroughlineError, match="the folder is not empty"):
         export_pipeline(checkpoint, llm, autoencoder, SETTINGS, exported)
     with pytest.raises(ThroughlineError, match="trained on latents of tiny-vae"):
         export_pipeline(

@@ -12,8 +12,8 @@ from pipelines.core.errors import ThroughlineError
 from pipelines.runner.outputs import StageOutput
 from tests.training.conftest import TINY_MODEL, TinyData
 from training.config import Strategy
-from training.export.saved_model import load_model
 from training.loop.checkpoint import STAGE
+from training.models.saved_model import load_model
 
 pytestmark = pytest.mark.slow
 
@@ -228,7 +228,7 @@ def test_latents_of_another_size_are_named(tiny_data: TinyData, tmp_path: Path) 
 
 def test_inputs_that_are_not_the_datasets_are_refused(tiny_data: TinyData, tmp_path: Path) -> None:
     inputs = dict(tiny_data.inputs) | {"latents": tiny_data.inputs["latents"][:1]}
-    with pytest.raises(ThroughlineError, match="latents: the outputs given are not those of dataset"):
+    with pytest.raises(ThroughlineError, match="latents: the inputs are not the outputs that dataset"):
         STAGE.run(tiny_data.config(Strategy.STATIC), inputs, tmp_path, "static")
 
 

@@ -23,7 +23,7 @@ from tests.training.conftest import TinyData
 from tests.training.loop.test_checkpoint import flat, metrics
 from training.config import CheckpointConfig, Strategy
 from training.loop.checkpoint import STAGE
-from training.models.dit import build_model
+from training.models.build import build_model
 
 pytestmark = pytest.mark.slow
 

@@ -8,8 +8,11 @@ from pipelines.core.config import ModelRef
 from tests.training.conftest import HEAD_DIM, KV_HEADS, NUM_LAYERS, TEXT_WIDTH, TINY_MODEL, pad_texts
 from training.config import ModelConfig, Strategy
 from training.data.feature_source import prepare_text
-from training.models.dit import Backbone, DiT, build_model
-from training.models.layers import attend, grid_angles, rms_norm, rotary_tables, rotate
+from training.models.backbone import Backbone
+from training.models.build import build_model
+from training.models.dit import DiT
+from training.models.kernels.ops import rms_norm
+from training.models.layers import attend, grid_angles, rotary_tables, rotate
 from training.models.shared_attention import SharedAttention, SharedLayer
 
 

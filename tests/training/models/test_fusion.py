@@ -9,8 +9,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from training.config import ModelConfig, Strategy
-from training.models.dit import DiT, build_model
-from training.models.fusion import Fusion, normalise, shift_gate_time, stack_texts
+from training.models.build import build_model
+from training.models.dit import DiT
+from training.models.fusion import Fusion, normalise, shift_gate_time
+from training.models.kernels.ragged_texts import stack_texts
 from training.models.layers import initialise
 
 L, D = 5, 3

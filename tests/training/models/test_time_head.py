@@ -13,13 +13,14 @@ from tests.training.models.test_dit import built, latents, texts
 from training.config import CheckpointConfig, ModelConfig, SamplerConfig, Strategy
 from training.cost.params import count_parameters
 from training.data.feature_source import VALIDATION, Batch, LatentReader, Split, read_splits
-from training.export.saved_model import load_model
 from training.loop.checkpoint import STAGE
-from training.loop.flow import interpolate, sample_losses, validation_noise, velocity_target
 from training.loop.loop import batch_losses
-from training.models.dit import DiT, build_model
+from training.models.build import build_model
+from training.models.dit import DiT
+from training.models.flow import interpolate, sample_losses, validation_noise, velocity_target
 from training.models.fusion import shift_gate_time
 from training.models.layers import initialise
+from training.models.saved_model import load_model
 from training.models.time_head import TimeHead, time_losses
 from training.sampling.sampler import sample_latents
 from training.sampling.schedule import build_scheduler, euler_step, flow_time

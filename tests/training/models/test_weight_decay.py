@@ -8,7 +8,8 @@ import torch
 from tests.training.conftest import TINY_MODEL, TINY_TRAINING
 from training.config import ModelConfig, Strategy
 from training.loop.run_state import build_optimizer
-from training.models.dit import Backbone, build_model
+from training.models.backbone import Backbone
+from training.models.build import build_model
 
 MATRICES = {
     "patch_in.weight", "patch_out.weight", "blocks.*.attention.qkv.weight", "blocks.*.attention.out.weight",

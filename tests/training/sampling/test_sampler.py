@@ -12,16 +12,18 @@ from tests.tiny_models import write_autoencoder
 from tests.training.conftest import TINY_MODEL, TinyData, pad_texts
 from tests.training.models.test_dit import built, texts
 from training.config import SamplerConfig, Strategy
-from training.export.saved_model import ConditioningRecord, SavedModel
 from training.loop.checkpoint import STAGE
-from training.loop.flow import sampling_noise
-from training.models.dit import Backbone, DiT
-from training.models.fusion import Prepared, shift_gate_time
+from training.models.backbone import Backbone
+from training.models.dit import DiT
+from training.models.flow import sampling_noise
+from training.models.fusion import shift_gate_time
+from training.models.kernels.ragged_texts import Prepared
 from training.models.layers import KeysValues
+from training.models.saved_model import ConditioningRecord, SavedModel
 from training.sampling.sampler import Sampler, load_sampler, sample_latents
 from training.sampling.schedule import build_scheduler, euler_step, flow_time
 from training.sampling.step_conditioning import TextBatch
-from training.sampling.text_over_time import TimeBasis
+from training.sampling.text_over_time import TimeBasis, text_over_time
 
 LENGTHS = {"": 1, "a red dog": 5, "two blue houses": 7, "one": 2}
 
@@ -80,32 +82,30 @@ def test_cached_sampling_equals_computing_everything_at_every_step(strategy: Str
         assert (drawn[row] - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
-@pytest.mark.parametrize("kept_values", [0, 2**20], ids=["one time at once", "all times at once"])
+@pytest.mark.parametrize("max_values", [0, 2**20], ids=["one time at once", "all times at once"])
 @pytest.mark.parametrize("strategy", Strategy)
 def test_text_is_computed_once_per_prompt_or_once_per_time(
-    strategy: Strategy, kept_values: int, monkeypatch: pytest.MonkeyPatch
+    strategy: Strategy, max_values: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("training.sampling.step_conditioning._KEPT_VALUES", kept_values)
+    monkeypatch.setattr("training.sampling.step_conditioning._MAX_PROJECTED_VALUES", max_values)
     sampler, calls = _sampler(strategy), []
     model = sampler.saved.model
     once = model.text_keys_values
 
-    def counted(prepared: Prepared, t: Tensor, projections: object) -> object:
+    def counted(prepared: Prepared, t: Tensor, folded: object) -> object:
         calls.append((len(prepared), 1))
-        return once(prepared, t, projections)  # type: ignore[arg-type]
+        return once(prepared, t, folded)  # type: ignore[arg-type]
 
     model.text_keys_values = counted  # type: ignore[method-assign, assignment]
-    if isinstance(model, DiT):
-        over_time = model.text_over_time
 
-        def counted_over_time(prepared: Prepared, bases: list[TimeBasis], projections: object) -> object:
-            calls.append((len(prepared), len(bases[0].coefficients)))
-            return over_time(prepared, bases, projections)  # type: ignore[arg-type]
+    def counted_over_time(model: DiT, prepared: Prepared, bases: list[TimeBasis], folded: object) -> object:
+        calls.append((len(prepared), len(bases[0].coefficients)))
+        return text_over_time(model, prepared, bases, folded)  # type: ignore[arg-type]
 
-        model.text_over_time = counted_over_time  # type: ignore[method-assign, assignment]
+    monkeypatch.setattr("training.sampling.step_conditioning.text_over_time", counted_over_time)
     settings = SamplerConfig(num_steps=3)
     sampler.latents(["a red dog", "one", "a red dog"], [0, 0, 1], 0, settings)
-    all_steps = [1] if not strategy.has_time_gate else [3] if kept_values else [1, 1, 1]
+    all_steps = [1] if not strategy.has_time_gate else [3] if max_values else [1, 1, 1]
     # The unconditional text, and two distinct prompts.
     assert sorted(calls) == [(1, steps) for steps in all_steps] + [(2, steps) for steps in all_steps]
     calls.clear()

@@ -8,16 +8,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from training.loop.flow import (
+from training.models.flow import (
     interpolate,
     logit_normal_time,
     sample_losses,
     sampling_noise,
+    shift_time,
     training_draw,
     validation_noise,
     velocity_target,
 )
-from training.sampling.schedule import build_scheduler, euler_step, flow_time, shift_time
+from training.sampling.schedule import build_scheduler, euler_step, flow_time
 
 SHAPE = (2, 3, 3)
 
