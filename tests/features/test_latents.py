@@ -105,7 +105,7 @@ def test_a_part_without_shards_gives_an_empty_output(shards, config, tmp_path):
     assert output.manifest.conservation is not None and output.manifest.conservation.rows_in == 0
 
 
-def test_a_missing_model_is_one_sentence(shards, tmp_path):
+def test_a_missing_model_is_one_message(shards, tmp_path):
     ref = ModelRef(id="nowhere", revision="1", path=str(tmp_path))
     with pytest.raises(ThroughlineError, match="autoencoder nowhere: cannot be loaded"):
         STAGE.run(LatentsConfig(autoencoder=ref), {"shards": [shards]}, tmp_path / "out")

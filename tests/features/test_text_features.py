@@ -90,7 +90,7 @@ def test_nan_stops_the_stage_and_names_the_sample(shards, models, tmp_path):
         STAGE.run(TextFeaturesConfig(text_encoder=broken), {"shards": [shards]}, tmp_path / "out")
 
 
-def test_threads_and_device_leave_the_result_alone(shards, config, tmp_path):
+def test_threads_and_device_do_not_change_the_fingerprint(shards, config, tmp_path):
     one = STAGE.run(config, {"shards": [shards]}, tmp_path)
     assert (
         STAGE.fingerprint(config.model_copy(update={"num_threads": 2}), {"shards": [shards]})

@@ -1,4 +1,4 @@
-"""Finished checkpoints of models that were not trained: every parameter moved off its start, published as usual."""
+"""Finished checkpoints of untrained models: every parameter moved off its initial value, published as usual."""
 
 from pathlib import Path
 
@@ -28,7 +28,7 @@ def write_checkpoint(
     code_version: str = "1",
     **conditioning: str,
 ) -> StageOutput:
-    """Publish a checkpoint of an untrained model under `root`; another `code_version` gives another one.
+    """Publish a checkpoint of an untrained model under `root`; another `code_version` gives another checkpoint.
 
     `conditioning` are fields of its record in place of the usual ones.
     """

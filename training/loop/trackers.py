@@ -41,7 +41,7 @@ class Trackers:
             tracker.start()
         except ModuleNotFoundError as error:
             raise ThroughlineError(
-                f"tracker {name}: the package {error.name} is missing; install {_EXTRAS.get(name, name)}, or leave "
+                f"tracker {name}: its package is not installed ({error}); install {_EXTRAS.get(name, name)}, or leave "
                 f"{name} out of training.trackers"
             ) from error
         return tracker

@@ -1,4 +1,4 @@
-"""Operation counts: the published figures, and that the formulae count what the models do."""
+"""Operation counts agree with the published figures and with torch's counter."""
 
 import pytest
 import torch
@@ -50,7 +50,7 @@ def test_caching_makes_depth_wise_cheaper_than_the_uncached_baseline() -> None:
 
 @pytest.mark.parametrize("strategy", Strategy)
 @pytest.mark.parametrize("timestep_conditioning", ["none", "adaln"])
-def test_formulae_count_what_the_model_does(strategy: Strategy, timestep_conditioning: str) -> None:
+def test_formulae_agree_with_torchs_counter(strategy: Strategy, timestep_conditioning: str) -> None:
     config = TINY_MODEL.model_copy(update={"timestep_conditioning": timestep_conditioning})
     model = build_model(config, strategy)
     branches, tokens, latent_size = 2, 5, 12
@@ -81,7 +81,7 @@ def test_formulae_count_what_the_model_does(strategy: Strategy, timestep_conditi
 
 @pytest.mark.parametrize("strategy", [Strategy.TIME_WISE, Strategy.JOINT])
 @torch.no_grad()
-def test_text_over_time_costs_what_the_formula_says(strategy: Strategy) -> None:
+def test_text_over_time_agrees_with_its_formula(strategy: Strategy) -> None:
     tokens, num_steps = 5, 20
     config = TINY_MODEL.model_copy(update={"num_text_layers": 12})
     model = build_model(config, strategy)
@@ -111,6 +111,6 @@ def test_fuse_dit_stops_the_encoder_at_its_last_shared_layer_as_released() -> No
     assert (released.text_keys_values, ours.text_keys_values > 0) == (0, True)
 
 
-def test_latents_that_patches_do_not_divide_are_refused() -> None:
+def test_latents_not_divisible_by_the_patch_are_refused() -> None:
     with pytest.raises(ValueError, match="latents of 7 are not divisible by the patch size 2"):
         count_flops(TINY_MODEL, Strategy.UNIFORM, None, latent_size=7, cached=True)

@@ -1,4 +1,4 @@
-"""A finished checkpoint's weights in several files: read like one, and a missing piece is named."""
+"""A finished checkpoint's weights in several files: read like one, and a missing file is named."""
 
 from pathlib import Path
 
@@ -32,7 +32,7 @@ def test_split_weights_are_those_of_one_file(split: StageOutput, tiny_data: Tiny
 
 
 @pytest.mark.parametrize("damage", ["missing", "cut", "swapped", "no index"])
-def test_a_missing_piece_is_named(split: StageOutput, damage: str) -> None:
+def test_a_missing_file_is_named(split: StageOutput, damage: str) -> None:
     first, second = split.files(".safetensors")[:2]
     match damage:
         case "missing":

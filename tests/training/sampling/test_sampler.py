@@ -1,4 +1,4 @@
-"""Sampling: the text side computed once, guidance, and what an image depends on."""
+"""Sampling: text computed once, guidance, and the inputs that an image depends on."""
 
 from pathlib import Path
 
@@ -51,7 +51,7 @@ def _hidden_states(prompt: str) -> Tensor:
 
 
 def _sample_plainly(model: Backbone, prompt: str, index: int, seed: int, settings: SamplerConfig) -> Tensor:
-    """One image, both branches apart, everything computed anew at every step, no padding."""
+    """One image without padding, both branches apart, everything computed again at every step."""
     shape = (TINY_MODEL.latent_channels, TINY_MODEL.latent_size, TINY_MODEL.latent_size)
     x_t = sampling_noise(seed, prompt, index, shape)[None]
     scheduler = build_scheduler(settings.num_steps, settings.time_shift)
@@ -72,7 +72,7 @@ def _sample_plainly(model: Backbone, prompt: str, index: int, seed: int, setting
 @pytest.mark.parametrize("strategy", Strategy)
 @pytest.mark.parametrize("guidance_scale", [1.0, 3.0, 6.0])
 def test_cached_sampling_equals_computing_everything_at_every_step(strategy: Strategy, guidance_scale: float) -> None:
-    """To 1e-5 of the image's largest value; small values have the rounding of the large ones they are sums of."""
+    """To 1e-5 of the largest value; small values are sums of large ones and share their rounding."""
     sampler = _sampler(strategy)
     settings = SamplerConfig(num_steps=12, guidance_scale=guidance_scale, gate_shift=strategy.has_time_gate)
     prompts, indices = ["a red dog", "two blue houses", "a red dog"], [0, 0, 3]
@@ -154,7 +154,7 @@ def test_prompts_without_index_are_refused() -> None:
         _sampler(Strategy.UNIFORM).generate(["one", "one"], [0], 0, SamplerConfig())
 
 
-def test_unguided_sampling_leaves_the_unconditional_branch_out() -> None:
+def test_unguided_sampling_omits_the_unconditional_branch() -> None:
     model, rows = built(Strategy.UNIFORM), []
     original = model.velocity
 
@@ -172,7 +172,7 @@ def test_unguided_sampling_leaves_the_unconditional_branch_out() -> None:
     assert rows == [(2, 2, 2), (2, 4, 4)]
 
 
-def test_a_trained_checkpoint_draws_images(tiny_data: TinyData, tmp_path: Path) -> None:
+def test_a_trained_checkpoint_samples_images(tiny_data: TinyData, tmp_path: Path) -> None:
     autoencoder = write_autoencoder(tmp_path / "vae").model_copy(update={"revision": "1"})
     for strategy in (Strategy.DEPTH_WISE, Strategy.FUSE_DIT):
         config = tiny_data.config(strategy, steps=3, warmup_steps=0)

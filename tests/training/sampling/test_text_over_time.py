@@ -1,4 +1,4 @@
-"""Texts at many times from few directions: the same keys and values as at each time alone."""
+"""Texts at many times from few directions have the keys and values of each time alone."""
 
 import pytest
 import torch
