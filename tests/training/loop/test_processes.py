@@ -275,7 +275,7 @@ def _interrupt_at(
 
     original = loop.train_step
 
-    def interrupted(run: loop.Run, at_step: int) -> loop.StepTaken:
+    def interrupted(run: loop.TrainingRun, at_step: int) -> loop.StepResult:
         if at_step == step:
             raise KeyboardInterrupt
         return original(run, at_step)
