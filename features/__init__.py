@@ -1,1 +1,1 @@
-"""What training reads instead of words and pixels: hidden states of a frozen text encoder, and latents."""
+"""The stored inputs of training: hidden states of a frozen text encoder, and latents."""

@@ -1,4 +1,4 @@
-"""The frozen image autoencoder: pixels to the posterior over latents, latents to pixels, and the scale of latents.
+"""The frozen image autoencoder: pixels to a posterior over latents, latents to pixels, and the scale of latents.
 
 Shapes: B batch, H and W image height and width, C latent channels, h and w latent height and width (H / 8 for f8).
 """
@@ -15,7 +15,7 @@ from pipelines.core.errors import ThroughlineError
 
 
 class Autoencoder:
-    """A diffusers AutoencoderKL. Latents are unscaled unless a name says otherwise."""
+    """A diffusers AutoencoderKL. Latents are unscaled unless named otherwise."""
 
     def __init__(self, model: AutoencoderKL) -> None:
         self._model = model
@@ -30,7 +30,7 @@ class Autoencoder:
     def load(
         cls, model: ModelRef, *, subfolder: str | None = None, dtype: str = "float32", device: str = "cpu"
     ) -> Self:
-        """Load an AutoencoderKL; raises ThroughlineError where it is missing or is something else."""
+        """Load an AutoencoderKL; raises ThroughlineError where it is missing or of another class."""
         try:
             loaded = AutoencoderKL.from_pretrained(
                 model.source, revision=model.hub_revision, subfolder=subfolder, torch_dtype=getattr(torch, dtype)
@@ -66,5 +66,5 @@ class Autoencoder:
         return (latents - self.shift_factor) * self.scaling_factor
 
     def unscale(self, scaled: Tensor) -> Tensor:
-        """Return the latents that `decode` takes."""
+        """Return unscaled latents, the input of `decode`."""
         return scaled / self.scaling_factor + self.shift_factor

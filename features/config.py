@@ -20,13 +20,13 @@ class TextFeaturesConfig(FrozenConfig):
     template_version: str = "released-1"
     """A key of `features.templates.TEXT_TEMPLATES`."""
     layers: tuple[int, ...] | None = None
-    """Which entries of hidden_states to keep, 1 = output of the first layer; None keeps 1..L."""
+    """Entries of hidden_states to store, 1 = output of the first layer; None stores 1..L."""
     max_tokens: int = Field(512, ge=1)
-    """Longer texts are cut, and counted."""
+    """Longer texts are truncated and counted."""
     dtype: ComputeType = "float32"
     """Compute type. On CPUs without bfloat16 arithmetic float32 is 10 times faster (32 captions: 2.4 against 28 s)."""
     max_batch_tokens: int = Field(2048, ge=1)
-    """Tokens of a batch, padding included; costs layers x width x 4 bytes of memory each."""
+    """Tokens of a batch including padding; each takes layers x width x 4 bytes of memory."""
     device: str = execution_field("cpu")
     num_threads: int | None = execution_field(None, ge=1)
     """CPU threads; None takes torch's default."""
@@ -52,13 +52,13 @@ class LatentsConfig(FrozenConfig):
     subfolder: str | None = None
     """Folder of the autoencoder inside its repository, such as ``vae`` in a diffusers pipeline."""
     image_px: int = Field(256, ge=8)
-    """Side of the square images; a shard with others is refused."""
+    """Side of the square images; other images are refused."""
     dtype: ComputeType = "float32"
     """Compute type."""
     storage_dtype: Literal["float16", "float32"] = "float16"
-    """float16 keeps a latent to 1 in 2,000 of its size; values beyond 65,504 stop the stage."""
+    """float16 has a relative error of 1 in 2,000; values beyond 65,504 stop the stage."""
     batch_size: int = Field(4, ge=1)
-    """Images encoded together: 4 suit a CPU's caches (32 cost half as much again an image), 64 and more suit a GPU."""
+    """Images encoded together: 4 fit a CPU's caches (32 take half as long again per image), a GPU wants 64 or more."""
     device: str = execution_field("cpu")
     num_threads: int | None = execution_field(None, ge=1)
     """CPU threads; None takes torch's default."""

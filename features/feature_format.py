@@ -1,7 +1,7 @@
 """The file of text features: unpadded hidden states of a shard's captions, by sample key.
 
 Layout (safetensors): sample_keys uint8 (n, 16); offsets int64 (n + 1), tokens before each text; token_ids int32 (T);
-hidden_states bfloat16 (L, T, C), the texts one after the other. Shapes: n texts, T tokens of all, L layers, C channels.
+hidden_states bfloat16 (L, T, C), text after text. Shapes: n texts, T tokens of all texts, L layers, C channels.
 """
 
 from collections.abc import Sequence
@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import safe_open
 
 from features.tensor_file import TensorFileWriter
 from features.text_encoder import EncodedText
@@ -21,7 +20,7 @@ FORMAT = "throughline-text-features-1"
 
 
 def feature_metadata(encoder: ModelRef, template_version: str, layers: Sequence[int]) -> dict[str, str]:
-    """Return the metadata that every file of one configuration carries."""
+    """Return the metadata of every file of one configuration."""
     return {
         "format": FORMAT,
         "encoder_id": encoder.id,
@@ -32,7 +31,7 @@ def feature_metadata(encoder: ModelRef, template_version: str, layers: Sequence[
 
 
 class TextFeatureWriter:
-    """A file of text features being filled, text by text in any order."""
+    """Writes a file of text features, text by text in any order."""
 
     def __init__(
         self, path: Path, sample_keys: Sequence[str], lengths: Sequence[int], width: int, metadata: dict[str, str]
@@ -58,7 +57,7 @@ class TextFeatureWriter:
         self._file.array("sample_keys")[:] = key_array(sample_keys)
 
     def write(self, index: int, text: EncodedText) -> None:
-        """Put the text of sample `index` in its place; raises ThroughlineError where it holds NaN or infinity."""
+        """Write the text of sample `index`; raises ThroughlineError where it holds NaN or infinity."""
         if not bool(torch.isfinite(text.hidden_states).all()):
             raise ThroughlineError(
                 f"sample {self._sample_keys[index]}: its text features hold NaN or infinity; compute in float32, or "
@@ -72,52 +71,6 @@ class TextFeatureWriter:
         """Make the file durable."""
         with self._file:
             pass
-
-
-class TextFeatureReader:
-    """A file of text features, mapped into memory: reading a text reads its bytes alone."""
-
-    def __init__(self, path: Path) -> None:
-        """Raises ThroughlineError where the file is not one of text features."""
-        self.path = path
-        try:
-            self._file = safe_open(path, framework="pt")
-        except Exception as error:
-            raise ThroughlineError(f"{path}: not a readable file of text features ({error})") from error
-        self.metadata: dict[str, str] = self._file.metadata() or {}
-        if self.metadata.get("format") != FORMAT:
-            raise ThroughlineError(f"{path}: format {self.metadata.get('format')!r}, expected {FORMAT!r}")
-        self.layers = tuple(map(int, self.metadata["layers"].split(",")))
-        keys = self._file.get_tensor("sample_keys").numpy()
-        self.sample_keys = [bytes(row).hex() for row in keys]
-        self._index_of = {key: index for index, key in enumerate(self.sample_keys)}
-        self._offsets = self._file.get_tensor("offsets").tolist()
-        self._hidden_states = self._file.get_slice("hidden_states")
-        self._token_ids = self._file.get_slice("token_ids")
-        self.width: int = self._hidden_states.get_shape()[2]
-
-    def check(self, encoder: ModelRef, template_version: str) -> None:
-        """Raise ThroughlineError where the features come from another encoder or template."""
-        expected = feature_metadata(encoder, template_version, self.layers)
-        for name, value in expected.items():
-            if self.metadata.get(name) != value:
-                raise ThroughlineError(
-                    f"{self.path}: {name} is {self.metadata.get(name)!r}, expected {value!r}; re-run text_features"
-                )
-
-    def __len__(self) -> int:
-        return len(self.sample_keys)
-
-    def read(self, index: int) -> EncodedText:
-        """Return the text at `index` of `sample_keys`."""
-        start, end = self._offsets[index], self._offsets[index + 1]
-        return EncodedText(token_ids=self._token_ids[start:end], hidden_states=self._hidden_states[:, start:end])
-
-    def read_key(self, sample_key: str) -> EncodedText:
-        """Return the text of a sample; raises ThroughlineError where the file does not hold it."""
-        if sample_key not in self._index_of:
-            raise ThroughlineError(f"{self.path}: no text features for sample {sample_key}")
-        return self.read(self._index_of[sample_key])
 
 
 def key_array(sample_keys: Sequence[str]) -> np.ndarray:

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from safetensors import safe_open
 from torch import Tensor
 
 from features.autoencoder import Autoencoder
@@ -22,7 +21,7 @@ _KINDS = {"float16": "F16", "float32": "F32"}
 
 
 def latent_metadata(model: ModelRef, autoencoder: Autoencoder) -> dict[str, str]:
-    """Return the metadata that every file of one autoencoder carries."""
+    """Return the metadata of every file of one autoencoder."""
     return {
         "format": FORMAT,
         "autoencoder_id": model.id,
@@ -33,7 +32,7 @@ def latent_metadata(model: ModelRef, autoencoder: Autoencoder) -> dict[str, str]
 
 
 class LatentWriter:
-    """A file of latents being filled, batch by batch."""
+    """Writes a file of latents, batch by batch."""
 
     def __init__(
         self, path: Path, sample_keys: Sequence[str], shape: tuple[int, int, int], dtype: str, metadata: dict[str, str]
@@ -50,7 +49,7 @@ class LatentWriter:
         self._file.array("sample_keys")[:] = key_array(sample_keys)
 
     def write(self, start: int, mean: Tensor, std: Tensor) -> None:
-        """Put the latents of samples `start`... in place, (B, C, h, w) each.
+        """Write the latents of the samples from `start` on, (B, C, h, w) each.
 
         Raises ThroughlineError with the sample's key where one holds NaN or infinity, or overflows the stored type.
         """
@@ -60,7 +59,7 @@ class LatentWriter:
         if not finite.all():
             key = self._sample_keys[start + int(np.argmin(finite))]
             raise ThroughlineError(
-                f"sample {key}: its latents hold NaN, infinity, or more than {self._mean.dtype.name} can; compute and "
+                f"sample {key}: its latents hold NaN, infinity, or exceed {self._mean.dtype.name}; compute and "
                 "store in float32, or check the autoencoder's weights"
             )
         self._mean[start : start + len(mean)], self._std[start : start + len(std)] = stored
@@ -69,29 +68,3 @@ class LatentWriter:
         """Make the file durable."""
         with self._file:
             pass
-
-
-class LatentReader:
-    """A file of latents, mapped into memory."""
-
-    def __init__(self, path: Path) -> None:
-        """Raises ThroughlineError where the file is not one of latents."""
-        self.path = path
-        try:
-            self._file = safe_open(path, framework="pt")
-        except Exception as error:
-            raise ThroughlineError(f"{path}: not a readable file of latents ({error})") from error
-        self.metadata: dict[str, str] = self._file.metadata() or {}
-        if self.metadata.get("format") != FORMAT:
-            raise ThroughlineError(f"{path}: format {self.metadata.get('format')!r}, expected {FORMAT!r}")
-        self.scaling_factor = float(self.metadata["scaling_factor"])
-        self.shift_factor = float(self.metadata["shift_factor"])
-        self.sample_keys = [bytes(row).hex() for row in self._file.get_tensor("sample_keys").numpy()]
-        self._mean, self._std = self._file.get_slice("mean"), self._file.get_slice("std")
-
-    def __len__(self) -> int:
-        return len(self.sample_keys)
-
-    def read(self, index: int) -> tuple[Tensor, Tensor]:
-        """Return mean and std (C, h, w) as stored, unscaled."""
-        return self._mean[index], self._std[index]

@@ -1,7 +1,7 @@
 """Stage `latents`: the autoencoder's posterior for every image of a part.
 
-Input `shards`; output ``latents-NNNNN.safetensors`` for each tar, in its order. Mean and std are stored unscaled, so
-that training draws its own latents and scales them.
+Input `shards`; output one ``latents-NNNNN.safetensors`` per tar, in its order. Mean and std are stored unscaled;
+training draws latents from them and scales them.
 """
 
 import io
@@ -66,7 +66,7 @@ def _load_autoencoder(config: LatentsConfig) -> "Autoencoder":
     )
     if config.image_px % autoencoder.downscale:
         raise ThroughlineError(
-            f"images of {config.image_px} px do not divide by the autoencoder's factor {autoencoder.downscale}"
+            f"images of {config.image_px} px are not divisible by the autoencoder's factor {autoencoder.downscale}"
         )
     return autoencoder
 

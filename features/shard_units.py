@@ -1,4 +1,4 @@
-"""The shards of a part as units of work for the caches."""
+"""The shards of a part as units of work for latents and text features."""
 
 from pathlib import Path
 
@@ -13,7 +13,7 @@ def shard_units(shards: StageOutput) -> dict[str, Path]:
 
 
 def open_shard(shards: StageOutput, path: Path) -> Shard:
-    """Open a shard; raises ThroughlineError where it holds another number of samples than its manifest says."""
+    """Open a shard; raises ThroughlineError where its number of samples is not the manifest's."""
     shard = Shard(path)
     expected = shards.manifest.file(path.name).num_rows
     if expected is not None and len(shard) != expected:

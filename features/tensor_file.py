@@ -1,6 +1,6 @@
-"""Writes safetensors files whose bytes depend on their content alone, tensor by tensor, without holding them in memory.
+"""Writes safetensors files tensor by tensor, without holding them in memory; equal content gives equal bytes.
 
-The safetensors library writes its metadata in random order and wants all tensors at once; its readers read these files.
+The safetensors library writes its metadata in random order and needs all tensors at once. It reads these files.
 """
 
 import json
@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-_NUMPY_TYPES = {"BF16": "<u2", "F16": "<f2", "F32": "<f4", "I64": "<i8", "I32": "<i4", "U8": "|u1"}
+from pipelines.core.safetensors_file import NUMPY_TYPES
 
 
 class TensorFileWriter:
@@ -24,15 +24,15 @@ class TensorFileWriter:
     def __init__(
         self, path: Path, tensors: Mapping[str, tuple[str, tuple[int, ...]]], metadata: Mapping[str, str]
     ) -> None:
-        """`tensors` is name -> (safetensors type, shape); they lie in the file in this order."""
+        """`tensors` is name -> (safetensors type, shape), in the order of the file."""
         self.path = path
         self._tensors = dict(tensors)
         header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))}
         self._offsets = {}
         end = 0
         for name, (kind, shape) in self._tensors.items():
-            # Readers may demand aligned tensors; the widest types come first where the caller orders them so.
-            start, end = end, end + int(np.prod(shape, dtype=np.int64)) * np.dtype(_NUMPY_TYPES[kind]).itemsize
+            # Readers may demand aligned tensors, so callers put the widest types first.
+            start, end = end, end + int(np.prod(shape, dtype=np.int64)) * np.dtype(NUMPY_TYPES[kind]).itemsize
             header[name] = {"dtype": kind, "shape": list(shape), "data_offsets": [start, end]}
             self._offsets[name] = start
         encoded = json.dumps(header, separators=(",", ":")).encode()
@@ -52,16 +52,16 @@ class TensorFileWriter:
             os.fsync(stream.fileno())
 
     def array(self, name: str) -> np.ndarray:
-        """Return the tensor as a mapped, writable array; what is written lands in the file."""
+        """Return the tensor as a writable array over the mapped file."""
         kind, shape = self._tensors[name]
         if not int(np.prod(shape, dtype=np.int64)):
-            return np.zeros(shape, _NUMPY_TYPES[kind])  # nothing to map
+            return np.zeros(shape, NUMPY_TYPES[kind])  # nothing to map
         offset = self._data_start + self._offsets[name]
-        return np.memmap(self.path, _NUMPY_TYPES[kind], mode="r+", offset=offset, shape=shape)
+        return np.memmap(self.path, NUMPY_TYPES[kind], mode="r+", offset=offset, shape=shape)
 
 
 def _reserve(descriptor: int, num_bytes: int) -> None:
-    """Take the disk space now: a mapped write to a full disk would kill the process instead of raising OSError."""
+    """Allocate the disk space now: a mapped write to a full disk would kill the process instead of raising OSError."""
     try:
         os.posix_fallocate(descriptor, 0, num_bytes)
     except OSError as error:

@@ -1,6 +1,6 @@
 """The frozen text encoder: a decoder-only language model, and the hidden states of its layers.
 
-Shapes: L kept layers, S tokens of a text, C channels.
+Shapes: L selected layers, S tokens of a text, C channels.
 """
 
 from collections.abc import Iterator, Sequence
@@ -16,7 +16,7 @@ from pipelines.core.config import ModelRef
 from pipelines.core.errors import ThroughlineError, first_line
 
 STORED_TYPE = torch.bfloat16
-"""Type of hidden states as given and stored, so that sampling sees what training read from the cache."""
+"""Type of hidden states as returned and stored, so that sampling sees the values that training read from the cache."""
 
 
 @dataclass(frozen=True)
@@ -26,13 +26,13 @@ class EncodedText:
     token_ids: Tensor
     """(S,) int32"""
     hidden_states: Tensor
-    """(L, S, C) in `STORED_TYPE`: the kept entries of hidden_states[1..]; the embedding output (0) is not among them,
-    and the last layer's is the one after the final norm, as transformers gives it."""
+    """(L, S, C) in `STORED_TYPE`: the selected entries of hidden_states[1..], without the embedding output (0). The
+    last layer's entry comes after the final norm, as in transformers."""
     was_truncated: bool = False
 
 
 class TextEncoder:
-    """A loaded encoder. Texts are padded on the right and attention is causal, so that no text sees its batch mates."""
+    """A loaded encoder. Texts are padded on the right and attention is causal, so no text depends on its batch."""
 
     def __init__(
         self, model: Any, tokenizer: Any, *, ref: ModelRef, layers: Sequence[int] | None, template_version: str,
@@ -45,9 +45,9 @@ class TextEncoder:
         self.max_tokens = max_tokens
         num_layers = model.config.num_hidden_layers
         self.layers = tuple(layers) if layers is not None else tuple(range(1, num_layers + 1))
-        """The kept entries of hidden_states, counted as transformers does: 1 is the first layer's output."""
+        """The selected entries of hidden_states, numbered as in transformers: 1 is the first layer's output."""
         if min(self.layers) < 1 or max(self.layers) > num_layers:
-            raise ThroughlineError(f"{ref.id} has layers 1 to {num_layers}; layers {self.layers} were asked for")
+            raise ThroughlineError(f"{ref.id} has layers 1 to {num_layers}, not all of {self.layers}")
         self.width: int = model.config.hidden_size
         self._empty_text_ids = [_edge_token(tokenizer, ref)]
 
@@ -62,10 +62,10 @@ class TextEncoder:
         device: str = "cpu",
         max_tokens: int = 512,
     ) -> Self:
-        """Load a causal language model, or the text part alone of a vision-language model.
+        """Load a causal language model, or only the text part of a vision-language model.
 
         `layers` are entries of hidden_states (None: 1..L); `dtype` is the compute type. Raises ThroughlineError where
-        the model is missing, or is none whose hidden states can be had.
+        the model is missing or is not a decoder-only language model.
         """
         try:
             config = AutoConfig.from_pretrained(model.source, revision=model.hub_revision)
@@ -94,11 +94,11 @@ class TextEncoder:
         return self._tokenizer
 
     def tokenise(self, captions: Sequence[str]) -> list[list[int]]:
-        """Return the tokens of each caption in its template, cut at `max_tokens` and never empty."""
+        """Return the tokens of each caption in its template, truncated to `max_tokens` and never empty."""
         return [ids[: self.max_tokens] for ids in self._all_tokens(captions)]
 
     def count_tokens(self, captions: Sequence[str]) -> list[int]:
-        """Return how many tokens each caption has in its template, before anything is cut."""
+        """Return the number of tokens of each caption in its template, before truncation."""
         return [len(ids) for ids in self._all_tokens(captions)]
 
     def _all_tokens(self, captions: Sequence[str]) -> list[list[int]]:
@@ -110,9 +110,9 @@ class TextEncoder:
     def encode(
         self, captions: Sequence[str], max_batch_tokens: int = 2048, *, keep_on_device: bool = False
     ) -> list[EncodedText]:
-        """Return the encoded texts in order; "" gives the unconditional text. The template is put around them here.
+        """Return the encoded texts in order; "" gives the unconditional text. Applies the template.
 
-        Hidden states are on the CPU unless they stay on the encoder's device.
+        Hidden states are on the CPU, or with `keep_on_device` on the encoder's device.
         """
         encoded = dict(self.encode_by_length(captions, max_batch_tokens, keep_on_device=keep_on_device))
         return [encoded[index] for index in range(len(captions))]
@@ -120,9 +120,9 @@ class TextEncoder:
     def encode_by_length(
         self, captions: Sequence[str], max_batch_tokens: int = 2048, *, keep_on_device: bool = False
     ) -> Iterator[tuple[int, EncodedText]]:
-        """Yield (index, encoded text), short ones first, so that a batch has little padding.
+        """Yield (index, encoded text), shortest first, so that a batch has little padding.
 
-        Batches are a function of the list alone. `max_batch_tokens` counts padding; a longer text is a batch by itself.
+        Batches depend only on the list. `max_batch_tokens` includes padding; a longer text is a batch of its own.
         """
         all_tokens = self._all_tokens(captions)
         tokens = [ids[: self.max_tokens] for ids in all_tokens]
@@ -141,14 +141,13 @@ class TextEncoder:
 
     @torch.inference_mode()
     def _run(self, tokens: list[list[int]], *, keep_on_device: bool) -> Tensor:
-        """Return (L, batch, longest S, C); places beyond a text's end hold nothing of meaning."""
+        """Return (L, batch, longest S, C); values past a text's end are meaningless."""
         longest = max(map(len, tokens))
         device = self._model.device
         ids = torch.tensor([row + [0] * (longest - len(row)) for row in tokens], device=device)
         mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in tokens], device=device)
         output = self._model(input_ids=ids, attention_mask=mask, output_hidden_states=True, use_cache=False)
-        kept = [output.hidden_states[layer].to(STORED_TYPE) for layer in self.layers]
-        stacked = torch.stack(kept)
+        stacked = torch.stack([output.hidden_states[layer].to(STORED_TYPE) for layer in self.layers])
         return stacked if keep_on_device else stacked.cpu()
 
 
@@ -165,9 +164,9 @@ def length_sorted_batches(lengths: Sequence[int], max_batch_tokens: int) -> list
 
 def _load_text_model(model: ModelRef, config: Any, dtype: torch.dtype) -> Any:
     text_config = config.get_text_config(decoder=True)
-    # A vision-language checkpoint keeps its language model under this prefix; vision tower and head are left unread.
+    # The language model of a vision-language checkpoint has this prefix; vision tower and head are not read.
     key_mapping = {r"^(model\.)?language_model\.(model\.)?": ""} if text_config is not config else None
-    logger_level = _quiet_loading()
+    restore_logging = _silence_loading()
     try:
         loaded, report = AutoModel.from_pretrained(
             model.source,
@@ -180,20 +179,20 @@ def _load_text_model(model: ModelRef, config: Any, dtype: torch.dtype) -> Any:
     except (OSError, ValueError) as error:
         raise ThroughlineError(f"text encoder {model.id}: cannot be loaded ({first_line(error)})") from error
     finally:
-        logger_level()
+        restore_logging()
     if report["missing_keys"]:
         raise ThroughlineError(
             f"text encoder {model.id}: {len(report['missing_keys'])} weights are missing from {model.source}, such as "
-            f"{sorted(report['missing_keys'])[0]}; it is no decoder-only language model known here"
+            f"{sorted(report['missing_keys'])[0]}; it is not a supported decoder-only language model"
         )
     if key_mapping is not None:
-        # Saved, the language model stands by itself; transformers would try to give it its old prefix, and fail.
+        # The language model is saved without the prefix; transformers would try to restore it, and fail.
         loaded._weight_conversions = []
     return loaded
 
 
-def _quiet_loading() -> Any:
-    """Silence the report of unread weights, which is what is wanted here; return the function that ends it."""
+def _silence_loading() -> Any:
+    """Silence the report of unread weights, which is intended here; return the function that restores logging."""
     from transformers.utils import logging
 
     level = logging.get_verbosity()

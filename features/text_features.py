@@ -1,6 +1,6 @@
 """Stage `text_features`: hidden states of the frozen text encoder for every caption of a part.
 
-Input `shards`; output ``text_features-NNNNN.safetensors`` for each tar, in its order. Optional in the graph: training
+Input `shards`; output one ``text_features-NNNNN.safetensors`` per tar, in its order. The stage is optional: training
 encodes captions itself where there is no cache.
 """
 
@@ -27,7 +27,7 @@ def produce(run: StageRun[TextFeaturesConfig]) -> StageResult:
     """Encode the captions of every shard that has no features yet."""
     from features.shard_units import shard_units
 
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # forks of a used tokenizer warn otherwise
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # otherwise forks of a used tokenizer warn
     shards = run.input("shards")
     units = shard_units(shards)
     pending = [name for name in units if not run.is_finished(name)]

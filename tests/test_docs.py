@@ -121,4 +121,4 @@ def test_the_example_reads_shards_and_goes_on_in_another_layout(
 def test_the_profile_of_estimated_gates_trains_them_and_analyses_their_times(tmp_path: Path) -> None:
     profile = load_profile(str(ROOT / "docs" / "estimated_gate.toml"), tmp_path)
     assert profile.model.gate_signal == "estimated"
-    assert GRAPH["trajectory_analysis"].is_wanted(profile)
+    assert GRAPH["trajectory_analysis"].is_enabled(profile)

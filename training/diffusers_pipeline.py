@@ -1,8 +1,9 @@
-"""A trained checkpoint as a diffusers pipeline: the backbone behind ModelMixin, the call that diffusers' users know.
+"""A trained checkpoint as a diffusers pipeline: the backbone as a ModelMixin, sampling as a pipeline call.
 
-Loaded by `ThroughlinePipeline.from_pretrained(folder)`, which needs no remote code. diffusers finds a pipeline class by
-name among its own alone, so `DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)` goes by `pipeline.py`,
-three lines in the folder that import this module. Sampling itself is `training.sampling.sampler.sample_latents`.
+This is the public import of exported folders: `ThroughlinePipeline.from_pretrained(folder)` needs no remote code.
+diffusers resolves pipeline classes by name only among its own, so `DiffusionPipeline.from_pretrained(folder,
+trust_remote_code=True)` runs `pipeline.py`, three lines in the folder that import this module. The sampling itself is
+`training.sampling.sampler.sample_latents`.
 
 Shapes: B images, P distinct prompts, C latent channels, h and w latent height and width.
 """
@@ -32,10 +33,11 @@ from pipelines.core.digest import LOCAL_PREFIX, local_revision
 from pipelines.core.errors import ThroughlineError
 from training.config import ModelConfig, SamplerConfig, Strategy
 from training.data.feature_source import prepare_text
-from training.export.model_card import model_card
-from training.export.saved_model import ConditioningRecord
-from training.models.dit import Backbone, build_model
+from training.model_card import model_card
+from training.models.backbone import Backbone
+from training.models.build import build_model
 from training.models.fuse_dit import FuseDiT
+from training.models.saved_model import ConditioningRecord
 from training.models.shared_attention import shared_attention_of
 from training.sampling.sampler import sample_latents
 from training.sampling.schedule import build_scheduler, check_scheduler
@@ -55,7 +57,7 @@ StepCallback = Callable[["ThroughlinePipeline", int, Tensor, dict[str, Tensor]],
 
 
 class ThroughlineTransformer(ModelMixin, ConfigMixin):
-    """The backbone of one strategy, saved and loaded as diffusers does."""
+    """The backbone of one strategy, saved and loaded by diffusers."""
 
     @register_to_config
     def __init__(self, strategy: str, model: dict[str, Any]) -> None:
@@ -71,19 +73,19 @@ class ThroughlineTransformer(ModelMixin, ConfigMixin):
 
     @apply_forward_hook
     def placed_backbone(self) -> Backbone:
-        """Return the backbone, moved to its accelerator first where the pipeline keeps its parts off it."""
+        """Return the backbone, on its accelerator even where the pipeline offloads its parts."""
         return self.backbone
 
 
 class _InterruptedError(Exception):
-    """A callback asked to stop; carries the latents so far."""
+    """A callback requested a stop; carries the latents so far."""
 
     def __init__(self, latents: Tensor) -> None:
         self.latents = latents
 
 
 class ThroughlinePipeline(DiffusionPipeline):
-    """Text to image with one checkpoint. A scheduler of flow matching can be swapped for another."""
+    """Text to image with one checkpoint and any flow-matching scheduler."""
 
     model_cpu_offload_seq = "text_encoder->transformer->vae"
     _callback_tensor_inputs = ["latents"]  # noqa: RUF012 - diffusers' name and form
@@ -103,11 +105,11 @@ class ThroughlinePipeline(DiffusionPipeline):
         lineage: dict[str, Any] | None = None,
         prompt_drop_form: str = "instruction",
     ) -> None:
-        """`num_inference_steps` and `guidance_scale` are the defaults of a call; `lineage` is what the card states.
+        """`num_inference_steps` and `guidance_scale` are the defaults of a call; `lineage` is the content of the card.
 
-        `prompt_drop_form` says what an empty prompt is, as in training. Without encoder and tokenizer, those that
-        `lineage` names are loaded at the first call; from a local folder by `load_text_encoder`. Raises ValueError for
-        a scheduler that is not of flow matching, as a call does.
+        `prompt_drop_form` is the form of the empty prompt, as in training. Without encoder and tokenizer the first call
+        loads those that `lineage` names; `load_text_encoder` loads them from a local folder. Like a call, raises
+        ValueError for a scheduler without flow matching.
         """
         super().__init__()
         check_scheduler(scheduler)
@@ -130,12 +132,12 @@ class ThroughlinePipeline(DiffusionPipeline):
 
     @property
     def guidance_scale(self) -> float:
-        """s of the call under way, or of the last."""
+        """s of the current or the last call."""
         return self._guidance_scale
 
     @property
     def num_timesteps(self) -> int:
-        """Evaluations of the call under way, or of the last."""
+        """Network evaluations of the current or the last call."""
         return self._num_timesteps
 
     @property
@@ -145,14 +147,14 @@ class ThroughlinePipeline(DiffusionPipeline):
 
     @classmethod
     def load_config(cls, *args: Any, **kwargs: Any) -> Any:
-        """Read the folder's index with this class as its pipeline, so that no code of the folder is needed."""
+        """Read the folder's index with this class as its pipeline, so that loading runs no code of the folder."""
         loaded = super().load_config(*args, **kwargs)
         config = loaded[0] if isinstance(loaded, tuple) else loaded
         config["_class_name"] = cls.__name__
         return loaded
 
     def save_config(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> None:
-        """Write the index, and beside it the import for `trust_remote_code` and the model card."""
+        """Write the index, the import for `trust_remote_code` and the model card."""
         folder = Path(save_directory)
         super().save_config(folder, push_to_hub=False)
         index = folder / self.config_name
@@ -184,13 +186,12 @@ class ThroughlinePipeline(DiffusionPipeline):
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         gate_shift: bool = False,
     ) -> ImagePipelineOutput | tuple[Any]:
-        """Draw `num_images_per_prompt` images of each prompt, those of a prompt one after the other.
+        """Sample `num_images_per_prompt` images of each prompt, grouped by prompt.
 
-        An empty prompt draws unconditionally; one that is longer than the encoder reads is cut, with a warning.
-        `height` and `width` are pixels, by default those of training. `latents` (B, C, h, w) are the noise to start
-        from, instead of `generator`'s. `gate_shift` is Eq. 11. `output_type` is pil, np, pt or latent; latents come out
-        scaled as in training. Raises ValueError for arguments that don't go together, or a scheduler that is not of
-        flow matching.
+        An empty prompt samples unconditionally; one longer than the encoder reads is truncated with a warning. `height`
+        and `width` are pixels, by default those of training. `latents` (B, C, h, w) replace the noise of `generator`.
+        `gate_shift` is Eq. 11. `output_type` is pil, np, pt or latent; latents are scaled as in training. Raises
+        ValueError for arguments that contradict each other, or a scheduler without flow matching.
         """
         check_scheduler(self.scheduler)
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
@@ -207,14 +208,14 @@ class ThroughlinePipeline(DiffusionPipeline):
         if latents is None:
             latents = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
         elif tuple(latents.shape) != shape:
-            raise ValueError(f"latents are {tuple(latents.shape)}, this call draws {shape}")
+            raise ValueError(f"latents are {tuple(latents.shape)}, this call needs {shape}")
         text, prompt_of = self._encode(prompts, num_images_per_prompt, device)
         unconditional, negative_of = self._encode(negatives, num_images_per_prompt, device)
-        drawn = self._sample(
+        sampled = self._sample(
             latents.to(device, torch.float32), text, unconditional, prompt_of, negative_of, settings,
             callback_on_step_end, callback_on_step_end_tensor_inputs,
         )  # fmt: skip
-        images: Any = drawn if output_type == "latent" else self._decode(drawn, output_type)
+        images: Any = sampled if output_type == "latent" else self._decode(sampled, output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
@@ -233,9 +234,9 @@ class ThroughlinePipeline(DiffusionPipeline):
         timesteps = self.scheduler.timesteps
         self._num_timesteps = len(timesteps)
         backbone, dtype = self.transformer.placed_backbone(), self.transformer.dtype
-        # adaLN and gates compute their times in fp32, beside weights of a lower type.
-        mixed = nullcontext() if dtype == torch.float32 else torch.autocast(noise.device.type, dtype)
-        with self.progress_bar(total=len(timesteps)) as bar, mixed:
+        # adaLN and gates compute in fp32 even where weights have a lower type.
+        autocast = nullcontext() if dtype == torch.float32 else torch.autocast(noise.device.type, dtype)
+        with self.progress_bar(total=len(timesteps)) as bar, autocast:
 
             def on_step(index: int, _: int, x_t: Tensor) -> Tensor | None:
                 bar.update()
@@ -257,30 +258,32 @@ class ThroughlinePipeline(DiffusionPipeline):
                 return stopped.latents
 
     def _encode(self, texts: Sequence[str], images_per_text: int, device: torch.device) -> tuple[TextBatch, Tensor]:
-        """Prepared text of the distinct texts, and which of them each image is drawn for."""
+        """Return the prepared distinct texts, and the index of each image's text."""
         encoder = self.prompt_encoder()
-        unprompted = self._encoder(unconditional_template(self.config.template_version, self.config.prompt_drop_form))
+        unconditional_encoder = self._encoder(
+            unconditional_template(self.config.template_version, self.config.prompt_drop_form)
+        )
         backbone = self.transformer.backbone
         if isinstance(backbone, FuseDiT):
             backbone.share_attention(shared_attention_of(self.text_encoder, backbone.config.shared_layers))
         distinct = list(dict.fromkeys(texts))
         prepared = []
         for text in distinct:
-            # One by one, because rounding depends on a text's batch mates.
-            (encoded,) = (encoder if text else unprompted).encode([text])
+            # One by one, because rounding depends on the batch.
+            (encoded,) = (encoder if text else unconditional_encoder).encode([text])
             if encoded.was_truncated:
                 logger.warning(
-                    f"a prompt is longer than the {encoder.max_tokens} tokens that are read, and its end is left out; "
+                    f"a prompt is longer than the {encoder.max_tokens} tokens that the encoder reads and is truncated; "
                     f"shorten it: {text[:80]!r}"
                 )
             hidden_states = encoded.hidden_states.to(self.text_encoder.device)
             prepared.append(prepare_text(backbone.prepare_text, hidden_states, torch.float32).cpu())
         batch = TextBatch.of(prepared, device, self.transformer.dtype)
-        places = [distinct.index(text) for text in texts for _ in range(images_per_text)]
-        return batch, torch.tensor(places, device=device)
+        indices = [distinct.index(text) for text in texts for _ in range(images_per_text)]
+        return batch, torch.tensor(indices, device=device)
 
     def prompt_encoder(self) -> TextEncoder:
-        """Return the text encoder in the form that training and sampling use; it is loaded first where it is named."""
+        """Return the text encoder as training and sampling use it, after loading one that is only named."""
         if self.text_encoder is None or self.tokenizer is None:
             self.load_text_encoder()
         return self._encoder(self.config.template_version)
@@ -292,9 +295,9 @@ class ThroughlinePipeline(DiffusionPipeline):
         )  # fmt: skip
 
     def load_text_encoder(self, folder: str | Path | None = None) -> None:
-        """Load the encoder that `lineage` names, from its hub or from a local folder, in place of any there is.
+        """Load the encoder that `lineage` names from the hub or from a local folder, replacing any other.
 
-        Raises ThroughlineError where it is on no hub and no folder is given, or the folder holds another model.
+        Raises ThroughlineError where it is not on a hub and no folder is given, or the folder holds another model.
         """
         ref = self._named_encoder()
         if folder is not None:
@@ -302,14 +305,14 @@ class ThroughlinePipeline(DiffusionPipeline):
         if ref.revision.startswith(LOCAL_PREFIX):
             if folder is None:
                 raise ThroughlineError(
-                    f"text encoder {ref.id} ({ref.revision}) is neither in this pipeline's folder nor on a hub; give "
+                    f"text encoder {ref.id} ({ref.revision}) is neither in this pipeline's folder nor on a hub; pass "
                     "the folder that holds it to load_text_encoder"
                 )
-            found = local_revision(Path(folder))
-            if found != ref.revision:
+            revision = local_revision(Path(folder))
+            if revision != ref.revision:
                 raise ThroughlineError(
-                    f"{folder}: holds a model of revision {found}, the checkpoint was trained with {ref.id} at "
-                    f"{ref.revision}; give the folder of that one"
+                    f"{folder}: holds a model of revision {revision}, the checkpoint was trained with {ref.id} at "
+                    f"{ref.revision}; pass the folder of that one"
                 )
         loaded = TextEncoder.load(ref, template_version=self.config.template_version, max_tokens=self.config.max_tokens)
         self.register_modules(text_encoder=loaded.model.to(self.transformer.device), tokenizer=loaded.tokenizer)
@@ -331,9 +334,7 @@ class ThroughlinePipeline(DiffusionPipeline):
         for name, side in (("height", height), ("width", width)):
             pixels = model.latent_size * self.vae_scale_factor if side is None else side
             if pixels < unit or pixels % unit:
-                raise ValueError(
-                    f"{name} {pixels} is not a multiple of {unit}; take {max(unit, pixels // unit * unit)}"
-                )
+                raise ValueError(f"{name} {pixels} is not a multiple of {unit}; use {max(unit, pixels // unit * unit)}")
             sides.append(pixels // self.vae_scale_factor)
         return batch, model.latent_channels, sides[0], sides[1]
 
@@ -341,14 +342,14 @@ class ThroughlinePipeline(DiffusionPipeline):
         if negative_prompt is None or isinstance(negative_prompt, str):
             return [negative_prompt or ""] * num_prompts
         if len(negative_prompt) != num_prompts:
-            raise ValueError(f"{num_prompts} prompts but {len(negative_prompt)} negative prompts; give one for each")
+            raise ValueError(f"{num_prompts} prompts but {len(negative_prompt)} negative prompts; pass one for each")
         return list(negative_prompt)
 
     def _check(
         self, prompts: Sequence[str], num_images: int, output_type: str, tensor_inputs: Sequence[str], gate_shift: bool
     ) -> None:
         if not prompts or num_images < 1:
-            raise ValueError(f"{len(prompts)} prompts with {num_images} images each: there is nothing to draw")
+            raise ValueError(f"{len(prompts)} prompts with {num_images} images each: nothing to sample")
         if output_type not in ("pil", "np", "pt", "latent"):
             raise ValueError(f"output_type {output_type!r}; known: pil, np, pt, latent")
         unknown = set(tensor_inputs) - set(self._callback_tensor_inputs)
@@ -367,7 +368,7 @@ class ThroughlinePipeline(DiffusionPipeline):
         made_with: ConditioningRecord,
         lineage: Mapping[str, Any],
     ) -> Self:
-        """Put loaded parts together; `encoder` None leaves it to be loaded by the name in `lineage`."""
+        """Assemble loaded parts; with `encoder` None the first call loads the one that `lineage` names."""
         return cls(
             transformer=transformer,
             vae=vae,

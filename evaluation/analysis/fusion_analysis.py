@@ -42,8 +42,8 @@ def fusion_weights(checkpoint: StageOutput, strategy: Strategy, times: Sequence[
         return weights
     import torch
 
-    from training.export.weight_files import read_weights
     from training.models.fusion import Fusion
+    from training.models.weight_files import read_weights
 
     fusion = Fusion(
         strategy,

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from training.config import CheckpointConfig, SamplerConfig
-    from training.models.dit import Backbone
+    from training.models.backbone import Backbone
 
 FORWARD = "forward"
 """Column name for held-out samples noised as in training."""
@@ -80,7 +80,7 @@ def read_held_out(config: "CheckpointConfig", inputs: Inputs, model: "Backbone",
     used = {name: [item for item in items if item.manifest.partition in parts] for name, items in inputs.items()}
     reader, encoder = LatentReader(used["latents"], split), TextSource(config, used)
     text, dtype = encoder.of_split(split), getattr(torch, config.training.text_dtype)
-    text.ask_for(range(count))
+    text.prefetch(range(count))
     return HeldOut(
         sample_keys=[split.key(index) for index in range(count)],
         latents=torch.from_numpy(np.stack([reader.read(index, None) for index in range(count)])),
@@ -93,7 +93,7 @@ def forward_estimates(model: "Backbone", data: "Tensor", noise: "Tensor", times:
     """Return the head's estimates (T, B) at x_t of held-out data and noise (B, C, h, w), for each of T flow times."""
     import torch
 
-    from training.loop.flow import interpolate
+    from training.models.flow import interpolate
 
     rows = []
     for time in times:
@@ -154,7 +154,7 @@ def compare(
     import numpy as np
     import torch
 
-    from training.loop.flow import sampling_noise, validation_noise
+    from training.models.flow import sampling_noise, validation_noise
 
     if not model.text_depends_on_latents:
         raise ThroughlineError("the model's gates follow the nominal time; train one with model.gate_signal=estimated")
@@ -201,7 +201,7 @@ def read_checkpoint(folder: Path, num_samples: int) -> "tuple[Backbone, HeldOut]
     Raises ThroughlineError if an input no longer exists.
     """
     from training.config import CheckpointConfig
-    from training.export.saved_model import load_model
+    from training.models.saved_model import load_model
 
     checkpoint = StageOutput.load(folder / MANIFEST_NAME)
     config = CheckpointConfig.model_validate(checkpoint.manifest.execution)

@@ -67,7 +67,7 @@ def produce(run: StageRun[TrajectoryAnalysisConfig]) -> StageResult:
 def _compare(run: StageRun[TrajectoryAnalysisConfig]) -> dict[str, Any]:
     import torch
 
-    from training.export.saved_model import load_model
+    from training.models.saved_model import load_model
 
     config, checkpoint = run.config, run.input("checkpoint")
     if checkpoint.manifest.partition != run.partition:

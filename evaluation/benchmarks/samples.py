@@ -85,7 +85,7 @@ def _load_sampler(checkpoint: StageOutput, config: SamplesConfig) -> "tuple[Samp
     """Load the checkpoint; encoder, autoencoder and encoded prompts are cached for later requests in this process."""
     import torch
 
-    from training.export.saved_model import read_conditioning
+    from training.models.saved_model import read_conditioning
     from training.sampling.sampler import load_sampler
 
     if config.threads is not None:

@@ -68,7 +68,7 @@ def newest_checkpoint(profile: "Profile", strategy: "Strategy", profile_argument
     from pipelines.core.manifest import MANIFEST_NAME
     from pipelines.runner.outputs import StageOutput
     from pipelines.storage.mirror import know_outputs, location_of
-    from training.export.saved_model import read_conditioning
+    from training.models.saved_model import read_conditioning
 
     candidates = []
     root = profile.open_output_root()
@@ -101,7 +101,7 @@ def checkpoint_in(folder: Path) -> "StageOutput":
 
 def strategy_of(checkpoint: "StageOutput") -> "Strategy":
     """Return the strategy that a checkpoint was trained with."""
-    from training.export.saved_model import read_conditioning
+    from training.models.saved_model import read_conditioning
 
     return read_conditioning(checkpoint).strategy
 

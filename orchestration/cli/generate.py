@@ -202,7 +202,7 @@ class _Generator:
 
     def _sampler(self, checkpoint: "StageOutput") -> "Sampler":
         from training.data.feature_source import load_text_encoder
-        from training.export.saved_model import check_models, read_conditioning
+        from training.models.saved_model import check_models, read_conditioning
         from training.sampling.sampler import load_autoencoder, load_sampler
 
         samples, request = self._samples, self._request

@@ -9,6 +9,7 @@ from datetime import UTC, datetime
 from functools import lru_cache
 from importlib import metadata
 from pathlib import Path
+from typing import Literal
 
 from pipelines.core.manifest import Environment
 
@@ -20,6 +21,9 @@ PROFILE = "THROUGHLINE_PROFILE"
 """Name of the profile that the Dagster definitions are built from; default ``demo``."""
 POSTGRES_URL = "THROUGHLINE_POSTGRES_URL"
 """URL of the PostgreSQL for Dagster's runs, events and schedules; SQLite if unset or empty. Contains a password."""
+
+KERNELS = "THROUGHLINE_KERNELS"
+"""``plain`` makes the models compute in plain PyTorch; default ``fast``."""
 
 RAY_ADDRESS = "RAY_ADDRESS"
 """Ray's own variable: the cluster that ``auto`` refers to."""
@@ -53,6 +57,20 @@ def ray_address() -> str | None:
 def ray_folder() -> Path:
     """Return the folder in which Ray records the cluster last started on this machine."""
     return Path(os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp") / "ray"
+
+
+KernelForm = Literal["fast", "plain"]
+
+
+def kernel_form() -> KernelForm:
+    """Return how the models compute; raises ValueError for an unknown value."""
+    match os.environ.get(KERNELS) or "fast":
+        case "fast":
+            return "fast"
+        case "plain":
+            return "plain"
+        case other:
+            raise ValueError(f"{KERNELS} is {other!r}; set it to fast or plain")
 
 
 def local_rank() -> int:

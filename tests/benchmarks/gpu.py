@@ -1,12 +1,12 @@
-"""What the paper's models cost on a GPU: a training step by strategy and batch, and the latency of an image.
+"""The cost of the paper's models on a GPU: a training step by strategy and batch, and the latency of an image.
 
 python -m tests.benchmarks gpu [--strategies NAME ...] [--batches 4 8 16 32] [--modes eager compile]
-python -m tests.benchmarks gpu --shape tiny --device cpu --steps 2   (to see that it runs)
+python -m tests.benchmarks gpu --shape tiny --device cpu --steps 2   (to check that it runs)
 
 Training: bf16 autocast over fp32 weights, random latents and text, forward, backward, clipping, AdamW; wall time by
 device events, peak memory, and model-FLOPs utilisation: matrix products and attention of one eager step as torch counts
-them, over time and the device's peak. Sampling: one image, guided, from the hidden states of its prompt, without text
-encoder and autoencoder, beside the paper's Table 4, whose latency includes both.
+them, over time and the device's peak. Sampling: one guided image from the hidden states of its prompt, without text
+encoder and autoencoder; the paper's Table 4, given for comparison, includes both.
 """
 
 import argparse
@@ -142,7 +142,7 @@ def _sampling(config: ModelConfig, strategy: Strategy, size_px: int, args: Any) 
     device = args.device
     model = built(config, strategy)
     prompt, unconditional = random_texts(config, 2, args.tokens)
-    model = model.to(device).eval()  # weights keep requiring gradients: autocast keeps casts of no others
+    model = model.to(device).eval()  # weights still require gradients: autocast caches casts of no others
     prepare = model.prepare_text
     side = size_px // PIXELS_PER_LATENT
     noise = torch.randn(1, config.latent_channels, side, side, device=device)
@@ -163,7 +163,7 @@ def _sampling(config: ModelConfig, strategy: Strategy, size_px: int, args: Any) 
 
 
 def measure(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """Return what `work` measured; where it does not fit into the device's memory, that."""
+    """Return the result of `work`, or that the device ran out of memory."""
     try:
         return work()
     except torch.OutOfMemoryError:
@@ -175,7 +175,7 @@ def measure(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Measure and write everything that the options ask for."""
+    """Measure and write everything that the options select."""
     args = parse_arguments(argv)
     config = SHAPES[args.shape]
     device_name = torch.cuda.get_device_name() if args.device == "cuda" else "cpu"

@@ -1,4 +1,4 @@
-"""The model that network benchmarks time: its shape as command options, random weights and text, CPU time in turn."""
+"""The model of the network benchmarks: its shape as command options, random weights and text, alternating timing."""
 
 import argparse
 import os
@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from training.config import ModelConfig, Strategy
-from training.models.dit import Backbone, build_model
+from training.models.backbone import Backbone
+from training.models.build import build_model
 from training.models.fuse_dit import FuseDiT
 from training.models.shared_attention import SharedAttention, SharedLayer
 
@@ -20,7 +21,7 @@ Key = TypeVar("Key")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options that say what is timed; the defaults are the shape of the committed results."""
+    """Add the options of the timed model; the defaults are the shape of the committed results."""
     names = [strategy.value for strategy in Strategy]
     parser.add_argument("--strategies", nargs="+", choices=names, default=[*names], metavar="NAME")
     for name, value, text in (
@@ -43,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def model_config(args: argparse.Namespace) -> ModelConfig:
-    """Return the configuration that the options ask for; fuse_dit's blocks share layers spread over the encoder's."""
+    """Return the configured model; fuse_dit's blocks share layers spread over the encoder's."""
     return ModelConfig(
         hidden_size=args.hidden,
         num_blocks=args.blocks,
@@ -67,7 +68,7 @@ def with_baseline(names: Sequence[str]) -> list[Strategy]:
 
 
 def built(config: ModelConfig, strategy: Strategy) -> Backbone:
-    """A model with random weights; what starts at zero is moved off it, so that no product is spared."""
+    """A model with random weights, without zeros that would make products cheaper."""
     model = build_model(config, strategy, seed=0)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
@@ -99,9 +100,9 @@ def random_texts(config: ModelConfig, count: int, tokens: int) -> list[Tensor]:
 
 
 def cpu_seconds(work: Mapping[Key, Callable[[], Any]], rounds: int) -> dict[Key, list[float]]:
-    """Run each piece of work `rounds` times in turn and return the CPU seconds of each; a first round warms up.
+    """Run each piece of work `rounds` times in turn and return the CPU seconds of each, after a warm-up round.
 
-    The order turns round every time, so that a machine that slows down does so for all.
+    The order alternates, so that a machine that slows down does so for all.
     """
     seconds: dict[Key, list[float]] = {key: [] for key in work}
     for index in range(rounds + 1):
@@ -131,5 +132,5 @@ def summary(seconds: Mapping[Strategy, Sequence[float]], unit: float, digits: in
 
 
 def conditions(args: argparse.Namespace) -> dict[str, Any]:
-    """What was timed and under which load, for the results file."""
+    """The timed shape and the machine's load, for the results file."""
     return {"shape": {key: value for key, value in vars(args).items() if key != "strategies"}, "load": os.getloadavg()}

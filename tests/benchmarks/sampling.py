@@ -1,4 +1,4 @@
-"""What guided sampling costs with each strategy, in CPU time, side by side in one process.
+"""The CPU time of guided sampling with each strategy, alternating in one process.
 
 python -m tests.benchmarks sampling [--strategies uniform depth_wise joint] [--batch 8] [--steps 10] [--rounds 5]
 

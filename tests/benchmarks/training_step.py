@@ -1,12 +1,12 @@
-"""What a training step costs with each strategy, in CPU time, side by side in one process.
+"""The CPU time of a training step with each strategy, alternating in one process.
 
 python -m tests.benchmarks training_step [--strategies uniform depth_wise joint] [--batches 8 32] [--rounds 20]
 python -m tests.benchmarks training_step --modes eager bf16 compile   (bf16: autocast; compile: compiled blocks)
 
-Timed: what training/loop/loop.py does with a batch from its prepared texts to the optimizer's step: fusion, projection,
-keys and values, the network forward and backward, gradient clipping, AdamW. Text features are cached and normalised
-once per caption, as training does it; that cost stands on a line of its own, and `--raw-text` puts it into every step.
-Not timed: reading latents, drawing noise, the moving average of the weights.
+Timed: a step of training/loop/loop.py from prepared texts to the optimizer: fusion, projection, keys and values, the
+network forward and backward, gradient clipping, AdamW. Text features are cached and normalised once per caption, as in
+training; that cost has its own line, and `--raw-text` adds it to every step. Not timed: reading latents, random noise,
+the moving average of the weights.
 """
 
 import argparse
@@ -29,7 +29,7 @@ from tests.benchmarks.record import write_results
 from training.config import ModelConfig, Strategy, TrainingConfig
 from training.data.feature_source import Batch, prepare_text, text_lengths
 from training.loop.loop import batch_losses
-from training.loop.parallel import lay_out
+from training.loop.parallel import parallelize
 from training.loop.run_state import build_optimizer
 from training.models.kernels.malloc import keep_freed_memory
 
@@ -42,21 +42,21 @@ def training_step(
     """Return one step of a strategy, ready to be timed."""
     training = TrainingConfig(batch_size=args.batch, compile=mode == COMPILE)
     model = built(config, strategy).train()
-    lay_out(model, training, torch.device("cpu"), num_processes=1)
+    parallelize(model, training, torch.device("cpu"), num_processes=1)
     optimizer = build_optimizer(model, training)
     hidden_states = random_texts(config, args.batch, args.tokens)
 
     def prepared() -> list[torch.Tensor]:
         return [prepare_text(model.prepare_text, text, torch.float32) for text in hidden_states]
 
-    kept = prepared()
+    cached = prepared()
     generator = torch.Generator().manual_seed(3)
     shape = (args.batch, config.latent_channels, config.latent_size, config.latent_size)
     data, noise = torch.randn(2, *shape, generator=generator)
     t = torch.rand(args.batch, generator=generator)
 
     def step() -> None:
-        texts = prepared() if args.raw_text else kept
+        texts = prepared() if args.raw_text else cached
         batch = Batch(torch.arange(args.batch), data, noise, t, tuple(texts), *text_lengths(texts))
         with torch.autocast("cpu", torch.bfloat16, enabled=mode == BF16):
             losses, _ = batch_losses(model, batch)

@@ -28,7 +28,7 @@ from recaption.config import OpenAIEngineConfig
 from recaption.engine import VisionAnswer, VisionRequest
 from tests.plain_stage import plain_stage
 from training.config import ModelConfig, Strategy
-from training.export.saved_model import ConditioningRecord, write_conditioning
+from training.models.saved_model import ConditioningRecord, write_conditioning
 
 JUDGE = OpenAIEngineConfig(model=ModelRef(id="test/judge", revision="sha256:0123456789abcdef"))
 ENCODER = ModelRef(id="test/encoder", revision="sha256:feed")
@@ -217,7 +217,7 @@ def write_checkpoint(
     import torch
     from safetensors.torch import save
 
-    from training.models.dit import build_model
+    from training.models.build import build_model
 
     generator = torch.Generator().manual_seed(7)
     model = build_model(config, strategy)

@@ -1,4 +1,4 @@
-"""A part's shards with real pictures, and tiny random models, for the caches."""
+"""A part's shards with real images, and tiny random models."""
 
 import io
 from pathlib import Path

@@ -37,17 +37,17 @@ def test_last_entry_comes_after_the_final_norm(models):
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "qwen3_vl"])
-def test_a_text_does_not_depend_on_its_batch_mates(models, family):
+def test_a_text_does_not_depend_on_its_batch(models, family):
     encoder = TextEncoder.load(models[family], template_version="released-1")
     together = encoder.encode(TEXTS, max_batch_tokens=4096)
     for text, among_others in zip(TEXTS, together, strict=True):
         alone = encoder.encode([text])[0]
         assert torch.equal(alone.token_ids, among_others.token_ids)
-        # One unit in the last place of bfloat16: sums in fp32 may be ordered otherwise in another batch.
+        # One unit in the last place of bfloat16: another batch may order fp32 sums differently.
         torch.testing.assert_close(alone.hidden_states, among_others.hidden_states, rtol=2**-7, atol=1e-5)
 
 
-def test_layers_are_counted_as_transformers_counts_them(models):
+def test_layers_are_numbered_as_in_transformers(models):
     everything = TextEncoder.load(models["llama"], template_version="plain-1").encode(["A red dog."])[0]
     some = TextEncoder.load(models["llama"], template_version="plain-1", layers=(1, 3)).encode(["A red dog."])[0]
     assert torch.equal(some.hidden_states, everything.hidden_states[[0, 2]])
@@ -58,7 +58,7 @@ def test_a_layer_that_the_model_lacks_is_refused(models):
         TextEncoder.load(models["llama"], template_version="plain-1", layers=(5,))
 
 
-def test_long_texts_are_cut_and_say_so(models):
+def test_long_texts_are_truncated_and_flagged(models):
     encoder = TextEncoder.load(models["llama"], template_version="plain-1", max_tokens=5)
     short, long = encoder.encode(["No.", "Name every visible object with its number."])
     assert (short.was_truncated, long.was_truncated) == (False, True)
@@ -71,14 +71,14 @@ def test_the_empty_text_has_one_token_where_the_template_adds_none(models):
     assert encoder.encode([]) == []
 
 
-def test_a_missing_model_is_one_sentence(tmp_path):
+def test_a_missing_model_is_one_message(tmp_path):
     ref = ModelRef(id="nowhere", revision="1", path=str(tmp_path / "nowhere"))
     with pytest.raises(ThroughlineError, match="nowhere"):
         TextEncoder.load(ref, template_version="plain-1")
 
 
 @given(st.lists(st.integers(1, 40)), st.integers(1, 120))
-def test_batches_hold_every_text_once_within_their_bound(lengths, max_batch_tokens):
+def test_batches_contain_every_text_once_within_the_limit(lengths, max_batch_tokens):
     batches = length_sorted_batches(lengths, max_batch_tokens)
     assert sorted(index for batch in batches for index in batch) == list(range(len(lengths)))
     for batch in batches:

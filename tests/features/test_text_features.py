@@ -1,17 +1,20 @@
-import json
+"""The stage `text_features`: stored hidden states are the encoder's, whatever interrupts the run."""
+
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file
 from transformers import AutoModel
 
-from features.checks import count_nonfinite
 from features.config import TextFeaturesConfig
-from features.feature_format import TextFeatureReader, TextFeatureWriter, feature_metadata
-from features.text_encoder import EncodedText, TextEncoder
+from features.feature_format import TextFeatureWriter, feature_metadata
+from features.text_encoder import TextEncoder
 from features.text_features import STAGE
 from pipelines.core.errors import ThroughlineError
+from pipelines.core.safetensors_file import SafetensorsFile, count_not_finite
 from pipelines.dataset.feature_keys import feature_keys
 from tests.features.conftest import caption_of, sample_key
 
@@ -26,21 +29,23 @@ def test_stored_features_are_the_encoders_own(shards, config, tmp_path):
     encoder = TextEncoder.load(config.text_encoder, template_version=config.template_version)
     index = 0
     for path in output.files(".safetensors"):
-        reader = TextFeatureReader(path)
-        for key in reader.sample_keys:
+        assert SafetensorsFile(path).metadata == feature_metadata(config.text_encoder, "released-1", (1, 2, 3, 4))
+        stored = load_file(path)
+        offsets = stored["offsets"].tolist()
+        for key, (start, end) in zip(feature_keys(path), pairwise(offsets), strict=True):
             assert key == sample_key(index + 1)
-            stored = reader.read_key(key)
             expected = encoder.encode([caption_of(index)])[0]
-            assert torch.equal(stored.token_ids, expected.token_ids)
-            torch.testing.assert_close(stored.hidden_states, expected.hidden_states, rtol=2**-7, atol=1e-5)
+            assert torch.equal(stored["token_ids"][start:end], expected.token_ids)
+            found = stored["hidden_states"][:, start:end]
+            torch.testing.assert_close(found, expected.hidden_states, rtol=2**-7, atol=1e-5)
             index += 1
     assert index == 12
     assert output.manifest.summary["num_texts"] == 12
     assert output.manifest.models[0].role == "text_encoder"
-    assert count_nonfinite(output) == 0
+    assert not any(count_not_finite(path) for path in output.files(".safetensors"))
 
 
-def test_files_are_read_by_the_safetensors_library_and_by_header(shards, config, tmp_path):
+def test_files_have_the_documented_layout(shards, config, tmp_path):
     output = STAGE.run(config, {"shards": [shards]}, tmp_path)
     for path in output.files(".safetensors"):
         with safe_open(path, framework="pt") as file:
@@ -48,10 +53,10 @@ def test_files_are_read_by_the_safetensors_library_and_by_header(shards, config,
             assert file.get_tensor("hidden_states").shape == (4, offsets[-1], 48)
             assert file.get_tensor("hidden_states").dtype == torch.bfloat16
             assert len(file.get_tensor("token_ids")) == offsets[-1]
-        assert feature_keys(path) == TextFeatureReader(path).sample_keys
+            assert feature_keys(path) == [bytes(row).hex() for row in file.get_tensor("sample_keys").numpy()]
 
 
-def test_a_killed_run_goes_on_and_gives_the_same_bytes(shards, config, tmp_path, monkeypatch):
+def test_a_killed_run_resumes_and_gives_the_same_bytes(shards, config, tmp_path, monkeypatch):
     undisturbed = STAGE.run(config, {"shards": [shards]}, tmp_path / "a")
     written = []
     write = TextFeatureWriter.write
@@ -85,37 +90,7 @@ def test_nan_stops_the_stage_and_names_the_sample(shards, models, tmp_path):
         STAGE.run(TextFeaturesConfig(text_encoder=broken), {"shards": [shards]}, tmp_path / "out")
 
 
-def test_features_of_another_encoder_or_template_are_refused(models, tmp_path):
-    ref = models["llama"]
-    path = tmp_path / "x.safetensors"
-    text = EncodedText(
-        token_ids=torch.ones(2, dtype=torch.int32), hidden_states=torch.ones(1, 2, 8, dtype=torch.bfloat16)
-    )
-    writer = TextFeatureWriter(path, [sample_key(1)], [2], 8, feature_metadata(ref, "plain-1", (1,)))
-    writer.write(0, text)
-    writer.close()
-    reader = TextFeatureReader(path)
-    reader.check(ref, "plain-1")
-    with pytest.raises(ThroughlineError, match="template_version is 'plain-1', expected 'released-1'"):
-        reader.check(ref, "released-1")
-    with pytest.raises(ThroughlineError, match="encoder_revision"):
-        reader.check(ref.model_copy(update={"revision": "other"}), "plain-1")
-    with pytest.raises(ThroughlineError, match="no text features for sample"):
-        reader.read_key(sample_key(2))
-
-
-def test_count_nonfinite_finds_what_was_put_there(shards, config, tmp_path):
-    output = STAGE.run(config, {"shards": [shards]}, tmp_path)
-    path = output.files(".safetensors")[1]
-    content = bytearray(path.read_bytes())
-    header_bytes = int.from_bytes(content[:8], "little")
-    start = 8 + header_bytes + json.loads(content[8 : 8 + header_bytes])["hidden_states"]["data_offsets"][0]
-    content[start : start + 4] = b"\xff\x7f\x80\x7f"  # NaN and infinity in bfloat16
-    path.write_bytes(content)
-    assert count_nonfinite(output) == 2
-
-
-def test_threads_and_device_leave_the_result_alone(shards, config, tmp_path):
+def test_threads_and_device_do_not_change_the_fingerprint(shards, config, tmp_path):
     one = STAGE.run(config, {"shards": [shards]}, tmp_path)
     assert (
         STAGE.fingerprint(config.model_copy(update={"num_threads": 2}), {"shards": [shards]})

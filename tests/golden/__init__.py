@@ -1,1 +1,1 @@
-"""Losses that training must go on giving."""
+"""Losses that training must reproduce."""

@@ -1,4 +1,4 @@
-"""Writes losses.json anew: ``python -m tests.golden``."""
+"""Rewrites losses.json: ``python -m tests.golden``."""
 
 import json
 import tempfile

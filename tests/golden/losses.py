@@ -1,7 +1,7 @@
-"""Golden losses: twenty steps of every strategy on a tiny model and fixed data, kept in losses.json.
+"""Golden losses: twenty steps of every strategy on a tiny model and fixed data, recorded in losses.json.
 
-They move when numerics move: initial values, order, noise, times, fusion, loss, optimizer, schedule. Where that was
-meant, `python -m tests.golden` writes them anew, and the difference belongs into the commit that meant it.
+They change with the numerics: initial values, order, noise, times, fusion, loss, optimizer, schedule. Where a change is
+intended, `python -m tests.golden` rewrites them, and the difference belongs into the same commit.
 """
 
 import json
@@ -14,16 +14,16 @@ from pipelines.core.progress import Progress
 from tests.training.conftest import TinyData
 from training.config import Strategy
 from training.data.feature_source import FeatureSource
-from training.export.saved_model import connect_text_encoder
 from training.loop.loop import train
-from training.models.dit import build_model
+from training.models.build import build_model
+from training.models.saved_model import connect_text_encoder
 
 GOLDEN = Path(__file__).with_name("losses.json")
 NUM_STEPS = 20
 _LEARNING_RATE = 5e-3
 """High enough that a learned fusion differs visibly from a fixed one within the steps."""
 _ORDER = "golden"
-"""In the place of the dataset's version, so that the order is the same whatever a manifest says of the data."""
+"""Replaces the dataset's version, so that the order does not depend on the manifest."""
 
 
 def losses_of(strategy: Strategy, data: TinyData, folder: Path) -> list[float]:

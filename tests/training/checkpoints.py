@@ -1,4 +1,4 @@
-"""Finished checkpoints of models that were not trained: every parameter moved off its start, published as usual."""
+"""Finished checkpoints of untrained models: every parameter moved off its initial value, published as usual."""
 
 from pathlib import Path
 
@@ -9,13 +9,13 @@ from tests.plain_stage import plain_stage
 from tests.training.conftest import TEMPLATE, TINY_MODEL, TINY_TRAINING
 from tests.training.models.test_dit import built
 from training.config import CheckpointConfig, ModelConfig, Strategy
-from training.export.saved_model import (
+from training.models.saved_model import (
     CONDITIONING_NAME,
     MODEL_CONFIG_NAME,
     ConditioningRecord,
     write_conditioning,
 )
-from training.export.weight_files import WEIGHTS_NAME
+from training.models.weight_files import WEIGHTS_NAME
 
 
 def write_checkpoint(
@@ -28,7 +28,7 @@ def write_checkpoint(
     code_version: str = "1",
     **conditioning: str,
 ) -> StageOutput:
-    """Publish a checkpoint of an untrained model under `root`; another `code_version` gives another one.
+    """Publish a checkpoint of an untrained model under `root`; another `code_version` gives another checkpoint.
 
     `conditioning` are fields of its record in place of the usual ones.
     """

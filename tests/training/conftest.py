@@ -1,4 +1,4 @@
-"""A dataset of random latents and of text features of a tiny random LLM, as the stages before training write them."""
+"""A dataset of random latents and text features of a tiny random LLM, in the form of the stages before training."""
 
 import io
 import json
@@ -22,7 +22,7 @@ from tests.plain_stage import plain_stage
 from tests.tiny_models import write_causal_lm
 from training.config import CheckpointConfig, ModelConfig, Strategy, TrainingConfig
 from training.data.feature_source import text_lengths
-from training.models.fusion import stack_texts
+from training.models.kernels.ragged_texts import stack_texts
 
 NUM_LAYERS, TEXT_WIDTH, KV_HEADS, HEAD_DIM = 4, 48, 2, 8  # of tests.tiny_models.write_causal_lm
 TEMPLATE = "plain-1"
@@ -72,7 +72,7 @@ def llm(tmp_path_factory: pytest.TempPathFactory) -> ModelRef:
 
 @dataclass(frozen=True)
 class TinyData:
-    """Inputs of the stage `checkpoint`, and the encoder behind them."""
+    """Inputs of the stage `checkpoint`, and their text encoder."""
 
     inputs: Inputs
     llm: ModelRef
@@ -124,12 +124,12 @@ def _shard(keys: list[bytes], captions: list[str]) -> bytes:
     stream = io.BytesIO()
     writer = ShardWriter(stream, "shard-00000.tar")
     for key, caption in zip(keys, captions, strict=True):
-        writer.add(key.hex(), b"no picture", caption, {"sample_key": key.hex(), "caption": caption})
+        writer.add(key.hex(), b"no image", caption, {"sample_key": key.hex(), "caption": caption})
     writer.finish()
     return stream.getvalue()
 
 
-def _in_one_order(data: bytes) -> bytes:
+def _with_sorted_metadata(data: bytes) -> bytes:
     """Sort the metadata of a safetensors file, which the library writes in random order."""
     num_bytes = int.from_bytes(data[:8], "little")
     header = json.loads(data[8 : 8 + num_bytes])
@@ -158,7 +158,7 @@ def text_feature_file(tensors: dict[str, torch.Tensor], llm: ModelRef) -> bytes:
     """Return a file of the stage `text_features` with all layers."""
     from features.feature_format import feature_metadata
 
-    return _in_one_order(save(tensors, metadata=feature_metadata(llm, TEMPLATE, range(1, NUM_LAYERS + 1))))
+    return _with_sorted_metadata(save(tensors, metadata=feature_metadata(llm, TEMPLATE, range(1, NUM_LAYERS + 1))))
 
 
 @pytest.fixture(scope="session")
@@ -180,7 +180,7 @@ def write_tiny_data(root: Path, llm: ModelRef) -> TinyData:
             + 0.1 * torch.randn(count, 4, 8, 8, generator=generator),
             "std": torch.rand(count, 4, 8, 8, generator=generator) * 0.1,
         }
-        latent_bytes = _in_one_order(save(tensors, metadata={**LATENT_METADATA}))
+        latent_bytes = _with_sorted_metadata(save(tensors, metadata={**LATENT_METADATA}))
         shards.append(publish("shards", {"shard-00000.tar": _shard(keys, captions)}, root, {}, part))
         latents.append(publish("latents", {"latents-00000.safetensors": latent_bytes}, root, {}, part))
         features = {"text_features-00000.safetensors": _text_features(keys, captions, llm)}

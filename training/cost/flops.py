@@ -1,7 +1,7 @@
-"""Floating-point operations of drawing one image, counted as the paper's Table 4 counts them, and what it leaves out.
+"""Floating-point operations of sampling one image, counted as in the paper's Table 4, and of attention products.
 
-Two operations per multiplication and addition of every linear map. Attention products are not in the paper's figures;
-they stand apart here. The autoencoder is not counted.
+Two operations per multiplication and addition of every linear map. The paper does not count attention products, so they
+are separate here. The autoencoder is not counted.
 
 Letters: N image tokens, S text tokens, L LLM layers, D blocks, C text width.
 """
@@ -12,9 +12,9 @@ from training.config import ModelConfig, Strategy
 
 _TIME_EMBEDDING_SIZE = 256
 _NUM_MODULATIONS = 8
-"""adaLN's, of blocks and output."""
+"""Modulations of adaLN, of blocks and output."""
 _NUM_DIRECTIONS = 8
-"""How many directions layer weights at all scheduled times take at `gate_time_scale` 1, about (`text_over_time`)."""
+"""Directions that layer weights at all scheduled times span at `gate_time_scale` 1, about (`text_over_time`)."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ KNOWN_TEXT_ENCODERS = {
 
 @dataclass(frozen=True)
 class ImageFlops:
-    """Operations of one image, all steps and both branches of guidance together."""
+    """Operations of one image over all steps and both branches of guidance."""
 
     text_encoder: int
     fusion: int
@@ -50,15 +50,15 @@ class ImageFlops:
     text_projection: int
     """The linear map of fused text that all blocks share."""
     text_keys_values: int
-    """Keys and values of all blocks; for fuse_dit those made of stored hidden states, where they are."""
+    """Keys and values of all blocks; for fuse_dit those computed from stored hidden states, if any."""
     backbone: int
-    """Everything that image tokens go through."""
+    """All linear maps of image tokens."""
     attention: int
     """Products of queries, keys and values in the backbone. Not in `total`, as in Table 4."""
 
     @property
     def total(self) -> int:
-        """What Table 4 counts."""
+        """The operations that Table 4 counts."""
         return self.text_encoder + self.fusion + self.text_projection + self.text_keys_values + self.backbone
 
 
@@ -76,12 +76,12 @@ def count_flops(
 ) -> ImageFlops:
     """Count one image of one prompt; `num_branches` is 2 with guidance.
 
-    Not `cached` is how the released code samples: fusion, projection, keys and values anew at every step. `cached` is
-    how `training.sampling` does: once per text, or where a gate follows time once per text and direction of the gate's
-    weights, and once for both branches what comes before an image first sees its text. The text encoder (None: left
-    out) runs once either way; for fuse_dit the released code stops it at the last shared layer, and `cached` runs all
-    of it and makes the shared layers' keys and values of its hidden states. Raises ValueError where latents are not
-    divisible by the patch size.
+    Without `cached` it counts the released code, which computes fusion, projection, keys and values at every step.
+    `cached` counts `training.sampling`, which computes them once per text, or with a time gate once per text and
+    direction of the gate's weights, and shares between both branches everything before an image first reads its text.
+    The text encoder (None: not counted) runs once either way; for fuse_dit the released code stops it at the last
+    shared layer, and `cached` runs all of it and computes the shared layers' keys and values from its hidden states.
+    Raises ValueError where latents are not divisible by the patch size.
     """
     if latent_size % config.patch_size:
         raise ValueError(f"latents of {latent_size} are not divisible by the patch size {config.patch_size}")
@@ -97,17 +97,17 @@ def count_flops(
         projection, keys_values, fusion = _text_path(config, strategy, text_tokens, num_branches)
     encoder_layers = config.shared_layers[-1] + 1 if is_fuse_dit and not cached else None
     image_tokens = (latent_size // config.patch_size) ** 2
-    spared, spared_attention = _before_text(config, image_tokens, is_fuse_dit)
-    num_spared = num_steps * (num_branches - 1) if cached else 0
+    shared, shared_attention = _before_text(config, image_tokens, is_fuse_dit)
+    num_shared = num_steps * (num_branches - 1) if cached else 0
     return ImageFlops(
         text_encoder=0 if text_encoder is None else text_encoder.flops(text_tokens, encoder_layers),
         text_projection=times * projection,
         text_keys_values=times * keys_values,
         fusion=times * fusion,
         backbone=num_steps * num_branches * _backbone(config, image_tokens, cross_attention=not is_fuse_dit)
-        - num_spared * spared,
+        - num_shared * shared,
         attention=num_steps * num_branches * _attention(config, image_tokens, num_text_tokens)
-        - num_spared * spared_attention,
+        - num_shared * shared_attention,
     )
 
 
@@ -131,8 +131,8 @@ def _text_over_time(
 ) -> tuple[int, int, int]:
     """Projection, keys and values, and fusion of the text path at all steps, from directions of the gates' weights.
 
-    The projection is taken into the weights of keys and values. Fusion has the products that the norm's factor is made
-    of. What each step combines, a thousandth of it, is left out.
+    The projection is folded into the weights of keys and values. Fusion includes the products behind the norm's factor.
+    The combination at each step, a thousandth of this, is not counted.
     """
     width, layers = config.text_width, config.num_text_layers
     variants = config.num_blocks if strategy.varies_with_block else 1
@@ -161,7 +161,7 @@ def _time(config: ModelConfig) -> int:
 
 
 def _before_text(config: ModelConfig, image_tokens: int, is_fuse_dit: bool) -> tuple[int, int]:
-    """What precedes the first text: time, patches, and the first block's self-attention where it doesn't see text."""
+    """The part before the first text: time, patches, and the first block's self-attention where it doesn't see text."""
     hidden, query = config.hidden_size, config.num_heads * config.head_dim
     patches = hidden * config.latent_channels * config.patch_size**2
     attention = hidden * (2 * query + 2 * _key_value_width(config))
@@ -171,8 +171,7 @@ def _before_text(config: ModelConfig, image_tokens: int, is_fuse_dit: bool) -> t
 
 
 def _attention(config: ModelConfig, image_tokens: int, text_tokens: int) -> int:
-    """Image tokens look at each other and at the text, in one attention (fuse_dit) or in two: the products are as
-    many."""
+    """Image tokens attend to each other and to the text; one attention (fuse_dit) and two have as many products."""
     per_pair = 2 * 2 * config.num_heads * config.head_dim
     return config.num_blocks * per_pair * image_tokens * (image_tokens + text_tokens)
 

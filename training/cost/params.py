@@ -1,24 +1,24 @@
-"""Parameter counts of the models, on the meta device: no memory is used for weights."""
+"""Parameter counts of the models, on the meta device, without memory for weights."""
 
 from dataclasses import dataclass
 
 import torch
 
 from training.config import ModelConfig, Strategy
-from training.models.dit import build_model
+from training.models.build import build_model
 
 
 @dataclass(frozen=True)
 class ParameterCount:
-    """Trained parameters of one strategy; for fuse_dit those of the DiT, without the frozen LLM."""
+    """Trained parameters of one strategy; for fuse_dit without the frozen LLM."""
 
     total: int
     adaln: int
-    """Those among them that `timestep_conditioning: adaln` adds; the paper has none."""
+    """Those that `timestep_conditioning: adaln` adds; the paper has none."""
 
 
 def count_parameter_groups(config: ModelConfig, strategy: Strategy) -> ParameterCount:
-    """Return the number of trained parameters, with adaLN's counted apart."""
+    """Return the number of trained parameters, and adaLN's among them."""
     with torch.device("meta"):
         model = build_model(config, strategy, seed=None)
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
@@ -27,5 +27,5 @@ def count_parameter_groups(config: ModelConfig, strategy: Strategy) -> Parameter
 
 
 def count_parameters(config: ModelConfig, strategy: Strategy) -> int:
-    """Return the number of trained parameters; for fuse_dit that is the DiT's own, without the frozen LLM."""
+    """Return the number of trained parameters; for fuse_dit without the frozen LLM."""
     return count_parameter_groups(config, strategy).total

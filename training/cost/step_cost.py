@@ -1,4 +1,4 @@
-"""What a training step costs: floating-point operations of the model, and what the device could do in the time.
+"""The cost of a training step: floating-point operations of the model, peak operations and memory of the device.
 
 S is the number of text tokens.
 """
@@ -28,27 +28,26 @@ _PEAK_BFLOAT16 = {
     "L4": 121e12,
     "RTX 4090": 165.2e12,
 }
-"""Dense bfloat16 operations per second by the name that CUDA gives; the first entry that a name contains counts."""
+"""Dense bfloat16 operations per second; the first entry that CUDA's device name contains applies."""
 
 
 @dataclass(frozen=True)
 class StepFlops:
-    """Operations of one image in a training step, recomputation left out: `fixed` + `per_text_token` * S."""
+    """Operations of one image in a training step, without recomputation: `fixed` + `per_text_token` * S."""
 
     fixed: int
     per_text_token: int
 
     def total(self, num_images: int, num_text_tokens: int) -> int:
-        """Return the operations of a batch by the real lengths of its texts, padding not counted."""
+        """Return the operations of a batch by the real lengths of its texts, without padding."""
         return self.fixed * num_images + self.per_text_token * num_text_tokens
 
 
 def training_flops(config: ModelConfig, strategy: Strategy) -> StepFlops:
     """Count one image in a training step: two operations per multiplication and addition, attention products included.
 
-    Norms, rotary positions and the like are left out, as is usual; the frozen text encoder has no part in a step. The
-    count is that of the equations, products in the order they stand in: where the model finds a cheaper order
-    (`DiT.text_keys_values`), the saving shows as a higher utilisation.
+    As usual this omits norms, rotary positions and the like, and the frozen text encoder. It counts the products in the
+    order of the equations: where the model takes a cheaper order (`DiT.text_keys_values`), utilisation is higher.
     """
 
     def forward(num_text_tokens: int) -> int:
@@ -63,7 +62,7 @@ def training_flops(config: ModelConfig, strategy: Strategy) -> StepFlops:
 
 
 def peak_flops_of(device: "torch.device", precision: str) -> float | None:
-    """Return the operations per second that a device could do, or None where no table here says so."""
+    """Return the peak operations per second of a device, or None where it is unknown."""
     import torch
 
     if device.type != "cuda" or precision != "bfloat16":
@@ -72,17 +71,17 @@ def peak_flops_of(device: "torch.device", precision: str) -> float | None:
 
 
 def peak_flops_by_name(name: str) -> float | None:
-    """Return the dense bfloat16 operations per second of a GPU by a name that contains a known one, or None."""
+    """Return the dense bfloat16 operations per second of a GPU by its name, or None where it is unknown."""
     return next((peak for known, peak in _PEAK_BFLOAT16.items() if known in name), None)
 
 
 def known_gpus() -> tuple[str, ...]:
-    """Return the names that `peak_flops_by_name` knows."""
+    """Return the GPU names that `peak_flops_by_name` looks for."""
     return tuple(_PEAK_BFLOAT16)
 
 
 def peak_memory_bytes(device: "torch.device") -> int:
-    """Return the most memory this process held so far: allocated on a GPU, resident on a CPU."""
+    """Return the peak memory of this process so far: allocated on a GPU, resident on a CPU."""
     if device.type == "cuda":
         import torch
 

@@ -1,1 +1,1 @@
-"""What a training step reads: the order of samples, latents, stored or freshly encoded text features."""
+"""The data of a training step: the order of samples, latents, stored or online text features."""

@@ -1,4 +1,4 @@
-"""Which samples a step consumes, and the record of what was consumed."""
+"""The samples that each step consumes, and the record of consumed samples."""
 
 import hashlib
 from collections.abc import Mapping
@@ -10,14 +10,14 @@ from torch import Tensor
 from pipelines.dataset.order import SampleOrder
 
 LEDGER_COLUMNS = ("first_step", "times_seen", "truncated")
-"""What a ledger keeps of each sample."""
+"""The per-sample columns of a ledger."""
 
 
 class DataOrder:
     """Training order as a pure function of (data version of the dataset, seed, batch size, step).
 
-    Each pass over the samples is a permutation of its own; a batch may span two passes, so every sample is seen equally
-    often. Nothing has to be saved or restored: step k of a resumed run is step k.
+    Each pass over the samples has its own permutation; a batch may span two passes, so every sample is seen equally
+    often. There is nothing to save or restore: step k of a resumed run is step k.
     """
 
     def __init__(self, data_version: str, seed: int, batch_size: int, num_samples: int) -> None:
@@ -32,7 +32,7 @@ class DataOrder:
 
 
 class Ledger:
-    """What a run consumed: of each sample the first step, how often, whether its caption was cut; one digest over all.
+    """For each consumed sample its first step, its count, and whether its caption was truncated; one digest over all.
 
     digest_0 = SHA-256(data version, seed, batch size), digest_k+1 = SHA-256(digest_k, step k, keys of step k in order).
     Two runs with equal digests saw the same samples in the same order.
@@ -54,13 +54,13 @@ class Ledger:
         words = self._digest + step.to_bytes(8, "little") + np.ascontiguousarray(self._keys[indices]).tobytes()
         self._digest = hashlib.sha256(words).digest()
 
-    def note_truncated(self, indices: np.ndarray) -> None:
-        """Note samples whose captions were cut; they may have been noted before."""
+    def record_truncated(self, indices: np.ndarray) -> None:
+        """Mark samples whose captions were truncated; repeats are fine."""
         self.truncated[indices] = True
 
     @property
     def num_truncated(self) -> int:
-        """Distinct samples whose captions were cut."""
+        """Distinct samples whose captions were truncated."""
         return int(self.truncated.sum())
 
     @property
@@ -70,14 +70,14 @@ class Ledger:
 
     @property
     def num_samples_seen(self) -> int:
-        """Samples consumed, repetitions counted."""
+        """Samples consumed, including repeats."""
         return int(self.times_seen.sum())
 
-    def tensors(self) -> dict[str, Tensor]:
-        """Return the counts for a snapshot; `consumption_digest` goes beside them."""
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return the columns for a snapshot, which also needs `consumption_digest`."""
         return {name: torch.from_numpy(getattr(self, name)) for name in LEDGER_COLUMNS}
 
-    def restore(self, tensors: Mapping[str, Tensor], consumption_digest: str) -> None:
-        """Take up what `tensors` and `consumption_digest` said when a snapshot was made."""
+    def load_state_dict(self, tensors: Mapping[str, Tensor], consumption_digest: str) -> None:
+        """Restore the columns and the digest of a snapshot."""
         self.first_step, self.times_seen, self.truncated = (tensors[name].numpy().copy() for name in LEDGER_COLUMNS)
         self._digest = bytes.fromhex(consumption_digest)

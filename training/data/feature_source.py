@@ -1,7 +1,7 @@
-"""What training reads instead of words and pixels: latents and text features of the dataset, by sample.
+"""The inputs of training: latents and text features of the dataset's samples.
 
 Shapes: B batch, L LLM layers, S text tokens, C channels, h and w latent height and width; K rows of prepared text, as
-the model's `prepare_text` makes them.
+the model's `prepare_text` returns them.
 """
 
 import math
@@ -19,12 +19,12 @@ from features.templates import unconditional_template
 from pipelines.core.config import ModelRef
 from pipelines.core.environment import local_rank
 from pipelines.core.errors import ThroughlineError
+from pipelines.core.safetensors_file import SafetensorsFile
 from pipelines.dataset.samples import ShardSamples
 from pipelines.runner.outputs import Inputs, StageOutput
 from training.config import CheckpointConfig
-from training.data.encoded_text import EncodedText
-from training.data.mapped_tensors import MappedTensors, to_tensor
-from training.models.fusion import Prepared, stack_texts
+from training.data.online_text import OnlineText
+from training.models.kernels.ragged_texts import Prepared, stack_texts
 
 if TYPE_CHECKING:
     from features.text_encoder import TextEncoder
@@ -33,34 +33,34 @@ TRAIN, VALIDATION = "train", "validation"
 _KEY_BYTES = 16
 
 
-class Rows:
-    """Where each sample's row lies in a list of files: found by key, once, for a whole split."""
+class RowIndex:
+    """File and row of each sample of a split, looked up by key once."""
 
-    def __init__(self, paths: Sequence[Path], wanted: np.ndarray, what: str) -> None:
-        """`wanted` is uint8 (n, 16). Raises ThroughlineError that names a key no file holds."""
-        self.files = [MappedTensors(path) for path in paths]
+    def __init__(self, paths: Sequence[Path], wanted: np.ndarray, stage: str) -> None:
+        """`wanted` is uint8 (n, 16). Raises ThroughlineError that names a key missing from all files of `stage`."""
+        self.files = [SafetensorsFile(path) for path in paths]
         keys = [file.array("sample_keys") for file in self.files]
         file_of = np.repeat(np.arange(len(keys)), [len(part) for part in keys])
         row_of = np.concatenate([np.arange(len(part)) for part in keys]) if keys else np.zeros(0, dtype=np.int64)
         flat = _as_words(np.concatenate([np.array(part) for part in keys]) if keys else wanted[:0])
         order = np.argsort(flat, kind="stable")
-        places = np.searchsorted(flat[order], _as_words(wanted))
-        found = places < len(order)
-        found[found] = flat[order[places[found]]] == _as_words(wanted)[found]
-        if not found.all():
-            missing = bytes(wanted[int(np.argmin(found))]).hex()
+        positions = np.searchsorted(flat[order], _as_words(wanted))
+        is_present = positions < len(order)
+        is_present[is_present] = flat[order[positions[is_present]]] == _as_words(wanted)[is_present]
+        if not is_present.all():
+            missing = bytes(wanted[int(np.argmin(is_present))]).hex()
             raise ThroughlineError(
-                f"{what}: nothing for sample {missing} and {int((~found).sum())} samples in all that the dataset "
-                f"names; re-run {what} for the part that holds them"
+                f"{stage}: {int((~is_present).sum())} of the dataset's samples are missing, the first is {missing}; "
+                f"re-run {stage} for the part that holds them"
             )
-        self.file_of, self.row_of = file_of[order[places]], row_of[order[places]]
+        self.file_of, self.row_of = file_of[order[positions]], row_of[order[positions]]
 
-    def __getitem__(self, index: int) -> tuple[MappedTensors, int]:
+    def __getitem__(self, index: int) -> tuple[SafetensorsFile, int]:
         return self.files[self.file_of[index]], int(self.row_of[index])
 
 
 def _as_words(keys: np.ndarray) -> np.ndarray:
-    """(n, 16) uint8 -> (n,) of two big-endian words, which sort and compare as the keys do."""
+    """(n, 16) uint8 -> (n,) pairs of big-endian words, which sort and compare like the keys."""
     return np.ascontiguousarray(keys).view(np.dtype([("high", ">u8"), ("low", ">u8")])).reshape(-1)
 
 
@@ -73,7 +73,7 @@ class Split:
     parts: list[str]
     shards: list[str]
     rows: np.ndarray
-    """int32 (n,), each sample's place in its shard."""
+    """int32 (n,), each sample's index in its shard."""
 
     def first(self, count: int) -> "Split":
         """Return the split's first samples."""
@@ -105,7 +105,7 @@ def read_splits(dataset: StageOutput) -> dict[str, Split]:
             rows=np.array([columns["index_in_shard"][row] for row in rows], dtype=np.int32),
         )
     if not len(splits[TRAIN]):
-        raise ThroughlineError(f"dataset {dataset.data_version}: no training samples; lower its share of validation")
+        raise ThroughlineError(f"dataset {dataset.data_version}: no training samples; lower its validation share")
     return splits
 
 
@@ -114,11 +114,11 @@ def _key_bytes(key: str | bytes) -> bytes:
 
 
 class LatentReader:
-    """Latents of one split: draws from the autoencoder's posterior, scaled for training."""
+    """Latents of one split: samples of the autoencoder's posterior, scaled for training."""
 
     def __init__(self, outputs: Sequence[StageOutput], split: Split) -> None:
         paths = [path for output in outputs for path in output.files(".safetensors")]
-        self._rows = Rows(paths, split.sample_keys, "latents")
+        self._rows = RowIndex(paths, split.sample_keys, "latents")
         self.metadata = _common_metadata(self._rows.files, "latents")
         self.scaling_factor = float(self.metadata.get("scaling_factor", 1.0))
         self.shift_factor = float(self.metadata.get("shift_factor") or 0.0)
@@ -133,32 +133,33 @@ class LatentReader:
         return (latents - self.shift_factor) * self.scaling_factor
 
 
-class CachedText:
-    """Text features of one split from the stage `text_features`."""
+class StoredText:
+    """Text features of one split, as the stage `text_features` stored them."""
 
     def __init__(self, outputs: Sequence[StageOutput], split: Split) -> None:
         paths = [path for output in outputs for path in output.files(".safetensors")]
-        self._rows = Rows(paths, split.sample_keys, "text_features")
+        self._rows = RowIndex(paths, split.sample_keys, "text_features")
         self.metadata = _common_metadata(self._rows.files, "text_features")
 
-    def ask_for(self, indices: Sequence[int]) -> None:
-        """Nothing to do: files are mapped."""
+    def prefetch(self, indices: Sequence[int]) -> None:
+        """Do nothing: files are mapped."""
 
     def hidden_states(self, index: int) -> Tensor:
         """Return (L, S, C) as stored."""
         file, row = self._rows[index]
         start, end = (int(value) for value in file.array("offsets")[row : row + 2])
-        return to_tensor(file.array("hidden_states")[:, start:end], bfloat16=file.is_bfloat16("hidden_states"))
+        tensor = torch.from_numpy(np.array(file.array("hidden_states")[:, start:end]))
+        return tensor.view(torch.bfloat16) if file.is_bfloat16("hidden_states") else tensor
 
 
-def _common_metadata(files: Sequence[MappedTensors], what: str) -> dict[str, str]:
+def _common_metadata(files: Sequence[SafetensorsFile], stage: str) -> dict[str, str]:
     if not files:
-        raise ThroughlineError(f"{what}: no files among the inputs")
+        raise ThroughlineError(f"{stage}: no files among the inputs")
     for file in files[1:]:
         if file.metadata != files[0].metadata:
             raise ThroughlineError(
-                f"{file.path}: {what} were made as {file.metadata}, those of {files[0].path} as {files[0].metadata}; "
-                f"re-run {what} with one configuration"
+                f"{file.path}: {stage} with {file.metadata}, {files[0].path} with {files[0].metadata}; "
+                f"re-run {stage} with one configuration"
             )
     return files[0].metadata
 
@@ -168,39 +169,39 @@ PrepareText = Callable[[Tensor], Tensor]
 
 
 class PreparedText:
-    """Prepared text of one split, made once per caption and kept as far as memory goes."""
+    """Prepared texts of one split, computed once per caption and cached up to `memory_bytes`."""
 
     def __init__(
-        self, source: CachedText | EncodedText, prepare: PrepareText, dtype: torch.dtype, memory_bytes: int
+        self, source: StoredText | OnlineText, prepare: PrepareText, dtype: torch.dtype, memory_bytes: int
     ) -> None:
         self._source, self._prepare, self._dtype = source, prepare, dtype
-        self._kept: dict[int, Tensor] = {}
+        self._cache: dict[int, Tensor] = {}
         self._free_bytes = memory_bytes
 
     def is_truncated(self, index: int) -> bool:
-        """Whether a sample's caption was read by this process and cut; False for stored features, which don't say."""
-        return isinstance(self._source, EncodedText) and index in self._source.truncated
+        """True where this process encoded and truncated a sample's caption; stored features don't record it."""
+        return isinstance(self._source, OnlineText) and index in self._source.truncated
 
-    def ask_for(self, indices: Sequence[int]) -> None:
-        """Say which samples are read next."""
-        self._source.ask_for([index for index in indices if index not in self._kept])
+    def prefetch(self, indices: Sequence[int]) -> None:
+        """Encode the samples that are read next, unless they are cached or stored."""
+        self._source.prefetch([index for index in indices if index not in self._cache])
 
     def read(self, index: int) -> Tensor:
         """Return (K, S, C'). Raises ThroughlineError for a text without tokens or with non-finite features."""
-        kept = self._kept.get(index)
-        if kept is not None:
-            return kept
+        cached = self._cache.get(index)
+        if cached is not None:
+            return cached
         prepared = prepare_text(self._prepare, self._source.hidden_states(index), self._dtype)
         num_bytes = prepared.numel() * prepared.element_size()
         if num_bytes <= self._free_bytes:
-            self._kept[index] = prepared
+            self._cache[index] = prepared
             self._free_bytes -= num_bytes
         return prepared
 
 
 @torch.no_grad()
 def prepare_text(prepare: PrepareText, hidden_states: Tensor, dtype: torch.dtype) -> Tensor:
-    """Apply a model's `prepare_text` in fp32 and keep the result as `dtype`.
+    """Apply a model's `prepare_text` in fp32 and return the result as `dtype`.
 
     Raises ThroughlineError where the text has no tokens, its layers are not the model's, or values are not finite.
     """
@@ -210,7 +211,7 @@ def prepare_text(prepare: PrepareText, hidden_states: Tensor, dtype: torch.dtype
         prepared = prepare(hidden_states.float()).to(dtype)
     except ValueError as error:
         raise ThroughlineError(str(error)) from error
-    if not math.isfinite(prepared.sum(dtype=torch.float32)):  # one pass, where isfinite().all() makes four
+    if not math.isfinite(prepared.sum(dtype=torch.float32)):  # one pass; isfinite().all() takes four
         raise ThroughlineError(f"text features hold NaN or exceed the range of {dtype}; encode the text again")
     return prepared
 
@@ -242,7 +243,7 @@ class Batch:
     text_mask: Tensor | None
 
     def to(self, device: torch.device) -> "Batch":
-        """Move to a device; texts are stacked on the way to an accelerator."""
+        """Move to a device, stacking the texts for an accelerator."""
         return Batch(
             sample_indices=self.sample_indices.to(device),
             latents=self.latents.to(device),
@@ -255,13 +256,13 @@ class Batch:
 
 
 class FeatureSource:
-    """Latents and prepared text of both splits, and the prepared unconditional text."""
+    """Latents and prepared texts of both splits, and the prepared unconditional text."""
 
     def __init__(self, config: CheckpointConfig, inputs: Inputs, prepare: PrepareText) -> None:
-        """Maps the files, and encodes the unconditional text.
+        """Map the files and encode the unconditional text.
 
-        Raises ThroughlineError where inputs are not those that the dataset was rolled up from, or were made with
-        another encoder or template than the configuration says.
+        Raises ThroughlineError where the inputs are not the dataset's, or come from another encoder or template than
+        the configuration names.
         """
         dataset = inputs["dataset"][0]
         check_inputs(dataset, inputs)
@@ -272,23 +273,23 @@ class FeatureSource:
         }
         self._check_latents(config)
         dtype = getattr(torch, config.training.text_dtype)
-        encoder = TextSource(config, inputs)
-        self.encodes_captions = encoder.encodes_captions
-        """Whether captions are encoded as they are drawn, which is when those that are cut are known here."""
-        self.text_metadata = encoder.metadata
-        self.unconditional = prepare_text(prepare, encoder.unconditional(), dtype)
+        texts = TextSource(config, inputs)
+        self.encodes_captions = texts.encodes_captions
+        """True where captions are encoded during training, which is when truncated ones are known here."""
+        self.text_metadata = texts.metadata
+        self.unconditional = prepare_text(prepare, texts.unconditional(), dtype)
         self._text = {
-            name: PreparedText(encoder.of_split(split), prepare, dtype, config.training.text_memory_bytes)
+            name: PreparedText(texts.of_split(split), prepare, dtype, config.training.text_memory_bytes)
             for name, split in self.splits.items()
             if len(split)
         }
 
-    def ask_for_texts(self, split: str, indices: Sequence[int]) -> None:
-        """Say which texts are read next; where none are stored an accelerator encodes them together."""
-        self._text[split].ask_for(indices)
+    def prefetch_texts(self, split: str, indices: Sequence[int]) -> None:
+        """Encode the texts that are read next, together on an accelerator, where none are stored."""
+        self._text[split].prefetch(indices)
 
     def truncated(self, split: str, indices: Sequence[int]) -> list[bool]:
-        """Say of each sample whether its caption was encoded by this process and cut."""
+        """Return for each sample whether this process encoded and truncated its caption."""
         return [self._text[split].is_truncated(index) for index in indices]
 
     def text(self, split: str, index: int) -> Tensor:
@@ -299,41 +300,41 @@ class FeatureSource:
             raise ThroughlineError(f"sample {self.splits[split].key(index)}: {error}") from error
 
     def _check_latents(self, config: CheckpointConfig) -> None:
-        found = self.latents[TRAIN].shape
+        shape = self.latents[TRAIN].shape
         expected = (config.model.latent_channels, config.model.latent_size, config.model.latent_size)
-        if found != expected:
+        if shape != expected:
             raise ThroughlineError(
-                f"latents are {found}, the model was configured for {expected} (channels, height, width); "
+                f"latents are {shape}, the model was configured for {expected} (channels, height, width); "
                 "set latent_channels and latent_size, or re-run latents"
             )
 
 
 class TextSource:
-    """Hidden states of captions: from the cache, or from the encoder on the device of training, as they are drawn."""
+    """Hidden states of captions: stored ones, or from the encoder, which then runs on the training device."""
 
     def __init__(self, config: CheckpointConfig, inputs: Inputs) -> None:
         self._config, self._inputs = config, inputs
-        self._cached = list(inputs.get("text_features", ()))
+        self._stored = list(inputs.get("text_features", ()))
         self._device = process_device(config.training.device)
         self._encoder: TextEncoder | None = None
         self.metadata: dict[str, str] = {}
-        if self._cached:
-            self._check_cached()
+        if self._stored:
+            self._check_stored()
 
     @property
     def encodes_captions(self) -> bool:
-        """Whether no text features are stored."""
-        return not self._cached
+        """True where no text features are stored."""
+        return not self._stored
 
-    def of_split(self, split: Split) -> CachedText | EncodedText:
-        """Return what gives the hidden states (L, S, C) of the split's samples by index."""
-        if self._cached:
-            return CachedText(self._cached, split)
+    def of_split(self, split: Split) -> StoredText | OnlineText:
+        """Return the hidden states (L, S, C) of the split's samples, by index."""
+        if self._stored:
+            return StoredText(self._stored, split)
         samples = ShardSamples.of_places(self._inputs["shards"], split.parts, split.shards, split.rows, "")
-        return EncodedText(samples, self._load_encoder, self._device)
+        return OnlineText(samples, self._load_encoder, self._device)
 
     def unconditional(self) -> Tensor:
-        """Return the hidden states (L, S, C) of the text that stands for "no prompt"."""
+        """Return the hidden states (L, S, C) of the unconditional text."""
         config = self._config
         template = unconditional_template(config.template_version, config.training.prompt_drop_form)
         return unconditional_hidden_states(config.text_encoder, template)
@@ -344,29 +345,29 @@ class TextSource:
             self._encoder = load_text_encoder(config.text_encoder, config.template_version, str(self._device))
         return self._encoder
 
-    def _check_cached(self) -> None:
+    def _check_stored(self) -> None:
         config = self._config
-        paths = [path for output in self._cached for path in output.files(".safetensors")]
-        self.metadata = _common_metadata([MappedTensors(path) for path in paths], "text_features")
+        paths = [path for output in self._stored for path in output.files(".safetensors")]
+        self.metadata = _common_metadata([SafetensorsFile(path) for path in paths], "text_features")
         for name, expected in (
             ("encoder_revision", config.text_encoder.revision),
             ("template_version", config.template_version),
         ):
-            found = self.metadata.get(name)
-            if found != expected:
+            stored = self.metadata.get(name)
+            if stored != expected:
                 raise ThroughlineError(
-                    f"text_features {self._cached[0].data_version}: made with {name} {found!r}, training is configured "
-                    f"for {expected!r}; re-run text_features, or configure training for what is cached"
+                    f"text_features {self._stored[0].data_version}: {name} is {stored!r}, training is configured for "
+                    f"{expected!r}; re-run text_features, or configure training for the stored ones"
                 )
 
 
 def process_device(device: str) -> torch.device:
-    """Return the device of this process: of several GPUs the one that its launcher gave it."""
+    """Return the device of this process: with several GPUs the one that its launcher assigned."""
     return torch.device(device, local_rank()) if device == "cuda" else torch.device(device)
 
 
 def load_text_encoder(model: ModelRef, template_version: str, device: str = "cpu") -> "TextEncoder":
-    """Load the frozen text encoder in fp32, giving every layer."""
+    """Load the frozen text encoder in fp32, with the hidden states of every layer."""
     from features.text_encoder import TextEncoder
 
     return TextEncoder.load(model, template_version=template_version, device=device)
@@ -374,12 +375,12 @@ def load_text_encoder(model: ModelRef, template_version: str, device: str = "cpu
 
 @lru_cache(maxsize=4)
 def unconditional_hidden_states(model: ModelRef, template_version: str) -> Tensor:
-    """Return the hidden states (L, S, C) of the empty caption in a template, encoded once for all of a process."""
+    """Return the hidden states (L, S, C) of the empty caption in a template, encoded once per process."""
     return load_text_encoder(model, template_version).encode([""])[0].hidden_states.clone()
 
 
 def check_inputs(dataset: StageOutput, inputs: Inputs) -> None:
-    """Check that latents, text features and shards are those that the dataset was rolled up from."""
+    """Check that the dataset was built from these latents, text features and shards."""
     known: Mapping[str, set[str]] = {
         name: {item.data_version for item in items} for name, items in dataset.manifest.inputs.items()
     }
@@ -387,7 +388,7 @@ def check_inputs(dataset: StageOutput, inputs: Inputs) -> None:
         given = {item.data_version for item in inputs.get(name, ())}
         if name in known and given and given != known[name]:
             raise ThroughlineError(
-                f"{name}: the outputs given are not those of dataset {dataset.data_version} "
-                f"({len(known[name] - given)} missing, {len(given - known[name])} unknown to it); "
-                "re-run dataset, or give the outputs it names"
+                f"{name}: the inputs are not the outputs that dataset {dataset.data_version} was built from "
+                f"({len(known[name] - given)} missing, {len(given - known[name])} unknown); re-run dataset, or pass "
+                "the outputs it names"
             )

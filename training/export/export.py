@@ -1,4 +1,4 @@
-"""Exports a finished checkpoint as a folder that diffusers loads: weights, text encoder, autoencoder, model card."""
+"""Exports a finished checkpoint as a diffusers folder: weights, text encoder, autoencoder, model card."""
 
 import json
 import shutil
@@ -9,13 +9,13 @@ from pipelines.core.config import ModelRef
 from pipelines.core.errors import ThroughlineError
 from pipelines.runner.outputs import StageOutput
 from training.config import SamplerConfig
-from training.export.saved_model import check_models, load_model, read_conditioning, read_model_config
+from training.models.saved_model import check_models, load_model, read_conditioning, read_model_config
 
 if TYPE_CHECKING:
     from training.diffusers_pipeline import ThroughlinePipeline
 
 _COMPUTE_TYPE = "float32"
-"""Type in which texts are encoded, in training, in sampling and in an exported pipeline unless it is told otherwise."""
+"""Default compute type of the text encoder in training, in sampling and in an exported pipeline."""
 
 
 def export_pipeline(
@@ -27,15 +27,14 @@ def export_pipeline(
     *,
     save_text_encoder: bool = True,
 ) -> Path:
-    """Write the pipeline to `folder`, whole or not at all, and return it.
+    """Write the pipeline to `folder` atomically and return it.
 
-    `settings` give the defaults of a call. Without `save_text_encoder` the folder names the encoder instead of holding
-    it: by hub id and commit, or by content where it is a local folder. What is written is a function of the
-    checkpoint's data version, the models and the settings. Raises ThroughlineError where the folder is in use, or the
-    models are not those that the checkpoint was trained with.
+    `settings` are the defaults of a call. Without `save_text_encoder` the folder only names the encoder, by hub id and
+    commit, or by content where it is a local folder. The files depend only on the checkpoint's data version, the models
+    and the settings. Raises ThroughlineError where the folder is not empty, or the models are not those of training.
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ThroughlineError(f"{folder}: there is something already; name a new or an empty folder")
+        raise ThroughlineError(f"{folder}: the folder is not empty; name a new or an empty one")
     pipeline = build_pipeline(
         checkpoint, text_encoder, autoencoder, settings, with_text_encoder=save_text_encoder, encoder_type=None
     )
@@ -61,7 +60,7 @@ def build_pipeline(
 ) -> "ThroughlinePipeline":
     """Return the pipeline of a checkpoint in memory; `encoder_type` None loads the encoder in the type of its files.
 
-    Raises ThroughlineError where encoder or autoencoder are not those that the checkpoint was trained with.
+    Raises ThroughlineError where encoder or autoencoder are not those of training.
     """
     from features.autoencoder import Autoencoder
     from features.text_encoder import TextEncoder
@@ -73,7 +72,7 @@ def build_pipeline(
     transformer = ThroughlineTransformer(saved.strategy.value, saved.config.model_dump(mode="json"))
     transformer.backbone.load_state_dict(saved.model.state_dict())
     vae = Autoencoder.load(autoencoder, subfolder=made_with.autoencoder_subfolder)
-    vae.model.register_to_config(_name_or_path=autoencoder.id)  # or it would carry a path of this machine
+    vae.model.register_to_config(_name_or_path=autoencoder.id)  # without it the config holds a path of this machine
     if (vae.scaling_factor, vae.shift_factor) != (made_with.scaling_factor, made_with.shift_factor):
         raise ThroughlineError(
             f"checkpoint {checkpoint.data_version}: latents scaled by {made_with.scaling_factor} after a shift of "
@@ -94,7 +93,7 @@ def build_pipeline(
 
 
 def lineage_of(checkpoint: StageOutput, settings: SamplerConfig, *, size_px: int) -> dict[str, Any]:
-    """Return what is known of a checkpoint's making, as JSON, without paths and what equal checkpoints differ in."""
+    """Return a checkpoint's origin as JSON, without paths or anything in which equal checkpoints differ."""
     from training.cost.params import count_parameters
 
     made_with, manifest = read_conditioning(checkpoint), checkpoint.manifest
@@ -123,7 +122,7 @@ def _type_of_files(model: ModelRef) -> str:
 
 
 def _set_compute_type(path: Path) -> None:
-    """Have transformers load the files, which keep the type they were published in, as training read them."""
+    """Set the type in which transformers loads the files to that of training; the files keep their published type."""
     config = json.loads(path.read_text())
     config["dtype"] = _COMPUTE_TYPE
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")

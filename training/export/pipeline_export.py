@@ -1,4 +1,4 @@
-"""The stage `pipeline_export`: a checkpoint as a folder that diffusers loads, with a manifest beside its files."""
+"""The stage `pipeline_export`: a checkpoint as a diffusers folder with a manifest."""
 
 import json
 import shutil
@@ -14,9 +14,9 @@ _UNIT = "pipeline"
 
 
 def produce(run: StageRun[PipelineExportConfig]) -> StageResult:
-    """Write the pipeline's files; the output's folder is what `from_pretrained` is given.
+    """Write the pipeline's files; `from_pretrained` loads the output's folder.
 
-    Input: the checkpoint of the strategy that is the partition.
+    Input: the checkpoint of the partition's strategy.
     """
     if not run.is_finished(_UNIT):
         _export(run)
@@ -33,7 +33,7 @@ def _export(run: StageRun[PipelineExportConfig]) -> None:
             f"{run.label}: got the checkpoint of {checkpoint.manifest.partition}, expected that of {run.partition}"
         )
     folder = run.scratch / "pipeline"
-    shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed while its files were moved
+    shutil.rmtree(folder, ignore_errors=True)  # left by a run that was killed while moving files
     export_pipeline(
         checkpoint, config.text_encoder, config.autoencoder, config.sampler, folder,
         save_text_encoder=config.save_text_encoder,

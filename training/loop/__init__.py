@@ -1,1 +1,1 @@
-"""Stage `checkpoint`: flow matching, the training loop, snapshots, parallelism, metrics."""
+"""Stage `checkpoint`: the training loop, snapshots, parallelism, metrics, trackers."""

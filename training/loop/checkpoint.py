@@ -1,7 +1,7 @@
 """The stage `checkpoint`: one strategy trained on the dataset, by one process or by many under `accelerate launch`.
 
-With several processes the first one is the stage: it holds the lock, writes files, journal and manifest. The others
-follow it: they wait to be told whether there is anything to train, and then run the same loop.
+With several processes the first one runs the stage: it holds the lock and writes files, journal and manifest. The
+others follow: they wait for its message whether to train, and then run the same loop.
 """
 
 import io
@@ -22,13 +22,13 @@ from pipelines.runner.stage import Stage
 from pipelines.runner.units import StageResult, StageRun
 from training.config import CheckpointConfig
 from training.cost.checkpoint import checkpoint_cost
-from training.export.saved_model import (
+from training.loop.checks import CHECKPOINT_CHECKS
+from training.models.saved_model import (
     CONDITIONING_NAME,
     MODEL_CONFIG_NAME,
     ConditioningRecord,
     write_conditioning,
 )
-from training.loop.checks import CHECKPOINT_CHECKS
 
 if TYPE_CHECKING:
     from training.data.feature_source import FeatureSource
@@ -36,13 +36,13 @@ if TYPE_CHECKING:
 
 _UNIT = "model"
 _MAX_SKIPPED_LISTED = 100
-"""Steps left out that the manifest lists; metrics.jsonl has them all."""
+"""Skipped steps that the manifest lists; metrics.jsonl has them all."""
 _FOLLOWERS_WAIT_SECONDS = 7 * 24 * 3600
-"""How long a follower waits for the first process, which may itself wait for another run of the same output."""
+"""How long a follower waits for the first process, which may wait for another run of the same output."""
 
 
 class _TrainingFailedError(ThroughlineError):
-    """Training stopped; every process met the same error, so nobody waits to be told."""
+    """Training stopped with the same error on every process, so no follower waits for a message."""
 
 
 def produce(run: StageRun[CheckpointConfig]) -> StageResult:
@@ -64,9 +64,9 @@ def _train(
     import torch
 
     from training.data.feature_source import FeatureSource
-    from training.export.saved_model import connect_text_encoder
     from training.loop.loop import train
-    from training.models.dit import build_model
+    from training.models.build import build_model
+    from training.models.saved_model import connect_text_encoder
 
     if config.training.threads is not None:
         torch.set_num_threads(config.training.threads)
@@ -110,8 +110,8 @@ def _write(
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    from training.export.weight_files import write_weights
     from training.loop.metrics_file import METRICS_NAME
+    from training.models.weight_files import write_weights
 
     ledger, skipped = trained.ledger, trained.bad_steps.skipped
     seen = [index for index, count in enumerate(ledger.times_seen) if count]
@@ -139,7 +139,7 @@ def _write(
                 "consumption_digest": ledger.consumption_digest,
                 "num_samples_seen": ledger.num_samples_seen,
                 "num_distinct_samples": len(seen),
-                # Stored text features were cut when they were made, and their own manifests say how many.
+                # Stored text features were truncated when encoded; their own manifests count that.
                 "num_truncated_captions": ledger.num_truncated if source.encodes_captions else None,
                 "num_parameters": sum(tensor.numel() for tensor in trained.weights.values()),
                 "steps": run.config.training.steps,
@@ -159,7 +159,7 @@ def _is_first_process() -> bool:
 
 
 def _join_processes() -> None:
-    """Start the process group once, with a wait that outlasts other runs of the same output."""
+    """Start the process group once, with a timeout that outlasts other runs of the same output."""
     from datetime import timedelta
 
     from accelerate import PartialState
@@ -169,14 +169,14 @@ def _join_processes() -> None:
 
 
 def _tell_followers(message: dict[str, Any]) -> None:
-    """Send a message from the first process to those that follow it, if there are any."""
+    """Send a message from the first process to its followers, if any."""
     if _num_processes() > 1:
         from accelerate.utils import broadcast_object_list
 
         broadcast_object_list([message])
 
 
-def _hear_first_process() -> dict[str, Any]:
+def _receive_message() -> dict[str, Any]:
     from accelerate.utils import broadcast_object_list
 
     messages: list[Any] = [None]
@@ -186,10 +186,10 @@ def _hear_first_process() -> dict[str, Any]:
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointStage(Stage[CheckpointConfig]):
-    """The stage runner, for a process that may be one of several."""
+    """A stage that several processes may run together."""
 
     def run_request(self, request: StageRequest) -> StageOutput:
-        """Run on the first process as any stage does; on the others follow it, and return the same output."""
+        """Run on the first process like any stage; follow it on the others. Returns the same output on all."""
         if _num_processes() == 1:
             return super().run_request(request)
         _join_processes()
@@ -202,16 +202,16 @@ class CheckpointStage(Stage[CheckpointConfig]):
         except ThroughlineError:
             _tell_followers({"do": "stop"})
             raise
-        _tell_followers({"do": "go on", "manifest": str(output.manifest_path)})
+        _tell_followers({"do": "finish", "manifest": str(output.manifest_path)})
         return output
 
     def _follow(self, request: StageRequest) -> StageOutput:
-        message = _hear_first_process()
+        message = _receive_message()
         if message["do"] == "train":
             config = CheckpointConfig.model_validate(request.config)
             inputs = {name: [StageOutput.load(Path(path)) for path in paths] for name, paths in request.inputs.items()}
             _train(config, inputs, Path(message["scratch"]), progress=None)
-            message = _hear_first_process()
+            message = _receive_message()
         if message["do"] == "stop":
             raise ThroughlineError(f"{self.name}: the first process stopped")
         return StageOutput.load(Path(message["manifest"]))

@@ -1,8 +1,8 @@
-"""The training loop: one strategy from its starting values, or from its newest snapshot, to its last step.
+"""The training loop: one strategy from its initial values, or its newest snapshot, to its last step.
 
-Every process runs it; the main one alone owns files, the moving average, the ledger and the metrics. What a step
-trains on is a function of (dataset, seed, step, position in the global batch), so processes, accumulation and restarts
-change rounding at most.
+Every process runs it; only the main process writes files. The samples, noise and times of a step depend only on
+(dataset, seed, step, position in the global batch), so the number of processes, accumulation and restarts change at
+most rounding.
 """
 
 import logging
@@ -26,7 +26,12 @@ from training.config import CheckpointConfig, TrainingConfig
 from training.data.data_order import Ledger
 from training.data.feature_source import TRAIN, VALIDATION, Batch, FeatureSource, text_lengths
 from training.loop.bad_steps import BadStep, BadSteps
-from training.loop.flow import (
+from training.loop.metrics_file import MetricsFile, Row, t_bucket_sums
+from training.loop.parallel import set_grad_sync
+from training.loop.run_log import RunLog
+from training.loop.run_state import TrainingRun
+from training.models.backbone import Backbone
+from training.models.flow import (
     interpolate,
     logit_normal_time,
     sample_losses,
@@ -34,17 +39,13 @@ from training.loop.flow import (
     validation_noise,
     velocity_target,
 )
-from training.loop.metrics_file import MetricsFile, Row, t_bucket_sums
-from training.loop.parallel import defer_gradients
-from training.loop.run_log import RunLog
-from training.loop.run_state import Run
-from training.models.dit import Backbone
 from training.models.kernels.malloc import keep_freed_memory
 from training.models.time_head import time_losses
 
 logger = logging.getLogger(__name__)
 
 _VALIDATION_BATCH = 32
+_NUM_STATISTICS = 5
 
 
 @dataclass
@@ -75,13 +76,13 @@ def learning_rate_at(training: TrainingConfig, step: int) -> float:
 def read_batch(
     source: FeatureSource, training: TrainingConfig, step: int, positions: range, indices: np.ndarray
 ) -> Batch:
-    """Assemble the samples at some positions of a step's global batch; `indices` (B_global,) are the whole batch's."""
+    """Read the samples at some positions of a step's global batch, whose sample indices (B_global,) are `indices`."""
     latents, noise, normals, texts = [], [], [], []
     reader = source.latents[TRAIN]
-    draws = [training_draw(training.seed, step, place, reader.shape, training.prompt_drop) for place in positions]
-    drawn = [int(indices[place]) for place in positions]
-    source.ask_for_texts(TRAIN, [index for index, draw in zip(drawn, draws, strict=True) if not draw.drops_prompt])
-    for index, draw in zip(drawn, draws, strict=True):
+    draws = [training_draw(training.seed, step, position, reader.shape, training.prompt_drop) for position in positions]
+    samples = [int(indices[position]) for position in positions]
+    source.prefetch_texts(TRAIN, [index for index, draw in zip(samples, draws, strict=True) if not draw.drops_prompt])
+    for index, draw in zip(samples, draws, strict=True):
         latents.append(reader.read(index, draw.posterior_noise))
         noise.append(draw.noise)
         normals.append(draw.time_normal)
@@ -100,9 +101,9 @@ def read_batch(
 
 
 def batch_losses(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor | None]:
-    """Loss of each sample (B,), fp32, and that of the head that reads t off the latents, None without one.
+    """Loss of each sample (B,), fp32, and the time head's loss (B,), None without a head.
 
-    The head's loss adds to the gradients of the first, not to its values: arms stay comparable.
+    The head's loss enters the gradients of the first, not its values: arms stay comparable.
     """
     x_t = interpolate(batch.noise, batch.latents, batch.t)
     output = model(x_t, batch.t, batch.prepared, batch.lengths, batch.text_mask)
@@ -110,8 +111,8 @@ def batch_losses(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor | None]
     if isinstance(output, Tensor):
         return sample_losses(output, target), None
     velocity, time_logits = output
-    of_head = time_losses(time_logits, batch.t)
-    return sample_losses(velocity, target) + (of_head - of_head.detach()), of_head.detach()
+    head_loss = time_losses(time_logits, batch.t)
+    return sample_losses(velocity, target) + (head_loss - head_loss.detach()), head_loss.detach()
 
 
 @torch.no_grad()
@@ -120,18 +121,17 @@ def validation_losses(
 ) -> tuple[Tensor, Tensor, Tensor | None] | None:
     """Losses (n,) on held-out samples at fixed noise, their fixed times (n,), and the time head's losses (n,) if any.
 
-    None where nothing is held out. Sample i of n is seen at t = (i + 1/2) / n, so that all times are covered evenly
-    and every call sees the same.
+    None where nothing is held out. Sample i of n has t = (i + 1/2) / n, so every call covers all times evenly.
     """
     split = source.splits[VALIDATION]
     count = min(num_samples, len(split))
     if count == 0:
         return None
-    reader, losses, of_heads = source.latents[VALIDATION], [], []
+    reader, losses, head_losses = source.latents[VALIDATION], [], []
     times = (torch.arange(count, dtype=torch.float32) + 0.5) / count
     for start in range(0, count, _VALIDATION_BATCH):
         indices = range(start, min(start + _VALIDATION_BATCH, count))
-        source.ask_for_texts(VALIDATION, indices)
+        source.prefetch_texts(VALIDATION, indices)
         texts = tuple(source.text(VALIDATION, index) for index in indices)
         lengths, text_mask = text_lengths(texts)
         batch = Batch(
@@ -143,27 +143,50 @@ def validation_losses(
             lengths=lengths,
             text_mask=text_mask,
         )
-        local, of_head = batch_losses(model, batch.to(device))
-        losses.append(local)
-        of_heads += [] if of_head is None else [of_head]
-    return torch.cat(losses).cpu(), times, torch.cat(of_heads).cpu() if of_heads else None
+        batch_loss, head_loss = batch_losses(model, batch.to(device))
+        losses.append(batch_loss)
+        head_losses += [] if head_loss is None else [head_loss]
+    return torch.cat(losses).cpu(), times, torch.cat(head_losses).cpu() if head_losses else None
 
 
-def validate(run: Run) -> Row:
-    """Validation losses of the moving average, as part of a row; empty numbers where nothing is held out."""
+def validate(run: TrainingRun) -> Row:
+    """Validation losses of the moving average, as part of a row; None where nothing is held out."""
     with run.averaged_weights(), run.accelerator.autocast():
-        found = validation_losses(run.backbone, run.source, run.training.num_validation_samples, run.device)
-    if found is None:
+        result = validation_losses(run.backbone, run.source, run.training.num_validation_samples, run.device)
+    if result is None:
         return {"validation_loss": None}
-    losses, times, of_heads = found
+    losses, times, head_losses = result
     sums, counts = t_bucket_sums(times, losses)
     row: Row = {
         "validation_loss": float(losses.mean()),
         "validation_loss_by_t": [total / count if count else None for total, count in zip(sums, counts, strict=True)],
     }
-    if of_heads is not None:
-        row["validation_time_head_loss"] = float(of_heads.mean())
+    if head_losses is not None:
+        row["validation_time_head_loss"] = float(head_losses.mean())
     return row
+
+
+def build_accelerator(training: TrainingConfig) -> Accelerator:
+    """Return this process's accelerator; raises ThroughlineError where the configuration and the launcher disagree."""
+    accelerator = Accelerator(
+        cpu=training.device == "cpu",
+        mixed_precision="bf16" if training.precision == "bfloat16" else "no",
+        gradient_accumulation_steps=training.accumulation_steps,
+    )
+    if training.batch_size % (accelerator.num_processes * training.accumulation_steps):
+        raise ThroughlineError(
+            f"batch_size {training.batch_size} is not divisible by {accelerator.num_processes} processes * "
+            f"{training.accumulation_steps} accumulation steps"
+        )
+    if accelerator.distributed_type == DistributedType.FSDP:
+        raise ThroughlineError(
+            "accelerate is configured for FSDP; remove its fsdp_config and set training.sharded instead"
+        )
+    if training.sharded and accelerator.num_processes == 1:
+        raise ThroughlineError("sharded training needs several processes; raise num_processes or set sharded to false")
+    if accelerator.num_processes != training.num_processes and accelerator.is_main_process:
+        logger.warning("configured for %d processes, running in %d", training.num_processes, accelerator.num_processes)
+    return accelerator
 
 
 def train(
@@ -177,40 +200,21 @@ def train(
     """Train to the last step and return the result on the main process, None on others.
 
     `progress(total, noun, initial)` opens the progress line; the main process writes curves into the folder `logs`.
-    Raises ThroughlineError that names step and samples where a step is bad and the configuration does not leave bad
-    steps out: the snapshots before it stay.
+    Raises ThroughlineError that names step and samples at a bad step, unless the configuration skips those; earlier
+    snapshots stay.
     """
     training = config.training
     if training.device == "cpu":
         keep_freed_memory()
-    accelerator = Accelerator(
-        cpu=training.device == "cpu",
-        mixed_precision="bf16" if training.precision == "bfloat16" else "no",
-        gradient_accumulation_steps=training.accumulation_steps,
-    )
-    if accelerator.num_processes * training.accumulation_steps > training.batch_size or (
-        training.batch_size % (accelerator.num_processes * training.accumulation_steps)
-    ):
-        raise ThroughlineError(
-            f"batch_size {training.batch_size} does not divide by {accelerator.num_processes} processes * "
-            f"{training.accumulation_steps} accumulation steps"
-        )
-    if accelerator.distributed_type == DistributedType.FSDP:
-        raise ThroughlineError(
-            "accelerate is configured for FSDP; leave fsdp_config out and set training.sharded instead"
-        )
-    if training.sharded and accelerator.num_processes == 1:
-        raise ThroughlineError("sharded training needs several processes; raise num_processes or set sharded to false")
+    accelerator = build_accelerator(training)
     is_main = accelerator.is_main_process
-    if accelerator.num_processes != training.num_processes and is_main:
-        logger.warning("configured for %d processes, running in %d", training.num_processes, accelerator.num_processes)
-    run = Run(config, model, source, scratch, accelerator)
+    run = TrainingRun(config, model, source, scratch, accelerator)
     first_step, started = run.num_steps_done, time.monotonic()
     log: RunLog | None = None
     with ExitStack() as stack:
-        line: Progress | None = None
+        progress_line: Progress | None = None
         if is_main:
-            line = stack.enter_context(progress(training.steps, "steps", first_step))
+            progress_line = stack.enter_context(progress(training.steps, "steps", first_step))
             log = RunLog(
                 config,
                 logs or scratch / "log",
@@ -219,19 +223,19 @@ def train(
                 num_processes=accelerator.num_processes,
             )
         for step in range(first_step, training.steps):
-            began = time.monotonic()
-            taken = train_step(run, step)
-            seconds = time.monotonic() - began
-            row, is_last = taken.row, step + 1 == training.steps
+            step_started = time.monotonic()
+            result = train_step(run, step)
+            seconds = time.monotonic() - step_started
+            row, is_last = result.row, step + 1 == training.steps
             if run.holds_average and (is_last or (step + 1) % training.validate_every == 0):
                 row |= validate(run)
             if is_main:
                 run.metrics.append(row)
             if is_last or (step + 1) % training.checkpoint_every == 0:
                 run.save()
-            if line is not None and log is not None:
-                log.add(row, taken.num_text_tokens, seconds)
-                line.advance(1, **_details(run, row, is_last))
+            if progress_line is not None and log is not None:
+                log.add(row, result.num_text_tokens, seconds)
+                progress_line.advance(1, **_details(run, row, is_last))
     weights = run.averaged()
     if log is None:
         return None
@@ -245,7 +249,7 @@ def train(
     return Trained(weights, run.ledger, run.metrics, run.bad_steps, measurements)
 
 
-def _details(run: Run, row: Row, is_last: bool) -> dict[str, float | int]:
+def _details(run: TrainingRun, row: Row, is_last: bool) -> dict[str, float | int]:
     if not is_last and (row["step"] + 1) % run.training.log_every:
         return {}
     details: dict[str, float | int] = {} if row["loss"] is None else {"loss": row["loss"]}
@@ -255,105 +259,109 @@ def _details(run: Run, row: Row, is_last: bool) -> dict[str, float | int]:
 
 
 @dataclass(frozen=True)
-class StepTaken:
-    """What a step of the global batch gave, the same on every process."""
+class StepResult:
+    """The result of one step of the global batch, equal on every process."""
 
     row: Row
     num_text_tokens: int
-    """Of all samples, padding not counted."""
+    """Of all samples, without padding."""
 
 
-def train_step(run: Run, step: int) -> StepTaken:
-    """One optimizer step of the global batch, or none where it is bad and bad steps are left out."""
+def train_step(run: TrainingRun, step: int) -> StepResult:
+    """One optimizer step of the global batch, skipped where it is bad and the configuration skips bad steps."""
     training, accelerator = run.training, run.accelerator
-    indices = run.order.indices(step)
+    batch_indices = run.order.indices(step)
     for group in run.optimizer.param_groups:
         group["lr"] = learning_rate_at(training, step)
-    share = training.batch_size // accelerator.num_processes
-    micro = share // training.accumulation_steps
-    first = accelerator.process_index * share
-    seen: list[Tensor] = []
+    local_size = training.batch_size // accelerator.num_processes
+    micro_size = local_size // training.accumulation_steps
+    first = accelerator.process_index * local_size
+    statistics: list[Tensor] = []
     consumed: list[Tensor] = []
-    grad_norm, bad, of_head = math.nan, None, None
-    numbers, read = torch.empty(0, 5), indices
-    for start in range(first, first + share, micro):
-        batch = read_batch(run.source, training, step, range(start, start + micro), indices).to(run.device)
+    grad_norm, bad, head_loss = math.nan, None, None
+    gathered, indices = torch.empty(0, _NUM_STATISTICS), batch_indices
+    for start in range(first, first + local_size, micro_size):
+        batch = read_batch(run.source, training, step, range(start, start + micro_size), batch_indices).to(run.device)
         with accelerator.accumulate(run.model):
-            defer_gradients(run.model, defer=not accelerator.sync_gradients)
+            set_grad_sync(run.model, sync=accelerator.sync_gradients)
             with accelerator.autocast():
-                local, of_head = batch_losses(run.model, batch)
-            accelerator.backward(local.mean())
-            head = torch.zeros_like(local) if of_head is None else of_head
-            truncated = run.source.truncated(TRAIN, indices[start : start + micro].tolist())
-            cut = torch.tensor(truncated, dtype=torch.float32, device=run.device)
-            seen.append(torch.stack([local.detach(), batch.t, batch.lengths.float(), head, cut], dim=1))
+                loss, head_loss = batch_losses(run.model, batch)
+            accelerator.backward(loss.mean())
+            is_truncated = run.source.truncated(TRAIN, batch_indices[start : start + micro_size].tolist())
+            statistics.append(_statistics(batch, loss.detach(), head_loss, is_truncated))
             consumed.append(batch.sample_indices)
             if not accelerator.sync_gradients:
                 continue
             grad_norm = float(cast(Tensor, accelerator.clip_grad_norm_(run.model.parameters(), training.gradient_clip)))
-            numbers, read = _of_all_processes(run, torch.cat(seen), torch.cat(consumed))
-            keys = [run.source.splits[TRAIN].key(int(index)) for index in read]
-            bad = run.bad_steps.judge(step, numbers[:, 0], keys, grad_norm)
+            gathered, indices = _gather(run, torch.cat(statistics), torch.cat(consumed))
+            sample_keys = [run.source.splits[TRAIN].key(int(index)) for index in indices]
+            bad = run.bad_steps.judge(step, gathered[:, 0], sample_keys, grad_norm)
             if bad is None:
                 run.optimizer.step()
             run.optimizer.zero_grad()
     if bad is not None:
-        _leave_out(run, bad)
-    run.ledger.record(step, read)
-    losses, t, lengths, of_heads, cut = numbers.unbind(1)
-    _note_truncated(run, read[cut.bool().numpy()])
-    loss = float(losses.mean())
+        _skip_or_stop(run, bad)
+    run.ledger.record(step, indices)
+    losses, t, text_lengths, head_losses, is_truncated = gathered.unbind(1)
+    _record_truncated(run, indices[is_truncated.bool().numpy()])
+    mean_loss = float(losses.mean())
     if bad is None:
-        run.bad_steps.take(loss)
+        run.bad_steps.record_good(mean_loss)
         run.update_ema(step)
     run.num_steps_done = step + 1
     sums, counts = t_bucket_sums(t, losses)
     row: Row = {
         "step": step,
-        "loss": loss if math.isfinite(loss) else None,
+        "loss": mean_loss if math.isfinite(mean_loss) else None,
         "grad_norm": grad_norm if math.isfinite(grad_norm) else None,
         "learning_rate": learning_rate_at(training, step),
         "t_bucket_loss_sums": sums,
         "t_bucket_counts": counts,
     }
-    if of_head is not None:
-        row["time_head_loss"] = float(of_heads.mean())
+    if head_loss is not None:
+        row["time_head_loss"] = float(head_losses.mean())
     if bad is not None:
         row["skipped"] = {"reason": bad.reason, "sample_keys": bad.sample_keys}
-    return StepTaken(row, int(lengths.sum()))
+    return StepResult(row, int(text_lengths.sum()))
 
 
-def _of_all_processes(run: Run, numbers: Tensor, indices: Tensor) -> tuple[Tensor, np.ndarray]:
-    """Return what all processes saw, in the order of positions in the global batch, on the CPU."""
+def _statistics(batch: Batch, losses: Tensor, head_losses: Tensor | None, is_truncated: list[bool]) -> Tensor:
+    """Per sample: loss, t, text length, time head's loss, 1 for a truncated caption: (B, 5), fp32."""
+    truncated = torch.tensor(is_truncated, dtype=torch.float32, device=losses.device)
+    head = torch.zeros_like(losses) if head_losses is None else head_losses
+    return torch.stack([losses, batch.t, batch.lengths.float(), head, truncated], dim=1)
+
+
+def _gather(run: TrainingRun, statistics: Tensor, indices: Tensor) -> tuple[Tensor, np.ndarray]:
+    """Gather from all processes, in the order of positions in the global batch, to the CPU."""
     if run.accelerator.num_processes > 1:
-        numbers, indices = cast(Tensor, gather(numbers)), cast(Tensor, gather(indices))
-    return numbers.cpu(), indices.cpu().numpy()
+        statistics, indices = cast(Tensor, gather(statistics)), cast(Tensor, gather(indices))
+    return statistics.cpu(), indices.cpu().numpy()
 
 
-def _note_truncated(run: Run, indices: np.ndarray) -> None:
-    """Note samples whose captions were cut in the ledger; a run's first are told of."""
+def _record_truncated(run: TrainingRun, indices: np.ndarray) -> None:
+    """Record samples with truncated captions in the ledger; the first one in a run is logged as a warning."""
     if len(indices) and not run.ledger.num_truncated and run.accelerator.is_main_process:
         logger.warning(
-            "sample %s: its caption is longer in its template than the text encoder reads, and its end is left out, as "
-            "may be the ends of others; shorten captions (captions.max_caption_tokens), or go by the manifest's "
-            "num_truncated_captions",
+            "sample %s: its caption in its template is longer than the text encoder reads and is truncated, as others "
+            "may be; shorten captions (captions.max_caption_tokens), or see num_truncated_captions in the manifest",
             run.source.splits[TRAIN].key(int(indices[0])),
         )
-    run.ledger.note_truncated(indices)
+    run.ledger.record_truncated(indices)
 
 
-def _leave_out(run: Run, bad: BadStep) -> None:
-    """Note a step that is not taken; raises ThroughlineError where one stops the run, or too many came in a row."""
+def _skip_or_stop(run: TrainingRun, bad: BadStep) -> None:
+    """Record a skipped step; raises ThroughlineError where one bad step stops the run, or too many came in a row."""
     if run.training.on_bad_step == "stop":
         raise ThroughlineError(
-            f"step {bad.step}: {bad.said}; lower learning_rate, look at these samples, leave such steps out with "
-            f"on_bad_step=skip, or train on from the snapshot before it"
+            f"step {bad.step}: {bad.message}; lower learning_rate, inspect these samples, skip such steps with "
+            f"on_bad_step=skip, or resume from the snapshot before it"
         )
-    run.bad_steps.skip(bad)
+    run.bad_steps.record_skipped(bad)
     if run.bad_steps.num_in_row >= run.training.max_bad_steps_in_row:
         raise ThroughlineError(
-            f"step {bad.step}: {bad.said}; with it {run.bad_steps.num_in_row} steps in a row are bad, so it is not "
-            f"chance: lower learning_rate or look at these samples, then train on from the snapshot before them"
+            f"step {bad.step}: {bad.message}; this is bad step {run.bad_steps.num_in_row} in a row: lower "
+            f"learning_rate or inspect these samples, then resume from the snapshot before them"
         )
     if run.accelerator.is_main_process:
-        logger.warning("step %d is left out: %s", bad.step, bad.said)
+        logger.warning("step %d is skipped: %s", bad.step, bad.message)

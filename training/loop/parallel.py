@@ -1,9 +1,9 @@
-"""How a model is laid out for training: recomputed activations, compiled blocks, parameters sharded over processes.
+"""Parallelism of a model in training: activation checkpointing, compiled blocks, sharded parameters.
 
-Sharding is PyTorch's FSDP2 (`fully_shard`): each process holds a slice of every parameter, and with it of gradients,
-optimizer state and moving average. It is applied here and not by accelerate, whose FSDP knows no CPU (version 1.15
-asks for it on GPUs alone and trains unsharded elsewhere), so that what is tested is what runs. Parameters stay fp32
-and are gathered as such; bfloat16 comes from autocast, as without sharding.
+Sharding is PyTorch's FSDP2 (`fully_shard`): each process holds a slice of every parameter, gradient, optimizer state
+and moving average. It is applied here because accelerate's FSDP (version 1.15) shards on GPUs only and silently trains
+unsharded elsewhere, so tests on CPUs would not run the real code. Parameters stay fp32 and are gathered as fp32;
+bfloat16 comes from autocast, as without sharding.
 """
 
 import functools
@@ -17,49 +17,50 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.checkpoint import checkpoint
 
 from training.config import TrainingConfig
-from training.models.dit import Backbone, DiT
+from training.models.backbone import Backbone
+from training.models.dit import DiT
 
 
-def lay_out(model: Backbone, training: TrainingConfig, device: torch.device, num_processes: int) -> None:
-    """Change a model in place as the configuration says; names and values of its parameters stay."""
+def parallelize(model: Backbone, training: TrainingConfig, device: torch.device, num_processes: int) -> None:
+    """Apply the configured parallelism to a model in place; names and values of its parameters stay."""
     for block in model.blocks:
         if training.checkpoint_activations:
             inner = block.forward
             block.forward = functools.partial(checkpoint, inner, use_reentrant=False)
         if training.compile:
-            # Block by block: all are one graph, and texts of other lengths compile anew once, not once a block.
+            # Blocks share one graph, so a new text length recompiles it once and not once per block.
             block.compile()
     if training.sharded:
         mesh = init_device_mesh(device.type, (num_processes,))
         if isinstance(model, DiT):
-            model.folds_text_projection = False
+            model.can_fold_text_projection = False
         for block in model.blocks:
             fully_shard(block, mesh=mesh)
-            # Keys and values of the text are made of a block's parameters outside its forward.
+            # It uses the block's parameters outside `forward`.
             register_fsdp_forward_method(block, "text_keys_values")
         fully_shard(model, mesh=mesh)
 
 
-def defer_gradients(model: nn.Module, *, defer: bool) -> None:
-    """Let a sharded model keep its gradients to itself until the last part of an accumulated batch."""
+def set_grad_sync(model: nn.Module, *, sync: bool) -> None:
+    """Reduce a sharded model's gradients over processes, or, within an accumulated batch, not yet."""
     if isinstance(model, FSDPModule):
-        model.set_requires_gradient_sync(not defer)
+        model.set_requires_gradient_sync(sync)
 
 
-def forget_gathered(model: nn.Module) -> None:
-    """Give back what a forward pass without a backward one left gathered: parameters are slices again."""
+def reshard(model: nn.Module) -> None:
+    """Free the parameters that a forward pass without a backward one gathered."""
     if isinstance(model, FSDPModule):
         model.reshard()
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """Return a tensor whole; where it is sharded, every process must ask."""
+def full_tensor(tensor: Tensor) -> Tensor:
+    """Gather a sharded tensor, which every process must do together; return any other as it is."""
     tensor = tensor.detach()
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def laid_like(parameter: Tensor, values: Tensor) -> Tensor:
-    """Return whole values, which every process has, in the layout of a parameter."""
+def distribute_like(parameter: Tensor, values: Tensor) -> Tensor:
+    """Shard full values, which every process has, like a parameter."""
     values = values.to(parameter.device)
     if not isinstance(parameter, DTensor):
         return values

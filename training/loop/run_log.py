@@ -1,6 +1,6 @@
-"""What a run says of itself while it runs: means over windows of steps, rates, memory, for TensorBoard.
+"""The curves of a run: means over windows of steps, rates, memory.
 
-Nothing here is part of a result: two equal runs differ in it.
+None of it is part of the result: equal runs differ in it.
 """
 
 from dataclasses import dataclass, field
@@ -11,8 +11,8 @@ import torch
 
 from training.config import CheckpointConfig
 from training.cost.step_cost import peak_flops_of, peak_memory_bytes, training_flops
-from training.loop.event_log import EventLog
 from training.loop.metrics_file import NUM_T_BUCKETS, Row, t_bucket_name
+from training.loop.trackers import Trackers
 
 
 @dataclass
@@ -30,7 +30,7 @@ class _Window:
 
 
 class RunLog:
-    """Writes every `log_every` steps, and after the last, to an event file, and sums up the whole run."""
+    """Logs to the run's trackers every `log_every` steps and after the last, and summarises the whole run."""
 
     def __init__(
         self, config: CheckpointConfig, folder: Path, *, first_step: int, device: torch.device, num_processes: int
@@ -43,11 +43,13 @@ class RunLog:
         self._flops = training_flops(config.model, config.strategy)
         peak = training.peak_flops or peak_flops_of(device, training.precision)
         self._peak = None if peak is None else peak * num_processes
-        self._events = EventLog(folder, resumed_at_step=first_step or None)
-        self._window, self._whole = _Window(), _Window()
+        self._trackers = Trackers(
+            training.trackers, folder, config=config.model_dump(mode="json"), resumed_at_step=first_step or None
+        )
+        self._window, self._total = _Window(), _Window()
 
     def add(self, row: Row, num_text_tokens: int, seconds: float) -> None:
-        """Take in a step's row; `seconds` are those of the step alone, without validation and snapshots."""
+        """Add a step's row; `seconds` are those of the step without validation and snapshots."""
         window = self._window
         window.num_steps += 1
         if "skipped" not in row:
@@ -58,22 +60,23 @@ class RunLog:
             window.sums[index] += row["t_bucket_loss_sums"][index]
             window.counts[index] += row["t_bucket_counts"][index]
         flops = self._flops.total(self._batch_size, num_text_tokens)
-        for sums in (window, self._whole):
+        for sums in (window, self._total):
             sums.seconds += seconds
             sums.flops += flops
-        self._whole.num_steps += 1
+        self._total.num_steps += 1
         step = row["step"]
         if "skipped" in row:
-            self._events.scalars(step, {"skipped": 1.0})
+            self._trackers.log(step, {"skipped": 1.0})
         if row.get("validation_loss") is not None:
             by_time = {
                 f"validation_loss_by_t/{t_bucket_name(index)}": loss
                 for index, loss in enumerate(row["validation_loss_by_t"])
             }
-            of_head = {"loss/validation_time_head": row.get("validation_time_head_loss")}
-            self._events.scalars(step, {"loss/validation": row["validation_loss"], **of_head, **by_time})
+            head_loss = row.get("validation_time_head_loss")
+            losses = {"loss/validation": row["validation_loss"], "loss/validation_time_head": head_loss}
+            self._trackers.log(step, losses | by_time)
         if (step + 1) % self._every == 0 or step + 1 == self._num_steps:
-            self._events.scalars(step, self._scalars(row))
+            self._trackers.log(step, self._scalars(row))
             self._window = _Window()
 
     def _scalars(self, row: Row) -> dict[str, float | None]:
@@ -102,15 +105,15 @@ class RunLog:
         return window.flops / window.seconds / self._peak
 
     def close(self) -> dict[str, Any]:
-        """Close the file and return measurements for the manifest; memory is that of the first process."""
-        self._events.close()
-        whole = self._whole
-        rate, utilisation = self._images_per_second(whole), self._utilisation(whole)
+        """Close the trackers and return measurements for the manifest; memory is that of the first process."""
+        self._trackers.close()
+        total = self._total
+        rate, utilisation = self._images_per_second(total), self._utilisation(total)
         return {
-            "seconds_in_steps": round(whole.seconds, 3),
+            "seconds_in_steps": round(total.seconds, 3),
             "images_per_second": None if rate is None else round(rate, 2),
-            "model_flops_per_step": whole.flops // whole.num_steps if whole.num_steps else None,
-            "model_flops_per_second": round(whole.flops / whole.seconds) if whole.seconds else None,
+            "model_flops_per_step": total.flops // total.num_steps if total.num_steps else None,
+            "model_flops_per_second": round(total.flops / total.seconds) if total.seconds else None,
             "model_flops_utilisation": None if utilisation is None else round(utilisation, 4),
             "peak_memory_bytes": peak_memory_bytes(self._device),
             "tensorboard_folder": str(self.folder),

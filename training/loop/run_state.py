@@ -1,4 +1,4 @@
-"""The state of a training run on one process: what it is made of, and how it is saved and restored."""
+"""The state of a training run on one process, and how it is saved and restored."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -15,18 +15,18 @@ from training.data.data_order import LEDGER_COLUMNS, DataOrder, Ledger
 from training.data.feature_source import TRAIN, FeatureSource
 from training.loop.bad_steps import BadSteps
 from training.loop.metrics_file import METRICS_NAME, MetricsFile
-from training.loop.parallel import forget_gathered, laid_like, lay_out, whole
+from training.loop.parallel import distribute_like, full_tensor, parallelize, reshard
 from training.loop.snapshots import Snapshot, Snapshots
-from training.models.dit import Backbone
+from training.models.backbone import Backbone
 
 
 def ema_decay_at(decay: float, step: int) -> float:
-    """Return the decay of the moving average at a step; it rises from 0.1, so that short runs forget their start."""
+    """Return the decay of the moving average at a step; it rises from 0.1, so that short runs forget initial values."""
     return min(decay, (1 + step) / (10 + step))
 
 
 def build_optimizer(model: nn.Module, training: TrainingConfig) -> torch.optim.AdamW:
-    """AdamW with weight decay on matrices alone: not on norms, biases, gates' biases or fusion logits."""
+    """AdamW with weight decay on matrices only: not on norms, biases, gates' biases or fusion logits."""
     matrices: list[nn.Parameter] = []
     others: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
@@ -36,10 +36,10 @@ def build_optimizer(model: nn.Module, training: TrainingConfig) -> torch.optim.A
     return torch.optim.AdamW(groups, lr=training.learning_rate, betas=training.betas, fused=True)
 
 
-class Run:
-    """Model, optimizer, moving average, ledger and judge of a run.
+class TrainingRun:
+    """Model, optimizer, moving average, ledger, metrics and bad steps of a run.
 
-    The main process owns its files, and the average too unless parameters are sharded: then each holds its slice.
+    The main process owns the files, and the average too; of sharded parameters each process averages its slice.
     """
 
     def __init__(
@@ -63,45 +63,45 @@ class Run:
         snapshot = self._find_snapshot()
         if snapshot is not None:
             self._fill(snapshot.tensors[f"model.{name}"] for name, _ in self.backbone.named_parameters())
-        lay_out(self.backbone, training, self.device, accelerator.num_processes)
+        parallelize(self.backbone, training, self.device, accelerator.num_processes)
         self.holds_average = accelerator.is_main_process or training.sharded
         parameters = dict(self.backbone.named_parameters()) if self.holds_average else {}
         self.ema = {name: parameter.detach().clone() for name, parameter in parameters.items()}
         self.num_steps_done = 0
         optimizer = build_optimizer(self.backbone, training)
         if snapshot is not None:
-            self._take_up(snapshot, optimizer)
+            self._resume_from(snapshot, optimizer)
         self.model: nn.Module = self.backbone if training.sharded else accelerator.prepare(self.backbone)
         self.optimizer: Any = accelerator.prepare(optimizer)
 
     def _find_snapshot(self) -> Snapshot | None:
-        """Return the newest snapshot, which the main process chooses for all."""
+        """Return the newest intact snapshot, which the main process chooses for all."""
         snapshot = self.snapshots.load_newest() if self.accelerator.is_main_process else None
-        chosen = [snapshot.num_steps_done if snapshot is not None else None]
+        num_steps = [snapshot.num_steps_done if snapshot is not None else None]
         if self.accelerator.num_processes > 1:
-            broadcast_object_list(chosen)
-        if chosen[0] is not None and snapshot is None:
-            snapshot = self.snapshots.load_step(chosen[0])
+            broadcast_object_list(num_steps)
+        if num_steps[0] is not None and snapshot is None:
+            snapshot = self.snapshots.load_step(num_steps[0])
         return snapshot
 
     @torch.no_grad()
-    def _take_up(self, snapshot: Snapshot, optimizer: torch.optim.Optimizer) -> None:
+    def _resume_from(self, snapshot: Snapshot, optimizer: torch.optim.Optimizer) -> None:
         tensors = snapshot.tensors
         self.num_steps_done = snapshot.num_steps_done
-        self.bad_steps.restore(snapshot.state["bad_steps"])
+        self.bad_steps.load_state_dict(snapshot.state["bad_steps"])
         if self.bad_steps.num_taken:
             for name, parameter in self.backbone.named_parameters():
                 optimizer.state[parameter] = {
                     "step": torch.tensor(float(self.bad_steps.num_taken), device=self.device),
-                    "exp_avg": laid_like(parameter, tensors[f"exp_avg.{name}"]),
-                    "exp_avg_sq": laid_like(parameter, tensors[f"exp_avg_sq.{name}"]),
+                    "exp_avg": distribute_like(parameter, tensors[f"exp_avg.{name}"]),
+                    "exp_avg_sq": distribute_like(parameter, tensors[f"exp_avg_sq.{name}"]),
                 }
         for name, average in self.ema.items():
-            average.copy_(laid_like(average, tensors[f"ema.{name}"]))
+            average.copy_(distribute_like(average, tensors[f"ema.{name}"]))
         ledger = {name: tensors[f"ledger.{name}"] for name in LEDGER_COLUMNS}
-        self.ledger.restore(ledger, snapshot.state["consumption_digest"])
+        self.ledger.load_state_dict(ledger, snapshot.state["consumption_digest"])
         if self.accelerator.is_main_process:
-            self.metrics.take_up(snapshot.num_steps_done)
+            self.metrics.resume_from(snapshot.num_steps_done)
 
     @torch.no_grad()
     def update_ema(self, step: int) -> None:
@@ -111,13 +111,13 @@ class Run:
 
     @contextmanager
     def averaged_weights(self) -> Iterator[None]:
-        """Put the moving average in the place of the weights for a while."""
+        """Swap the moving average in for the weights within the block."""
         weights = [parameter.detach().clone() for parameter in self.backbone.parameters()]
         self._fill(self.ema.values())
         try:
             yield
         finally:
-            forget_gathered(self.backbone)
+            reshard(self.backbone)
             self._fill(weights)
 
     @torch.no_grad()
@@ -126,22 +126,22 @@ class Run:
             parameter.copy_(value)
 
     def save(self) -> None:
-        """Write a snapshot, whose tensors are whole whatever the layout; metrics first, since rows beyond it are cut.
+        """Write a snapshot of full tensors, after the metrics up to it.
 
-        Every process must call this where parameters are sharded.
+        With sharded parameters every process must call this.
         """
         if not self.holds_average:
             return
         if self.accelerator.is_main_process:
             self.metrics.flush()
-        tensors = {f"ledger.{name}": tensor for name, tensor in self.ledger.tensors().items()}
+        tensors = {f"ledger.{name}": tensor for name, tensor in self.ledger.state_dict().items()}
         for name, tensor in self._sharded_tensors():
-            gathered = whole(tensor)
+            gathered = full_tensor(tensor)
             if self.accelerator.is_main_process:
-                tensors[name] = gathered.detach().cpu()
+                tensors[name] = gathered.cpu()
         if self.accelerator.is_main_process:
-            kept = {"consumption_digest": self.ledger.consumption_digest, "bad_steps": self.bad_steps.state()}
-            self.snapshots.save(self.num_steps_done, tensors, kept)
+            state = {"consumption_digest": self.ledger.consumption_digest, "bad_steps": self.bad_steps.state_dict()}
+            self.snapshots.save(self.num_steps_done, tensors, state)
 
     def _sharded_tensors(self) -> Iterator[tuple[str, Tensor]]:
         state = self.optimizer.optimizer.state
@@ -153,5 +153,5 @@ class Run:
                 yield f"exp_avg_sq.{name}", state[parameter]["exp_avg_sq"]
 
     def averaged(self) -> dict[str, Tensor]:
-        """Return the moving average, whole, on the CPU; every process must ask where parameters are sharded."""
-        return {name: whole(average).cpu() for name, average in self.ema.items()}
+        """Return the full moving average on the CPU; with sharded parameters every process must call this."""
+        return {name: full_tensor(average).cpu() for name, average in self.ema.items()}

@@ -1,4 +1,4 @@
-"""Snapshots of an unfinished training run: written whole or not at all, verified when read, the last few kept."""
+"""Snapshots of an unfinished training run: written atomically, verified when read, the last few retained."""
 
 import json
 import logging
@@ -15,7 +15,7 @@ from torch import Tensor
 from pipelines.core.atomic import sync_folder
 from pipelines.core.digest import file_sha256
 from pipelines.core.errors import ThroughlineError
-from training.export.weight_files import split_tensors
+from training.models.weight_files import split_tensors
 
 _TENSORS_STEM = "tensors"
 _STATE = "state.json"
@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Snapshot:
-    """Everything a run needs to go on after `num_steps_done` steps."""
+    """Everything a run needs to resume after `num_steps_done` steps."""
 
     num_steps_done: int
     tensors: dict[str, Tensor]
@@ -34,11 +34,10 @@ class Snapshot:
 
 
 class Snapshots:
-    """The snapshots in one folder, ``step-<steps done>``: the newest `keep` stay, and those of each `keep_every` steps.
+    """The snapshots in one folder, ``step-<steps done>``: the newest `keep`, and those at multiples of `keep_every`.
 
-    They serve going on, or going further back, while a run is under way; its stage removes the folder at the end.
-    A snapshot is ``state.json``, which names the other files with their digests, and tensors in files of at most
-    `max_shard_bytes`.
+    They exist while a run is unfinished; its stage removes the folder at the end. A snapshot is ``state.json``, which
+    names the other files with their digests, and tensors in files of at most `max_shard_bytes`.
     """
 
     def __init__(
@@ -49,16 +48,16 @@ class Snapshots:
         folder.mkdir(parents=True, exist_ok=True)
 
     def save(self, num_steps_done: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> Path:
-        """Write a snapshot under a temporary name, make it durable, rename it; then drop the oldest."""
+        """Write a snapshot under a temporary name, sync and rename it; then remove the oldest."""
         target = self._folder / f"{_PREFIX}{num_steps_done:09d}"
         temporary = target.with_name(target.name + ".tmp")
-        for left_over in self._folder.glob(f"{_PREFIX}*.tmp"):
-            shutil.rmtree(left_over)
+        for leftover in self._folder.glob(f"{_PREFIX}*.tmp"):
+            shutil.rmtree(leftover)
         temporary.mkdir()
-        held = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
+        on_cpu = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
         digests = {}
-        for file, names in split_tensors(held, _TENSORS_STEM, self._max_shard_bytes).items():
-            save_file({name: held[name] for name in names}, temporary / file)
+        for file, names in split_tensors(on_cpu, _TENSORS_STEM, self._max_shard_bytes).items():
+            save_file({name: on_cpu[name] for name in names}, temporary / file)
             digests[file] = file_sha256(temporary / file)
         record = {"num_steps_done": num_steps_done, "files": digests, "state": dict(state)}
         (temporary / _STATE).write_text(json.dumps(record, indent=1, allow_nan=False) + "\n")
@@ -75,9 +74,9 @@ class Snapshots:
         return target
 
     def load_newest(self) -> Snapshot | None:
-        """Return the newest snapshot that is whole, or None where there is none.
+        """Return the newest intact snapshot, or None where there is none.
 
-        A damaged one is skipped with a warning that names it, and removed, so that the run writes it anew.
+        Removes a damaged one with a warning that names it; the run will write it again.
         """
         for path in reversed(self._paths()):
             try:
@@ -88,23 +87,22 @@ class Snapshots:
         return None
 
     def load_step(self, num_steps_done: int) -> Snapshot:
-        """Return the snapshot of that many steps, as another process chose it."""
+        """Return the snapshot after that many steps."""
         return self.load(self._folder / f"{_PREFIX}{num_steps_done:09d}")
 
     @staticmethod
     def load(path: Path) -> Snapshot:
-        """Read one snapshot; raises ThroughlineError where it is not whole."""
+        """Read one snapshot; raises ThroughlineError where it is damaged."""
         try:
             record = json.loads((path / _STATE).read_text())
             files, num_steps_done, state = dict(record["files"]), record["num_steps_done"], record["state"]
-            found = {file: file_sha256(path / file) for file in files}
+            actual = {file: file_sha256(path / file) for file in files}
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ThroughlineError(f"{path}: not a readable snapshot ({error})") from error
         tensors: dict[str, Tensor] = {}
         for file, expected in files.items():
-            if found[file] != expected:
-                said = f"SHA-256 {found[file][:12]}..., its state says {expected[:12]}..."
-                raise ThroughlineError(f"{path / file}: {said}")
+            if actual[file] != expected:
+                raise ThroughlineError(f"{path / file}: SHA-256 {actual[file][:12]}..., expected {expected[:12]}...")
             tensors |= load_file(path / file)
         return Snapshot(num_steps_done, tensors, state)
 

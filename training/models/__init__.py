@@ -1,1 +1,1 @@
-"""Model code in plain PyTorch: fusion strategies, the DiT, FuseDiT, their layers, and the time head."""
+"""The models as equations in plain PyTorch (fusion, DiT, FuseDiT, flow matching) and their saved form."""

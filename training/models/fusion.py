@@ -1,10 +1,10 @@
-"""The fusion strategies, side by side: how the layers of the text encoder become the conditioning of each DiT block.
+"""The fusion strategies: how the layers of the text encoder become the conditioning of each DiT block.
 
 All follow arXiv 2602.03510. With alpha = softmax(z) over layers (Eq. 3),
 
     H_cond(t, d) = sum_l alpha_{t,d}^(l) * LN(H^(l))                                            (Eq. 2)
 
-and the strategies differ in z alone:
+and the strategies differ only in z:
 
     penultimate   alpha is one at the layer before the last                                     (Eq. 4)
     uniform       alpha = 1 / L                                                                 (Eq. 5)
@@ -15,57 +15,32 @@ and the strategies differ in z alone:
 
 fuse_dit fuses nothing: its blocks share the encoder's own keys and values, see fuse_dit.py.
 
-Shapes: L layers, D blocks, B batch, N text tokens, C channels; V = D where blocks differ in their conditioning, else 1.
-Time runs as in the paper: t = 0 is noise, t = 1 is data.
+Shapes: L layers, D blocks, B batch, N text tokens, C channels; V conditionings: D where blocks differ in theirs, else
+1. As in the paper, t = 0 is noise and t = 1 is data.
 """
 
 import math
-from collections.abc import Iterator, Sequence
-from typing import Any, TypeAlias, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from training.config import Strategy
-from training.models.kernels.onednn import linear
+from training.models.kernels import ops
+from training.models.kernels.ragged_texts import Prepared, stack_texts
 from training.models.layers import sinusoids
-from training.sampling.text_over_time import TimeBasis
 
 LAYER_NORM_EPS = 1e-5
-_FUSED_VALUES = 2**24
-"""How many values of fused directions are made at once."""
-
-Prepared: TypeAlias = "Tensor | tuple[Tensor, ...]"
-"""Prepared texts of a batch: stacked to (K, B, S, C'), or one (K, S_i, C') for each sample as they are kept, so that a
-CPU need not copy all layers of all texts to make a few sums of them."""
-
-
-def stack_texts(prepared: Prepared) -> Tensor:
-    """Stack texts (K, S_i, C') to (K, B, S, C') fp32, zeros behind the shorter ones; a stack is returned as it is.
-
-    Texts of an accelerator are stacked there, even where one that stands for no prompt comes from the CPU.
-    """
-    if isinstance(prepared, Tensor):
-        return prepared
-    rows, _, channels = prepared[0].shape
-    longest = max(text.shape[1] for text in prepared)
-    device = next((text.device for text in prepared if text.device.type != "cpu"), prepared[0].device)
-    stacked = torch.empty(rows, len(prepared), longest, channels, device=device)
-    for place, text in enumerate(prepared):
-        stacked[:, place, : text.shape[1]] = text
-        stacked[:, place, text.shape[1] :] = 0
-    return stacked
 
 
 def normalise(hidden_states: Tensor) -> Tensor:
-    """LN of Eq. 2: over channels, without affine parameters, in fp32. (..., C) -> (..., C) fp32."""
+    """LN of Eq. 2, over channels, without affine parameters: (..., C) -> (..., C), fp32."""
     with torch.autocast(hidden_states.device.type, enabled=False):
         return F.layer_norm(hidden_states.float(), hidden_states.shape[-1:], eps=LAYER_NORM_EPS)
 
 
 def shift_gate_time(t: Tensor) -> Tensor:
-    """Eq. 11: t' = t + 0.01 * (1 - cos(pi * (t - 0.2) / 0.8)) for t in (0.2, 1], else t. Used in sampling alone."""
+    """Eq. 11: t' = t + 0.01 * (1 - cos(pi * (t - 0.2) / 0.8)) for t in (0.2, 1], else t. Only sampling uses it."""
     shifted = t + 0.01 * (1 - torch.cos(math.pi * (t - 0.2) / 0.8))
     return torch.where(t > 0.2, shifted, t)
 
@@ -73,8 +48,8 @@ def shift_gate_time(t: Tensor) -> Tensor:
 class TimeGate(nn.Module):
     """V gates g_v of Eq. 7: Linear, SiLU, Linear on the sinusoids phi(t) of Eq. 12, computed in fp32.
 
-    The last layer starts at zero and `initialise` leaves it there, so training starts at the uniform average. The
-    released code loses that zero to a later Xavier pass.
+    The last layer starts at zero, so training starts at the uniform average. The released code overwrites that zero
+    with a later Xavier pass.
     """
 
     def __init__(self, num_gates: int, num_layers: int, embedding_size: int, width: int, time_scale: float) -> None:
@@ -87,7 +62,7 @@ class TimeGate(nn.Module):
 
     @torch.no_grad()
     def initialise_parameters(self, generator: torch.Generator) -> None:
-        # Every gate starts from the same first layer, so that joint starts as D copies of time_wise.
+        # All gates share one initial first layer, so joint starts as D copies of time_wise.
         bound = 1 / math.sqrt(self.embedding_size)
         for parameter in (self.weight_in, self.bias_in):
             values = torch.rand(parameter.shape[1:], generator=generator) * (2 * bound) - bound
@@ -96,7 +71,7 @@ class TimeGate(nn.Module):
         self.bias_out.zero_()
 
     def forward(self, t: Tensor) -> Tensor:
-        """Logits z (V, B, L) at flow times t (B,)."""
+        """Logits z = g(phi(t)) (V, B, L) at flow times t (B,). Eq. 7."""
         with torch.autocast(t.device.type, enabled=False):
             phi = sinusoids(t.float() * self.time_scale, self.embedding_size)
             hidden = F.silu(phi @ self.weight_in.float() + self.bias_in.float())
@@ -139,29 +114,33 @@ class Fusion(nn.Module):
 
     @property
     def num_variants(self) -> int:
-        """V: how many different conditionings the blocks see at one time."""
+        """V: the number of different conditionings that the blocks see at one time."""
         return self.num_blocks if self.strategy.varies_with_block else 1
 
     @property
     def is_fixed(self) -> bool:
-        """Whether nothing is learned, so that the fused features of a text never change."""
+        """True where nothing is learned, so the fused features of a text never change."""
         return self.strategy in (Strategy.PENULTIMATE, Strategy.UNIFORM)
 
-    def all_weights(self, t: Tensor) -> Tensor:
-        """Layer weights alpha (V, B, L) at flow times t (B,), fp32. They don't depend on B where t plays no part."""
+    def _alpha(self, t: Tensor) -> Tensor:
+        """Layer weights alpha (V, B, L) at flow times t (B,), fp32; (V, 1, L) where they don't depend on t."""
         match self.strategy:
             case Strategy.PENULTIMATE:  # Eq. 4: hidden_states[-2]
-                alpha = torch.zeros(1, self.num_layers, device=t.device)
-                alpha[0, -2] = 1.0
+                alpha = torch.zeros(1, 1, self.num_layers, device=t.device)
+                alpha[..., -2] = 1.0
+                return alpha
             case Strategy.UNIFORM:  # Eq. 5
-                alpha = torch.full((1, self.num_layers), 1 / self.num_layers, device=t.device)
+                return torch.full((1, 1, self.num_layers), 1 / self.num_layers, device=t.device)
             case Strategy.STATIC | Strategy.DEPTH_WISE:  # Eq. 6, Eq. 9
                 assert self.logits is not None
-                alpha = self.logits.float().softmax(-1)
+                return self.logits.float().softmax(-1)[:, None]
             case _:  # Eq. 8, Eq. 10
                 assert self.gate is not None
                 return self.gate(t).softmax(-1)
-        return alpha[:, None].expand(-1, t.shape[0], -1)
+
+    def all_weights(self, t: Tensor) -> Tensor:
+        """Layer weights alpha (V, B, L) at flow times t (B,), fp32, rows sum to one. Eq. 3."""
+        return self._alpha(t).expand(-1, t.shape[0], -1)
 
     def weights(self, t: Tensor, block_index: int) -> Tensor:
         """Layer weights alpha_{t,d} of one block: t (B,) -> (B, L), fp32, rows sum to one. Eq. 3."""
@@ -170,15 +149,15 @@ class Fusion(nn.Module):
         return self.all_weights(t)[block_index if self.num_variants > 1 else 0]
 
     def forward(self, hidden_states: Tensor, t: Tensor, block_index: int) -> Tensor:
-        """Eq. 2 as written, for one block: hidden_states (L, B, N, C) and t (B,) -> H_cond (B, N, C)."""
+        """Eq. 2 as printed, for one block: hidden_states (L, B, N, C) and t (B,) -> H_cond (B, N, C)."""
         weights = self.weights(t, block_index)
         return torch.einsum("bl,lbnc->bnc", weights, normalise(hidden_states)).to(hidden_states.dtype)
 
     def prepare(self, hidden_states: Tensor) -> Tensor:
-        """The part of Eq. 2 that training can't change, done once per text: (L, ..., C) -> (K, ..., C), fp32.
+        """The part of Eq. 2 that training can't change, computed once per text: (L, ..., C) -> (K, ..., C), fp32.
 
-        LN has no parameters, so it is applied here; where the weights are fixed too, so is the sum, and K = 1.
-        Raises ValueError where the number of layers is not the model's.
+        This is LN, which has no parameters; where the weights are fixed too it is the whole sum, and K = 1. Raises
+        ValueError where the number of layers is not the model's.
         """
         if hidden_states.shape[0] != self.num_layers:
             raise ValueError(
@@ -194,71 +173,10 @@ class Fusion(nn.Module):
                 return normalise(hidden_states)
 
     def fuse(self, prepared: Prepared, t: Tensor) -> Tensor:
-        """The rest of Eq. 2 for all blocks: prepared text of B samples, t (B,) -> (V, B, N, C).
+        """The rest of Eq. 2 for all blocks: prepared texts of B samples and t (B,) -> H_cond (V, B, N, C).
 
-        Fp32 where texts come one by one, else of the stack's type.
+        Returns the stack's type; fp32 for texts given one by one.
         """
         if self.is_fixed:
             return stack_texts(prepared)
-        alpha = self.all_weights(t) if self.logits is None else self.logits.float().softmax(-1)[:, None]
-        return _weighted_sums(alpha, prepared)
-
-    def time_bases(self, times: Tensor) -> list[TimeBasis]:
-        """Bases of the layer weights of each of the V gates at times (T,)."""
-        return [TimeBasis.of(alpha) for alpha in self.all_weights(times)]
-
-    def fuse_directions(self, prepared: Prepared, bases: Sequence[TimeBasis]) -> Iterator[Tensor]:
-        """Eq. 2 with the directions of each basis in place of layer weights: -> (R, B, N, C) for each.
-
-        Those of all bases at once, which reads the texts once, where it makes few values.
-        """
-        directions = [basis.directions for basis in bases]
-        row = prepared[0].numel() if isinstance(prepared, Tensor) else sum(text[0].numel() for text in prepared)
-        if row * sum(map(len, directions)) <= _FUSED_VALUES:
-            fused = _weighted_sums(torch.cat(directions)[:, None], prepared)
-            yield from fused.split([len(some) for some in directions])
-        else:
-            yield from (_weighted_sums(some[:, None], prepared) for some in directions)
-
-
-def _weighted_sums(alpha: Tensor, prepared: Prepared) -> Tensor:
-    """sum_l alpha (V, B or 1, L) * prepared (L, B, N, C) -> (V, B, N, C)."""
-    if alpha.device.type == "cpu":
-        texts = prepared.unbind(1) if isinstance(prepared, Tensor) else prepared
-        dtype = prepared.dtype if isinstance(prepared, Tensor) else torch.float32
-        return cast(Tensor, _SumOnCpu.apply(alpha.to(dtype), *texts))
-    prepared = stack_texts(prepared)
-    num_layers, batch, tokens, channels = prepared.shape
-    alpha = alpha.to(prepared.dtype)
-    if alpha.shape[1] == 1:
-        return (alpha[:, 0] @ prepared.reshape(num_layers, -1)).view(-1, batch, tokens, channels)
-    fused = alpha.transpose(0, 1) @ prepared.flatten(2).transpose(0, 1)
-    return fused.view(batch, -1, tokens, channels).transpose(0, 1)
-
-
-class _SumOnCpu(torch.autograd.Function):
-    """sum_l alpha (V, B or 1, L) * text (L, N_i, C) of each sample, written where it belongs in (V, B, N, C): a batched
-    product would be laid out by sample, and every pass behind it would copy. Prepared text learns nothing, so it gets
-    no gradient."""
-
-    @staticmethod
-    def forward(ctx: Any, alpha: Tensor, *texts: Tensor) -> Tensor:
-        ctx.save_for_backward(*texts)
-        ctx.is_shared = alpha.shape[1] == 1
-        longest, channels = max(text.shape[1] for text in texts), texts[0].shape[2]
-        fused = alpha.new_empty(alpha.shape[0], len(texts), longest, channels)
-        for sample, text in enumerate(texts):
-            weights, length = alpha[:, 0 if ctx.is_shared else sample], text.shape[1]
-            torch.mm(weights, text.to(alpha.dtype).flatten(1), out=fused[:, sample, :length].flatten(1))
-            fused[:, sample, length:] = 0
-        return fused
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        texts, grad = ctx.saved_tensors, grads[0]
-        products = [
-            linear(grad[:, sample, : text.shape[1]].flatten(1), text.to(grad.dtype).flatten(1))
-            for sample, text in enumerate(texts)
-        ]
-        of_alpha = torch.stack(products, dim=1)
-        return of_alpha.sum(1, keepdim=True) if ctx.is_shared else of_alpha, *(None for _ in texts)
+        return ops.sum_layers(self._alpha(t), prepared)

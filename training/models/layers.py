@@ -1,21 +1,19 @@
-"""Building blocks of both backbones: projections, norms, rotary positions, attention, SwiGLU, and their initial values.
+"""Layers of both backbones: projections, norms, rotary positions, attention, SwiGLU, and their initial values.
 
 Shapes: B batch, N image tokens, S text tokens, C channels, H query heads, G key and value heads, E channels of a head.
 """
 
 import hashlib
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from training.config import ModelConfig
-from training.models.kernels.onednn import is_served, linear, pack, silu_gated
+from training.models.kernels import ops
 
 
 def named_generator(seed: int, name: str) -> torch.Generator:
@@ -25,10 +23,10 @@ def named_generator(seed: int, name: str) -> torch.Generator:
 
 
 def initialise(model: nn.Module, seed: int) -> None:
-    """Give every parameter its starting value, each from a generator of its own name.
+    """Set the initial value of every parameter, with one generator per parameter name.
 
-    Parameters of the same name and shape start equal in all strategies, so arms differ in nothing but their fusion.
-    Nothing else sets initial values, so what is meant to start at zero does.
+    Parameters of the same name and shape start equal in all strategies, so arms differ only in their fusion. Nothing
+    else sets initial values, so a zero init stays zero.
     """
     for name, module in model.named_modules():
         start = getattr(module, "initialise_parameters", None)
@@ -57,10 +55,10 @@ def fill_orthogonal(weight: Tensor, generator: torch.Generator) -> None:
 
 
 class Projection(nn.Linear):
-    """One or several linear maps of the same input, computed in one product; output sizes as given by `outputs`.
+    """One or several linear maps of the same input in one product, of the output sizes `outputs`.
 
-    Each map starts Xavier uniform with its own fan-out and times `scale`, or normal with `std`, or, where `orthogonal`
-    is set, orthogonal with Xavier's variance; biases start at zero, and so do weights where `zero` is set.
+    Each map starts Xavier uniform with its own fan-out, or normal with `std`, or, with `orthogonal`, orthogonal with
+    Xavier's variance; then it is multiplied by `scale`. Biases start at zero, and with `zero` weights do too.
     """
 
     def __init__(
@@ -76,14 +74,12 @@ class Projection(nn.Linear):
     ) -> None:
         super().__init__(in_features, sum(outputs), bias=bias)
         self.outputs, self.zero, self.std, self.scale, self.orthogonal = tuple(outputs), zero, std, scale, orthogonal
-        self.packed: tuple[Tensor, ...] = ()
-        """Its weight, or that of each map, as `packed_weights` lays it out for a while."""
 
     def reset_parameters(self) -> None:
-        """Left to `initialise`."""
+        """Do nothing: `initialise` sets initial values."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight, self.bias, packed=self.packed[0] if len(self.packed) == 1 else None)
+        return ops.linear(x, self.weight, self.bias)
 
     @torch.no_grad()
     def initialise_parameters(self, generator: torch.Generator) -> None:
@@ -115,45 +111,11 @@ class RMSNorm(nn.Module):
         self.weight.fill_(1.0)
 
     def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight, self.eps)
-
-
-def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
-    """x / sqrt(mean(x^2) + eps) * weight over the last axis, computed in fp32, returned as x's type."""
-    weight = None if weight is None else weight.float()
-    if x.device.type != "cpu":
-        return F.rms_norm(x.float(), x.shape[-1:], weight, eps).to(x.dtype)
-    return _RmsNormOnCpu.apply(x.float(), weight, eps).to(x.dtype)
-
-
-class _RmsNormOnCpu(torch.autograd.Function):
-    """F.rms_norm has no kernel of its own on CPUs: backward takes it 1.5 ms for 512 x 384 values, this 0.3 ms."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
-        norms = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-        scale = norms.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
-        ctx.save_for_backward(x, scale, weight)
-        return x * scale if weight is None else (x * scale).mul_(weight)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        """That of layer norm at a mean of zero, and what it takes off too much: scale * mean(grad * weight)."""
-        x, scale, weight = ctx.saved_tensors
-        needs_x, needs_weight, _ = ctx.needs_input_grad
-        grad = grads[0].contiguous()
-        with torch.autocast("cpu", enabled=False):
-            grad_x, grad_weight, _ = torch.ops.aten.native_layer_norm_backward(
-                grad, x, x.shape[-1:], torch.zeros_like(scale), scale, weight, None, [needs_x, needs_weight, False]
-            )
-            if needs_x:
-                sums = grad.sum(-1) if weight is None else torch.mv(grad.flatten(0, -2), weight)
-                grad_x.add_(sums.view_as(scale).div_(x.shape[-1]).mul_(scale))
-        return grad_x, grad_weight, None
+        return ops.rms_norm(x, self.weight, self.eps)
 
 
 def sinusoids(t: Tensor, size: int) -> Tensor:
-    """Return [cos(t f_i), sin(t f_i)] with f_i = 10000^(-i / (size / 2)): (B,) -> (B, size), fp32. Paper Eq. 12."""
+    """phi(t) = [cos(t f_i), sin(t f_i)] with f_i = 10000^(-i / (size / 2)): (B,) -> (B, size), fp32. Eq. 12."""
     half = size // 2
     frequencies = torch.exp(-math.log(10_000.0) * torch.arange(half, dtype=torch.float32, device=t.device) / half)
     angles = t.float()[:, None] * frequencies
@@ -166,7 +128,7 @@ def grid_angles(height: int, width: int, head_dim: int, theta: float, device: to
 
     Rotating channel i against channel i + E / 2 gives the head layout [rows, columns, rows, columns] in quarters.
     """
-    with torch.inference_mode(False):  # or a table first needed by sampling could not be trained with
+    with torch.inference_mode(False):  # a table cached by sampling must work in training too
         frequencies = axis_frequencies(head_dim, theta, device)
         rows = torch.arange(height, dtype=torch.float32, device=device)[:, None, None] * frequencies
         columns = torch.arange(width, dtype=torch.float32, device=device)[None, :, None] * frequencies
@@ -199,7 +161,7 @@ KeysValues = tuple[Tensor, Tensor]
 def attend(q: Tensor, keys_values: KeysValues, mask: Tensor | None) -> Tensor:
     """Attention of q (B, H, N, E) over grouped keys and values (B, G, S, E), flattened to (B, N, H * E).
 
-    `mask` is boolean, True where a key may be seen, broadcast to (B, H, N, S); None sees all, on the faster path.
+    `mask` is boolean, True where a key is visible, broadcast to (B, H, N, S); None, which is faster, shows all keys.
     """
     k, v = keys_values
     grouped = q.shape[1] != k.shape[1]
@@ -208,7 +170,7 @@ def attend(q: Tensor, keys_values: KeysValues, mask: Tensor | None) -> Tensor:
 
 
 class SelfAttention(nn.Module):
-    """Self-attention of image tokens with 2D rotary positions; fuse_dit puts text keys and values in front."""
+    """Self-attention of image tokens with 2D rotary positions; fuse_dit prepends text keys and values."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -232,7 +194,7 @@ class SelfAttention(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Attention of image tokens over the conditioning; no positions on either side."""
+    """Attention of image tokens over the conditioning, without positions on either side."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -264,27 +226,4 @@ class SwiGLU(nn.Module):
         self.down = Projection(config.mlp_width, (config.hidden_size,), scale=config.residual_scale)
 
     def forward(self, x: Tensor) -> Tensor:
-        packed = self.gate_up.packed
-        if len(packed) == 2 and not torch.is_grad_enabled() and is_served(x, self.gate_up.weight):
-            return self.down(silu_gated(x, *packed))
-        gate, up = self.gate_up(x).chunk(2, dim=-1)
-        return self.down(F.silu(gate) * up)
-
-
-@contextmanager
-def packed_weights(model: nn.Module) -> Iterator[None]:
-    """Hold every projection of `model` packed for products without gradients, where this machine gains by it.
-
-    Takes the memory of the weights once more and a pass over them; they must not change within.
-    """
-    projections = [module for module in model.modules() if isinstance(module, Projection)]
-    in_parts = {id(module.gate_up) for module in model.modules() if isinstance(module, SwiGLU)}
-    try:
-        for projection in projections:
-            weight = projection.weight
-            parts = weight.split(projection.outputs) if id(projection) in in_parts else (weight,)
-            projection.packed = pack(parts)
-        yield
-    finally:
-        for projection in projections:
-            projection.packed = ()
+        return self.down(ops.silu_gated(x, self.gate_up.weight))

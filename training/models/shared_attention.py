@@ -1,4 +1,4 @@
-"""The keys and values that a frozen LLM's own layers make of its hidden states, without running the LLM again.
+"""The keys and values of a frozen LLM's own layers, computed from its hidden states without running the LLM again.
 
 Text rows of the joint attention are causal and never see the image, so a layer's keys and values depend on the text
 alone: k_proj(input_norm(h)) and v_proj(input_norm(h)) of the hidden states h that enter the layer.
@@ -51,7 +51,7 @@ class SharedAttention:
         return next(iter(self.layers.values())).k_proj.device
 
     def to(self, device: torch.device) -> "SharedAttention":
-        """Return it on a device; itself where it is there."""
+        """Return it on a device; itself where it is there already."""
         if device == self.device:
             return self
         return replace(self, layers={index: layer.to(device) for index, layer in self.layers.items()})
@@ -76,9 +76,9 @@ class SharedAttention:
 
 
 def load_shared_attention(model: ModelRef, layers: Sequence[int]) -> SharedAttention:
-    """Read the key and value weights of `layers` from a model's safetensors, and nothing else of it.
+    """Read only the key and value weights of `layers` from a model's safetensors.
 
-    Raises ThroughlineError where the model has no such layer, or scales its rotary positions in a way not known here.
+    Raises ThroughlineError where the model has no such layer, or an unsupported scaling of rotary positions.
     """
     folder = _folder(model)
     config = json.loads((folder / "config.json").read_text())
@@ -87,7 +87,7 @@ def load_shared_attention(model: ModelRef, layers: Sequence[int]) -> SharedAtten
     rope_type = rope.get("rope_type", rope.get("type", "default"))
     if rope_type not in ("default", "mrope"):
         raise ThroughlineError(
-            f"{model.id}: rotary positions of type {rope_type!r}; fuse_dit knows the default type only"
+            f"{model.id}: rotary positions of type {rope_type!r}; fuse_dit supports only the default type"
         )
     tensors = _read_tensors(folder, {f"layers.{index}." for index in layers})
     return SharedAttention(
@@ -110,7 +110,7 @@ def _layer(model: ModelRef, tensors: Mapping[str, Tensor], index: int) -> Shared
             "lower fuse_first_layer or fuse_layer_stride, or use another encoder"
         )
     if f"layers.{index}.self_attn.k_proj.bias" in tensors:
-        raise ThroughlineError(f"{model.id}: layer {index} has biased key projections; fuse_dit knows none")
+        raise ThroughlineError(f"{model.id}: layer {index} has biased key projections, which fuse_dit does not support")
     return SharedLayer(input_norm, k_proj, v_proj, find("self_attn.k_norm"))
 
 
@@ -126,7 +126,7 @@ def _read_tensors(folder: Path, prefixes: Iterable[str]) -> dict[str, Tensor]:
     from safetensors import safe_open
 
     wanted = tuple(prefixes)
-    found: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor] = {}
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118 - a safetensors file is not iterable
@@ -134,12 +134,12 @@ def _read_tensors(folder: Path, prefixes: Iterable[str]) -> dict[str, Tensor]:
                     continue
                 start = name.find("layers.")
                 if start >= 0 and name[start:].startswith(wanted):
-                    found[name[start:]] = file.get_tensor(name).float()
-    return found
+                    tensors[name[start:]] = file.get_tensor(name).float()
+    return tensors
 
 
 def shared_attention_of(model: Any, layers: Sequence[int]) -> SharedAttention:
-    """Take the weights from a loaded transformers decoder (its `model.layers`) instead of from files."""
+    """Take the weights from a loaded transformers decoder (its `model.layers`) instead of files."""
     decoder, config = getattr(model, "model", model), model.config
     rope = config.rope_parameters
 

@@ -1,6 +1,6 @@
-"""The head that reads the flow time off noisy latents, for gates that follow the latents instead of the schedule.
+"""The head that estimates the flow time from noisy latents, for gates that follow the latents instead of the schedule.
 
-At t = 0 latents are white, at t = 1 smooth: moments of the latents and of their differences tell the time well.
+At t = 0 latents are white noise, at t = 1 smooth: moments of the latents and of their differences predict the time.
 Shapes: B batch, C channels, h and w latent height and width.
 """
 
@@ -17,10 +17,10 @@ _FLOOR = 1e-4
 
 
 def latent_statistics(latents: Tensor) -> Tensor:
-    """Mean and four log moments of each channel: (B, C, h, w), h and w at least 4 -> (B, 5 * C), fp32.
+    """Mean and four log second moments of each channel: (B, C, h, w), h and w at least 4 -> (B, 5 * C), fp32.
 
-    The moments: of the values about their mean, of neighbours' differences along each axis, and of neighbours'
-    differences at half the resolution.
+    The moments are the variance, the mean squared difference of neighbours along each axis, and that difference at
+    half the resolution.
     """
     x = latents.float()
     mean = x.mean((2, 3))
@@ -35,7 +35,7 @@ def latent_statistics(latents: Tensor) -> Tensor:
 
 
 class TimeHead(nn.Module):
-    """Linear, SiLU, Linear on `latent_statistics`, to the logit of t; in fp32, 2,625 parameters for 16 channels."""
+    """Linear, SiLU, Linear on `latent_statistics`, to the logit of t, in fp32; 2,625 parameters for 16 channels."""
 
     def __init__(self, latent_channels: int) -> None:
         super().__init__()
@@ -43,12 +43,12 @@ class TimeHead(nn.Module):
         self.outer = Projection(_WIDTH, (1,), bias=True, zero=True)
 
     def forward(self, latents: Tensor) -> Tensor:
-        """Logits of t (B,) at latents (B, C, h, w); nothing flows back into the latents."""
+        """Logits of t (B,) at latents (B, C, h, w); no gradient flows into the latents."""
         with torch.autocast(latents.device.type, enabled=False):
             return self.outer(F.silu(self.inner(latent_statistics(latents.detach())))).squeeze(-1)
 
 
 def time_losses(logits: Tensor, t: Tensor) -> Tensor:
-    """KL divergence of Bernoulli(sigmoid(logit)) from Bernoulli(t), zero where the head is right: (B,) each, fp32."""
+    """KL divergence of Bernoulli(sigmoid(logit)) from Bernoulli(t), zero for an exact estimate: (B,) each, fp32."""
     entropy = -(torch.xlogy(t, t) + torch.xlogy(1 - t, 1 - t))
     return F.binary_cross_entropy_with_logits(logits.float(), t.float(), reduction="none") - entropy

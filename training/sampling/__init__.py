@@ -1,1 +1,1 @@
-"""Images from a checkpoint: the sampler, and the text side computed once for all of its steps."""
+"""Samples images from a checkpoint, with the text computed once for all steps."""

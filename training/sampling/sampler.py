@@ -1,4 +1,4 @@
-"""Images from a checkpoint: flow matching with Euler steps and guidance, the text side computed once.
+"""Samples images from a checkpoint: flow matching with Euler steps and guidance, text computed once.
 
 Shapes: B images, P distinct prompts, S text tokens.
 """
@@ -18,11 +18,11 @@ from pipelines.core.errors import ThroughlineError
 from pipelines.runner.outputs import StageOutput
 from training.config import SamplerConfig
 from training.data.feature_source import load_text_encoder, prepare_text, unconditional_hidden_states
-from training.export.saved_model import SavedModel, check_models, load_model
-from training.loop.flow import sampling_noise
-from training.models.dit import Backbone
+from training.models.backbone import Backbone
+from training.models.flow import sampling_noise
+from training.models.kernels import ops
 from training.models.kernels.malloc import keep_freed_memory
-from training.models.layers import packed_weights
+from training.models.saved_model import SavedModel, check_models, load_model
 from training.sampling.schedule import build_scheduler, euler_step, flow_time
 from training.sampling.step_conditioning import StepConditioning, TextBatch
 
@@ -32,9 +32,9 @@ if TYPE_CHECKING:
     from features.autoencoder import Autoencoder
 
 OnStep = Callable[[int, int, Tensor], Tensor | None]
-"""Called after each step with its index, the number of steps, and the latents (B, C, h, w); may return others."""
+"""Called after each step with its index, the number of steps, and the latents (B, C, h, w); may return new latents."""
 
-_KEPT_PROMPTS = 512
+_MAX_CACHED_PROMPTS = 512
 
 
 @torch.no_grad()
@@ -52,14 +52,15 @@ def sample_latents(
 ) -> Tensor:
     """Integrate from noise (B, C, h, w) at t = 0 to latents at t = 1.
 
-    Image i is drawn for prompt `prompt_of[i]` of `text`, and guided away from `unconditional_of[i]` of `unconditional`
-    (None: from its first). Guidance is u + s * (c - u), both branches in one batch. `scheduler` is one of diffusers'
-    for flow matching with its timesteps set; None takes Euler steps as `settings` say.
+    Image i has prompt `prompt_of[i]` of `text` and unconditional text `unconditional_of[i]` of `unconditional` (None:
+    the first). Guidance is u + s * (c - u), both branches in one batch. `scheduler` is a flow-matching one of diffusers
+    with its timesteps set; None takes Euler steps as in `settings`.
     """
     batch, guided = noise.shape[0], settings.guidance_scale != 1
-    away = torch.zeros_like(prompt_of) if unconditional_of is None else unconditional_of
+    if unconditional_of is None:
+        unconditional_of = torch.zeros_like(prompt_of)
     lengths = text.lengths[prompt_of]
-    lengths = torch.cat([unconditional.lengths[away], lengths]) if guided else lengths
+    lengths = torch.cat([unconditional.lengths[unconditional_of], lengths]) if guided else lengths
     longest = int(max(text.lengths.max(), unconditional.lengths.max())) if guided else int(text.lengths.max())
     padded = bool((lengths < longest).any())
     mask = torch.arange(longest, device=noise.device) < lengths[:, None] if padded else None
@@ -68,16 +69,17 @@ def sample_latents(
     timesteps = cast(Tensor, scheduler.timesteps)
     times = flow_time(timesteps).to(noise.device)
     x_t = noise
-    with packed_weights(model):
+    with ops.packed_weights(model):
         conditioning = StepConditioning(
-            model, text, unconditional if guided else None, prompt_of, away, times, gate_shift=settings.gate_shift
-        )
+            model, text, unconditional if guided else None, prompt_of, unconditional_of, times,
+            gate_shift=settings.gate_shift,
+        )  # fmt: skip
         for index, (timestep, t) in enumerate(zip(timesteps, times, strict=True)):
             keys_values = conditioning.keys_values(index, x_t)
             velocity = model.velocity(x_t, t[None], keys_values, lengths, mask).float()
             if guided:
-                unguided, towards_text = velocity.split(batch)
-                velocity = unguided + settings.guidance_scale * (towards_text - unguided)
+                u, c = velocity.split(batch)
+                velocity = u + settings.guidance_scale * (c - u)
             x_t = euler_step(scheduler, x_t, velocity, timestep)
             if on_step is not None:
                 replaced = on_step(index, len(timesteps), x_t)
@@ -87,16 +89,16 @@ def sample_latents(
 
 @dataclass
 class Sampler:
-    """A checkpoint ready to draw images."""
+    """A checkpoint ready to sample images."""
 
     saved: SavedModel
     encode: Callable[[Sequence[str]], list[Tensor]]
-    """Texts -> hidden states (L, S, C) each; "" is what stands for "no prompt"."""
+    """Texts -> hidden states (L, S, C) each; "" is the unconditional text."""
     decode: Callable[[Tensor], np.ndarray]
     """Unscaled latents (B, C, h, w) -> images uint8 (B, H, W, 3)."""
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     negative_prompt: str = ""
-    """What guidance leads away from; "" is the unconditional text of training."""
+    """Text of the unconditional branch; "" is that of training."""
     _prepared: "OrderedDict[str, Tensor]" = field(default_factory=OrderedDict)
     _unconditional: TextBatch | None = None
 
@@ -108,10 +110,10 @@ class Sampler:
         settings: SamplerConfig,
         on_step: OnStep | None = None,
     ) -> "list[Image]":
-        """Draw one image per (prompt, sample index), in order.
+        """Sample one image per (prompt, sample index), in order.
 
-        An image depends on checkpoint, prompt, sample index, seed and settings; its batch mates move rounding at most.
-        Raises ValueError where the settings ask for the shift of Eq. 11 of a model without a time gate.
+        An image depends on checkpoint, prompt, sample index, seed and settings; its batch changes at most rounding.
+        Raises ValueError where the settings ask for the shift of Eq. 11 and the model has no time gate.
         """
         if len(prompts) != len(sample_indices):
             raise ValueError(f"{len(prompts)} prompts but {len(sample_indices)} sample indices; give one for each")
@@ -131,7 +133,7 @@ class Sampler:
         settings: SamplerConfig,
         on_step: OnStep | None = None,
     ) -> Tensor:
-        """Draw scaled latents (B, C, h, w), one per (prompt, sample index), in one batch."""
+        """Sample scaled latents (B, C, h, w), one per (prompt, sample index), in one batch."""
         config = self.saved.config
         shape = (config.latent_channels, config.latent_size, config.latent_size)
         noise = torch.stack([
@@ -161,7 +163,7 @@ class Sampler:
         return [Image.fromarray(image) for image in pixels]
 
     def _prepare(self, prompts: Sequence[str]) -> dict[str, Tensor]:
-        """Prepared text of some prompts, from the last few hundred where they are among them."""
+        """Return the prepared text of each prompt, cached for the most recent prompts."""
         missing = [prompt for prompt in prompts if prompt not in self._prepared]
         if missing:
             for prompt, hidden_states in zip(missing, self.encode(missing), strict=True):
@@ -170,10 +172,10 @@ class Sampler:
                 except ThroughlineError as error:
                     raise ThroughlineError(f"prompt {prompt!r}: {error}") from error
                 self._prepared[prompt] = prepared.to(self.device)
-        found = {prompt: self._prepared[prompt] for prompt in prompts}
-        while len(self._prepared) > _KEPT_PROMPTS:
+        texts = {prompt: self._prepared[prompt] for prompt in prompts}
+        while len(self._prepared) > _MAX_CACHED_PROMPTS:
             self._prepared.popitem(last=False)
-        return found
+        return texts
 
     def _text_batch(self, texts: Sequence[Tensor]) -> TextBatch:
         return TextBatch.of(texts, self.device)
@@ -190,42 +192,42 @@ def load_sampler(
 ) -> Sampler:
     """Load a checkpoint with its text encoder and autoencoder.
 
-    `encoder` (a features TextEncoder) and `decoder` (a features Autoencoder) spare loading them again when several
-    checkpoints are sampled in one process. Raises ThroughlineError where encoder or autoencoder are not those trained
-    with.
+    Pass `encoder` (a features TextEncoder) and `decoder` (a features Autoencoder) to share them between checkpoints.
+    Raises ThroughlineError where text encoder or autoencoder are not those of training.
     """
     check_models(checkpoint, text_encoder, autoencoder)
     if device == "cpu":
         keep_freed_memory()
     saved = load_model(checkpoint, text_encoder, device)
     conditioning = saved.conditioning
-    loaded = encoder if encoder is not None else load_text_encoder(text_encoder, conditioning.template_version, device)
-    decodes = decoder
-    if decodes is None:
-        decodes = load_autoencoder(autoencoder, device, conditioning.autoencoder_subfolder)
+    if encoder is None:
+        encoder = load_text_encoder(text_encoder, conditioning.template_version, device)
+    if decoder is None:
+        decoder = load_autoencoder(autoencoder, device, conditioning.autoencoder_subfolder)
+    prompt_encoder = encoder
 
     template = unconditional_template(conditioning.template_version, conditioning.prompt_drop_form)
 
     def encode(texts: Sequence[str]) -> list[Tensor]:
-        # One by one, because rounding depends on a text's batch mates.
+        # One by one, because rounding depends on the batch.
         return [
             unconditional_hidden_states(text_encoder, template)
             if text == "" and template != conditioning.template_version
-            else loaded.encode([text])[0].hidden_states
+            else prompt_encoder.encode([text])[0].hidden_states
             for text in texts
         ]
 
-    return Sampler(saved, encode, decodes.decode, torch.device(device))
+    return Sampler(saved, encode, decoder.decode, torch.device(device))
 
 
 class Encodes(Protocol):
-    """What sampling needs of a text encoder."""
+    """The part of a text encoder that sampling uses."""
 
     def encode(self, captions: Sequence[str], /) -> Sequence[Any]: ...
 
 
 class Decodes(Protocol):
-    """What sampling needs of an autoencoder."""
+    """The part of an autoencoder that sampling uses."""
 
     def decode(self, latents: Tensor, /) -> np.ndarray: ...
 

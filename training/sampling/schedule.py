@@ -1,7 +1,7 @@
-"""The one place where the paper's flow time meets diffusers: sigma = 1 - t, scheduler timestep = 1000 * sigma.
+"""The only module where the paper's flow time meets diffusers: sigma = 1 - t, scheduler timestep = 1000 * sigma.
 
 Everywhere else t = 0 is noise and t = 1 is data. The scheduler integrates d x / d sigma = noise - data, which is the
-velocity with its sign changed.
+negative velocity.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -14,11 +14,6 @@ if TYPE_CHECKING:
 NUM_TRAIN_TIMESTEPS = 1000
 
 
-def shift_time(t: Tensor, shift: float) -> Tensor:
-    """Static shift of the noise schedule, sigma' = shift * sigma / (1 + (shift - 1) * sigma), written in t."""
-    return t / (t + shift * (1 - t))
-
-
 def build_scheduler(num_steps: int, shift: float) -> "FlowMatchEulerDiscreteScheduler":
     """Return diffusers' Euler scheduler, set to `num_steps` steps from noise to data."""
     from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
@@ -29,20 +24,19 @@ def build_scheduler(num_steps: int, shift: float) -> "FlowMatchEulerDiscreteSche
 
 
 def check_scheduler(scheduler: Any) -> None:
-    """Raise ValueError for a scheduler whose steps or times are not those of flow matching as here."""
+    """Raise ValueError for a scheduler that does not do flow matching with `NUM_TRAIN_TIMESTEPS`."""
     name, config = type(scheduler).__name__, scheduler.config
     is_flow_matching = any(base.__name__.startswith("FlowMatch") for base in type(scheduler).__mro__)
     if not is_flow_matching and not (
         config.get("prediction_type") == "flow_prediction" and config.get("use_flow_sigmas")
     ):
         raise ValueError(
-            f"{name} is not set to flow matching, which the model was trained with; take one of diffusers' FlowMatch "
-            "schedulers, or make it with prediction_type='flow_prediction', use_flow_sigmas=True and flow_shift"
+            f"{name} is not set to flow matching, which the model was trained with; use one of diffusers' FlowMatch "
+            "schedulers, or build it with prediction_type='flow_prediction', use_flow_sigmas=True and flow_shift"
         )
     if config.get("num_train_timesteps") != NUM_TRAIN_TIMESTEPS:
         raise ValueError(
-            f"{name} has num_train_timesteps {config.get('num_train_timesteps')}, times here run to "
-            f"{NUM_TRAIN_TIMESTEPS}; make it with that"
+            f"{name} has num_train_timesteps {config.get('num_train_timesteps')}; build it with {NUM_TRAIN_TIMESTEPS}"
         )
 
 
@@ -52,6 +46,6 @@ def flow_time(timestep: Tensor) -> Tensor:
 
 
 def euler_step(scheduler: "FlowMatchEulerDiscreteScheduler", x_t: Tensor, velocity: Tensor, timestep: Tensor) -> Tensor:
-    """Return x at the next, less noisy time of the scheduler."""
-    step: Any = scheduler.step  # its annotations ask for FloatTensor, which no tensor is to a type checker
+    """Return x at the scheduler's next, less noisy time."""
+    step: Any = scheduler.step  # its annotations demand FloatTensor, which a type checker accepts no tensor as
     return step(-velocity, timestep, x_t, return_dict=False)[0]

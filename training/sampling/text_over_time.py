@@ -1,26 +1,33 @@
-"""Keys and values of texts at many scheduled times, from the few sums of layers that all of those times are made of.
+"""Keys and values of texts at many scheduled times, from a few weighted sums of layers that all those times share.
 
 A gate is a smooth function of t, so its layer weights at T times span few directions to fp32 rounding: 2 to 9 for any
-T in the gates looked at, random ones and trained ones. Fusion and projection are linear; so they are done for each
-direction in place of each time, and every time takes its own combination of the products. Only the norm before the
-projection is not linear; but it is one factor for each token, which follows from products of the fused directions with
-each other.
+T, for random and for trained gates. Fusion and projection are linear, so they are computed per direction instead of per
+time, and each time combines the products. Only the norm before the projection is not linear, but it is one factor per
+token, which follows from inner products of the fused directions.
 
-Shapes: T times, R directions, L layers, B texts, S tokens, C text width, G key and value heads, E channels of a head.
+Shapes: T times, R directions, V conditionings, L layers, B texts, S tokens, C text width, G key and value heads, E
+channels of a head.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from training.models.dit import DiT
+from training.models.folded_text import FoldedTextProjection
+from training.models.fusion import Fusion
+from training.models.kernels import ops
+from training.models.kernels.ragged_texts import Prepared
 from training.models.layers import KeysValues
 
-_LEFT_OUT = 2e-7
-"""What directions that are left out may take from layer weights, as a part of their length: less than fp32 rounding
-takes from a sum over layers."""
+_TOLERANCE = 2e-7
+"""The part of layer weights that omitted directions may hold, relative to their norm: less than fp32 rounding of a sum
+over layers."""
+_MAX_FUSED_VALUES = 2**24
+"""Fused values above which the conditionings are fused one after the other."""
 
 
 class TimeBasis(NamedTuple):
@@ -31,18 +38,23 @@ class TimeBasis(NamedTuple):
 
     @classmethod
     def of(cls, alpha: Tensor) -> "TimeBasis":
-        """Return the smallest basis of layer weights (T, L); they themselves where none is smaller or they are NaN."""
+        """Return the smallest basis of layer weights (T, L), or themselves where none is smaller or they hold NaN."""
         exact = alpha.detach().double().cpu()
-        themselves = cls(torch.eye(len(alpha), device=alpha.device), alpha)
+        identity = cls(torch.eye(len(alpha), device=alpha.device), alpha)
         if not exact.isfinite().all():
-            return themselves
+            return identity
         left, values, right = torch.linalg.svd(exact, full_matrices=False)
         weighted = left * values
-        left_out = weighted.square().flip(-1).cumsum(-1).flip(-1).sqrt()
-        needed = (left_out > _LEFT_OUT * exact.norm(dim=-1, keepdim=True)).any(0).sum().clamp_min(1)
-        if needed == len(alpha):
-            return themselves
-        return cls(weighted[:, :needed].to(alpha), right[:needed].to(alpha))
+        residuals = weighted.square().flip(-1).cumsum(-1).flip(-1).sqrt()
+        num_needed = (residuals > _TOLERANCE * exact.norm(dim=-1, keepdim=True)).any(0).sum().clamp_min(1)
+        if num_needed == len(alpha):
+            return identity
+        return cls(weighted[:, :num_needed].to(alpha), right[:num_needed].to(alpha))
+
+
+def time_bases(fusion: Fusion, times: Tensor) -> list[TimeBasis]:
+    """Return the basis of each of the V gates at times (T,)."""
+    return [TimeBasis.of(alpha) for alpha in fusion.all_weights(times)]
 
 
 @dataclass(frozen=True)
@@ -54,15 +66,48 @@ class KeysValuesOverTime:
     products: Tensor
     """(R, B, S, 2 * G * E): the projection of each fused direction, without bias."""
     scales: Tensor
-    """(T, B, S, 1): what the norm before the projection multiplies by, fp32."""
+    """(T, B, S, 1): the factor of the norm before the projection, fp32."""
     bias: Tensor
     split: Callable[[Tensor], KeysValues]
     """Projected text (B, S, 2 * G * E) -> keys and values."""
 
-    def at(self, place: int) -> KeysValues:
-        """Keys and values at the time of this place."""
-        combined = (self.coefficients[place] @ self.products.flatten(1)).view(self.products.shape[1:])
-        return self.split(torch.addcmul(self.bias.float(), combined.float(), self.scales[place]))
+    def at(self, time_index: int) -> KeysValues:
+        """Return keys and values at one of the times."""
+        combined = (self.coefficients[time_index] @ self.products.flatten(1)).view(self.products.shape[1:])
+        return self.split(torch.addcmul(self.bias.float(), combined.float(), self.scales[time_index]))
+
+
+def text_over_time(
+    model: DiT, prepared: Prepared, bases: Sequence[TimeBasis], folded: FoldedTextProjection
+) -> list[KeysValuesOverTime]:
+    """Return for each block the result of `DiT.text_keys_values` for every text at each of the bases' times."""
+    maps = list(zip(model.cross_attentions(), folded.weights, folded.biases, strict=True))
+    blocks_per_basis = len(maps) // len(bases)  # one, or all
+    blocks: list[KeysValuesOverTime] = []
+    for index, (basis, fused) in enumerate(zip(bases, _fuse_directions(prepared, bases), strict=True)):
+        basis_maps = maps[index * blocks_per_basis : (index + 1) * blocks_per_basis]
+        products = [ops.linear(fused, weight) for _, weight, _ in basis_maps]
+        coefficients = basis.coefficients.to(products[0].dtype)
+        scales = inverse_rms(fused, coefficients, model.text_norm.eps)
+        blocks += [
+            KeysValuesOverTime(coefficients, product, scales, bias, attention.keys_values)
+            for product, (attention, _, bias) in zip(products, basis_maps, strict=True)
+        ]
+    return blocks
+
+
+def _fuse_directions(prepared: Prepared, bases: Sequence[TimeBasis]) -> Iterator[Tensor]:
+    """Eq. 2 with the directions of each basis as layer weights: -> (R, B, S, C) for each.
+
+    Fuses all bases at once, which reads the texts once, unless that takes too much memory.
+    """
+    directions = [basis.directions for basis in bases]
+    num_values = prepared[0].numel() if isinstance(prepared, Tensor) else sum(text[0].numel() for text in prepared)
+    if num_values * sum(map(len, directions)) <= _MAX_FUSED_VALUES:
+        fused = ops.sum_layers(torch.cat(directions)[:, None], prepared)
+        yield from fused.split([len(rows) for rows in directions])
+    else:
+        yield from (ops.sum_layers(rows[:, None], prepared) for rows in directions)
 
 
 def inverse_rms(fused: Tensor, coefficients: Tensor, eps: float) -> Tensor:

@@ -150,7 +150,7 @@ def test_an_arm_without_scores_has_an_empty_cell() -> None:
 def test_fusion_weights_equal_those_of_the_checkpoint(checkpoints: dict[Strategy, StageOutput], tmp_path: Path) -> None:
     import torch
 
-    from training.export.saved_model import load_model
+    from training.models.saved_model import load_model
 
     for strategy in Strategy:
         output = FUSION_ANALYSIS.run(

@@ -145,7 +145,7 @@ def test_a_request_that_cannot_be_generated_is_one_sentence(home: Home) -> None:
         assert isinstance(message, str) and expected in message and "\n" not in message
     home.write_profile(home.llm, home.autoencoder.model_copy(update={"revision": "sha256:other"}))
     message = home.generate("a dog", *common)
-    assert isinstance(message, str) and "given tiny-vae at sha256:other; name the former" in message
+    assert isinstance(message, str) and "given tiny-vae at sha256:other; use the former" in message
     assert not list(home.folder.glob("x*"))
     (checkpoint.folder / "model.safetensors").write_bytes(b"short")
     message = home.generate("a dog", *common)
@@ -163,7 +163,7 @@ def test_export_writes_the_pipeline_of_the_newest_checkpoint(home: Home, capsys:
     assert index["lineage"]["checkpoint"] == checkpoint.data_version
     assert (index["num_inference_steps"], index["guidance_scale"]) == (2, 2.0)
     message = home.call("export", "--strategy", "uniform", "--out", str(out))
-    assert isinstance(message, str) and "there is something already" in message
+    assert isinstance(message, str) and "the folder is not empty" in message
     message = home.call("export", "--out", str(home.folder / "other"))
     assert isinstance(message, str) and "name either a strategy" in message
 

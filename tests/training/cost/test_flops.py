@@ -1,4 +1,4 @@
-"""Operation counts: the published figures, and that the formulae count what the models do."""
+"""Operation counts agree with the published figures and with torch's counter."""
 
 import pytest
 import torch
@@ -8,7 +8,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from tests.training.conftest import TINY_MODEL
 from training.config import ModelConfig, Strategy
 from training.cost.flops import KNOWN_TEXT_ENCODERS, TextEncoderShape, count_flops
-from training.models.dit import DiT, build_model
+from training.models.build import build_model
+from training.models.dit import DiT
+from training.sampling.text_over_time import text_over_time, time_bases
 
 QWEN = KNOWN_TEXT_ENCODERS["Qwen/Qwen3-VL-4B-Instruct"]
 
@@ -48,7 +50,7 @@ def test_caching_makes_depth_wise_cheaper_than_the_uncached_baseline() -> None:
 
 @pytest.mark.parametrize("strategy", Strategy)
 @pytest.mark.parametrize("timestep_conditioning", ["none", "adaln"])
-def test_formulae_count_what_the_model_does(strategy: Strategy, timestep_conditioning: str) -> None:
+def test_formulae_agree_with_torchs_counter(strategy: Strategy, timestep_conditioning: str) -> None:
     config = TINY_MODEL.model_copy(update={"timestep_conditioning": timestep_conditioning})
     model = build_model(config, strategy)
     branches, tokens, latent_size = 2, 5, 12
@@ -79,7 +81,7 @@ def test_formulae_count_what_the_model_does(strategy: Strategy, timestep_conditi
 
 @pytest.mark.parametrize("strategy", [Strategy.TIME_WISE, Strategy.JOINT])
 @torch.no_grad()
-def test_text_over_time_costs_what_the_formula_says(strategy: Strategy) -> None:
+def test_text_over_time_agrees_with_its_formula(strategy: Strategy) -> None:
     tokens, num_steps = 5, 20
     config = TINY_MODEL.model_copy(update={"num_text_layers": 12})
     model = build_model(config, strategy)
@@ -89,8 +91,8 @@ def test_text_over_time_costs_what_the_formula_says(strategy: Strategy) -> None:
     model.fusion.gate.weight_out += torch.randn(model.fusion.gate.weight_out.shape[1:])
     text = model.prepare_text(torch.zeros(config.num_text_layers, tokens, config.text_width))
     with FlopCounterMode(display=False) as counter:
-        bases = model.fusion.time_bases(torch.linspace(0, 1, num_steps))
-        model.text_over_time((text, text), bases, model.text_projections())
+        bases = time_bases(model.fusion, torch.linspace(0, 1, num_steps))
+        text_over_time(model, (text, text), bases, model.fold_text_projection())
     (num_directions,) = {len(basis.directions) for basis in bases}
     assert 1 < num_directions < config.num_text_layers
     expected = count_flops(
@@ -109,6 +111,6 @@ def test_fuse_dit_stops_the_encoder_at_its_last_shared_layer_as_released() -> No
     assert (released.text_keys_values, ours.text_keys_values > 0) == (0, True)
 
 
-def test_latents_that_patches_do_not_divide_are_refused() -> None:
+def test_latents_not_divisible_by_the_patch_are_refused() -> None:
     with pytest.raises(ValueError, match="latents of 7 are not divisible by the patch size 2"):
         count_flops(TINY_MODEL, Strategy.UNIFORM, None, latent_size=7, cached=True)

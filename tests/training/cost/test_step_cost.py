@@ -13,7 +13,7 @@ from training.cost.step_cost import training_flops
 
 @pytest.mark.parametrize("strategy", list(Strategy))
 @pytest.mark.parametrize("num_text_tokens", [5, 30])  # few enough for the equations' own order of products
-def test_operations_are_three_times_those_that_torch_counts_forwards(strategy: Strategy, num_text_tokens: int) -> None:
+def test_operations_are_three_times_those_of_the_forward_pass(strategy: Strategy, num_text_tokens: int) -> None:
     model, generator = built(strategy), torch.Generator().manual_seed(0)
     prepared = model.prepare_text(torch.randn(4, num_text_tokens, 48, generator=generator))[:, None]
     latents = torch.randn(1, 4, 8, 8, generator=generator)

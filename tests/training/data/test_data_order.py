@@ -50,13 +50,13 @@ def _ledger() -> Ledger:
     return Ledger(np.arange(5 * 16, dtype=np.uint8).reshape(5, 16), "version", 0, 2)
 
 
-def test_ledger_goes_on_where_it_was_restored() -> None:
+def test_a_restored_ledger_continues() -> None:
     whole, first, second = _ledger(), _ledger(), _ledger()
     batches = [np.array([0, 3]), np.array([3, 3]), np.array([4, 0])]
     for step, batch in enumerate(batches):
         whole.record(step, batch)
     first.record(0, batches[0])
-    second.restore(first.tensors(), first.consumption_digest)
+    second.load_state_dict(first.state_dict(), first.consumption_digest)
     for step in (1, 2):
         second.record(step, batches[step])
     assert second.consumption_digest == whole.consumption_digest

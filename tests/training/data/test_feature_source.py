@@ -1,4 +1,4 @@
-"""What training reads: the text that stands for "no prompt", and features that can't be trained on."""
+"""The inputs of training: the unconditional text, online and stored features, invalid features."""
 
 import logging
 from collections.abc import Sequence
@@ -10,19 +10,18 @@ import torch
 from safetensors.torch import load_file
 
 from features.templates import PromptDropForm
-from features.text_encoder import EncodedText as EncodedCaption
-from features.text_encoder import TextEncoder
+from features.text_encoder import EncodedText, TextEncoder
 from pipelines.core.errors import ThroughlineError
 from pipelines.dataset.samples import ShardSamples
 from tests.tiny_models import write_autoencoder
 from tests.training.conftest import TinyData, publish, text_feature_file
 from training.config import CheckpointConfig, Strategy
-from training.data.encoded_text import EncodedText
 from training.data.feature_source import FeatureSource, load_text_encoder
-from training.export.saved_model import ConditioningRecord, read_conditioning
+from training.data.online_text import OnlineText
 from training.loop import loop
 from training.loop.checkpoint import STAGE
-from training.models.dit import build_model
+from training.models.build import build_model
+from training.models.saved_model import ConditioningRecord, read_conditioning
 from training.sampling.sampler import load_sampler
 
 
@@ -32,7 +31,7 @@ def _config(data: TinyData, **training: Any) -> CheckpointConfig:
 
 
 @pytest.mark.parametrize("form", ["instruction", "empty"])
-def test_training_and_sampling_read_the_same_for_no_prompt(
+def test_training_and_sampling_use_the_same_unconditional_text(
     form: PromptDropForm, tiny_data: TinyData, tmp_path: Path
 ) -> None:
     config, inputs = _config(tiny_data, prompt_drop_form=form), tiny_data.without("text_features").inputs
@@ -53,11 +52,13 @@ def test_training_and_sampling_read_the_same_for_no_prompt(
     assert torch.equal(prompt, in_template)
 
 
-def test_the_encoder_reads_no_caption_before_it_is_drawn(tiny_data: TinyData, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_encoder_reads_a_caption_only_when_a_batch_needs_it(
+    tiny_data: TinyData, monkeypatch: pytest.MonkeyPatch
+) -> None:
     read: list[str] = []
     original = TextEncoder.encode
 
-    def noted(self: TextEncoder, captions: Sequence[str], *args: Any, **kwargs: Any) -> list[EncodedCaption]:
+    def noted(self: TextEncoder, captions: Sequence[str], *args: Any, **kwargs: Any) -> list[EncodedText]:
         read.extend(captions)
         return original(self, captions, *args, **kwargs)
 
@@ -67,31 +68,31 @@ def test_the_encoder_reads_no_caption_before_it_is_drawn(tiny_data: TinyData, mo
     assert set(read) <= {""}
     drawn = source.text("train", 3)
     assert len(read) - read.count("") == 1
-    assert source.text("train", 3) is drawn, "kept, and not encoded again"
+    assert source.text("train", 3) is drawn, "cached, and not encoded again"
     stored = FeatureSource(config, tiny_data.inputs, build_model(config.model, config.strategy).prepare_text)
     torch.testing.assert_close(drawn, stored.text("train", 3), atol=0.05, rtol=0.05)  # stored as bfloat16, in a batch
 
 
-def test_texts_that_are_asked_for_are_encoded_together(tiny_data: TinyData) -> None:
+def test_prefetched_texts_are_encoded_together(tiny_data: TinyData) -> None:
     calls: list[int] = []
 
     class Counted:
         def __init__(self) -> None:
             self.encoder = load_text_encoder(tiny_data.llm, "plain-1")
 
-        def encode(self, captions: Sequence[str], *args: Any, **kwargs: Any) -> list[EncodedCaption]:
+        def encode(self, captions: Sequence[str], *args: Any, **kwargs: Any) -> list[EncodedText]:
             calls.append(len(captions))
             return self.encoder.encode(captions, *args, **kwargs)
 
     encoder = Counted()
     samples = ShardSamples.of_dataset(tiny_data.inputs["dataset"][0], tiny_data.inputs["shards"], "train")
     alone, together = (
-        EncodedText(samples, lambda: encoder, device)  # type: ignore[arg-type, return-value]
+        OnlineText(samples, lambda: encoder, device)  # type: ignore[arg-type, return-value]
         for device in (torch.device("cpu"), torch.device("meta"))
     )
     for text in (alone, together):
-        text.ask_for([5, 2, 5])
-    assert calls == [2], "one by one on a CPU, where rounding must not depend on what else is drawn"
+        text.prefetch([5, 2, 5])
+    assert calls == [2], "one by one on a CPU, where rounding must not depend on the batch"
     for index in (2, 5):
         torch.testing.assert_close(together.hidden_states(index), alone.hidden_states(index), atol=0.05, rtol=0.05)
     assert calls == [2, 1, 1]
@@ -102,7 +103,7 @@ MAX_TOKENS = 12
 
 @pytest.fixture
 def short_sighted(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The text encoder reads few tokens, so that some captions are cut."""
+    """A text encoder that reads few tokens, so that some captions are truncated."""
 
     def load(*args: Any) -> TextEncoder:
         encoder = load_text_encoder(*args)
@@ -114,7 +115,7 @@ def short_sighted(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("short_sighted")
-def test_captions_that_are_cut_are_counted_whatever_the_layout_and_told_of_once(
+def test_truncated_captions_are_counted_in_every_layout_and_logged_once(
     tiny_data: TinyData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     inputs = tiny_data.without("text_features").inputs
@@ -128,7 +129,7 @@ def test_captions_that_are_cut_are_counted_whatever_the_layout_and_told_of_once(
         whole = STAGE.run(config, inputs, tmp_path / "whole", "static")
     assert whole.manifest.summary["num_truncated_captions"] == expected
     (message,) = [record.getMessage() for record in caplog.records if record.name == "training.loop.loop"]
-    assert "longer in its template than the text encoder reads" in message
+    assert "in its template is longer than the text encoder reads" in message
     assert "shorten captions (captions.max_caption_tokens)" in message
 
     split = config.training.model_copy(update={"accumulation_steps": 2})
@@ -139,7 +140,7 @@ def test_captions_that_are_cut_are_counted_whatever_the_layout_and_told_of_once(
 
     original = loop.train_step
 
-    def killed(run: loop.Run, step: int) -> loop.StepTaken:
+    def killed(run: loop.TrainingRun, step: int) -> loop.StepResult:
         if step == 5:  # after snapshots that hold all samples as seen
             raise KeyboardInterrupt
         return original(run, step)
@@ -150,11 +151,11 @@ def test_captions_that_are_cut_are_counted_whatever_the_layout_and_told_of_once(
     monkeypatch.setattr(loop, "train_step", original)
     caplog.clear()
     assert STAGE.run(config, inputs, tmp_path / "killed", "static").data_version == whole.data_version
-    assert not [record for record in caplog.records if record.name == "training.loop.loop"], "told before the kill"
+    assert not [record for record in caplog.records if record.name == "training.loop.loop"], "logged before the kill"
 
 
 @pytest.mark.slow
-def test_captions_that_others_encoded_are_not_counted(tiny_data: TinyData, tmp_path: Path) -> None:
+def test_truncation_of_stored_features_is_not_counted(tiny_data: TinyData, tmp_path: Path) -> None:
     config = tiny_data.config(Strategy.STATIC, steps=1, warmup_steps=0)
     whole_texts = tiny_data.without("text_features").inputs
     for inputs, expected in ((tiny_data.inputs, None), (whole_texts, 0)):
@@ -162,7 +163,7 @@ def test_captions_that_others_encoded_are_not_counted(tiny_data: TinyData, tmp_p
         assert output.manifest.summary["num_truncated_captions"] == expected
 
 
-def test_a_checkpoint_that_does_not_say_was_trained_with_the_instruction() -> None:
+def test_a_checkpoint_without_a_drop_form_was_trained_with_the_instruction() -> None:
     known = {
         "strategy": "joint", "text_encoder_id": "e", "text_encoder_revision": "1", "template_version": "released-1",
         "autoencoder_id": "a", "autoencoder_revision": "1", "autoencoder_subfolder": None, "scaling_factor": 1.0,

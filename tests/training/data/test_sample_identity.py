@@ -1,4 +1,4 @@
-"""A sample depends on (checkpoint, prompt, sample index, seed, settings), and on nothing else."""
+"""A sample depends only on (checkpoint, prompt, sample index, seed, settings)."""
 
 import subprocess
 import sys
@@ -71,7 +71,7 @@ def alone(samplers: dict[Strategy, list[Sampler]]) -> dict[Strategy, dict[tuple[
     noise=st.integers(0, 99),
 )
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_order_batches_and_owner_do_not_show(
+def test_order_batches_and_sampler_do_not_matter(
     strategy: Strategy,
     samplers: dict[Strategy, list[Sampler]],
     alone: dict[Strategy, dict[tuple[str, int], Tensor]],
@@ -92,7 +92,7 @@ def test_order_batches_and_owner_do_not_show(
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_each_part_of_a_samples_identity_shows(
+def test_each_part_of_a_samples_identity_matters(
     strategy: Strategy,
     samplers: dict[Strategy, list[Sampler]],
     alone: dict[Strategy, dict[tuple[str, int], Tensor]],
@@ -139,7 +139,7 @@ numpy.save(out, numpy.stack([numpy.array(image) for image in images]))
 """
 
 
-def test_the_number_of_processes_does_not_show(
+def test_the_number_of_processes_does_not_matter(
     checkpoints: dict[Strategy, StageOutput], llm: ModelRef, autoencoder: ModelRef, tmp_path: Path
 ) -> None:
     checkpoint = checkpoints[Strategy.JOINT]

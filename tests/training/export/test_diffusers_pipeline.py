@@ -1,4 +1,4 @@
-"""The exported pipeline: it loads as diffusers loads one, draws what the sampler draws, and behaves as a pipeline."""
+"""The exported pipeline loads like any diffusers pipeline and gives the sampler's images."""
 
 import io
 import json
@@ -33,7 +33,7 @@ from tests.training.fresh_process import printed_by
 from training.config import SamplerConfig, Strategy
 from training.diffusers_pipeline import ThroughlinePipeline
 from training.export.export import build_pipeline, export_pipeline
-from training.loop.flow import sampling_noise
+from training.models.flow import sampling_noise
 from training.sampling.sampler import load_sampler
 
 pytestmark = pytest.mark.slow
@@ -94,14 +94,13 @@ def test_latents_of_the_exported_folder_are_those_of_the_sampler(
     drawn = _drawn(pipe, gate_shift=False)
     sampler = load_sampler(checkpoint, llm, autoencoder, encoder=pipe.prompt_encoder())
     torch.testing.assert_close(drawn, sampler.latents(PROMPTS, INDICES, 7, SETTINGS), atol=1e-5, rtol=1e-5)
-    # The encoder's weights read from another file lie at other addresses, and hidden states are rounded to bfloat16: a
-    # sum that rounds the other way there is all that may differ.
+    # The encoder's weights are at other addresses, so sums may round differently before hidden states become bfloat16.
     expected = load_sampler(checkpoint, llm, autoencoder).latents(PROMPTS, INDICES, 7, SETTINGS)
     torch.testing.assert_close(drawn, expected, atol=1e-3, rtol=1e-3)
 
 
 @pytest.mark.parametrize("strategy", [Strategy.DEPTH_WISE, Strategy.FUSE_DIT])
-def test_the_language_model_of_a_vision_language_model_is_exported_alone(
+def test_only_the_language_model_of_a_vision_language_model_is_exported(
     strategy: Strategy, tmp_path: Path, autoencoder: ModelRef
 ) -> None:
     encoder = write_qwen3_vl(tmp_path / "vlm")
@@ -141,7 +140,7 @@ def test_an_encoder_that_is_only_named_is_loaded_at_the_first_call(
     torch.testing.assert_close(_drawn(pipe, gate_shift=False), expected, atol=1e-5, rtol=1e-5)
 
 
-def test_an_encoder_of_no_hub_is_given_by_its_folder_and_checked(
+def test_a_local_encoder_is_loaded_from_its_folder_and_checked(
     tmp_path: Path, llm: ModelRef, autoencoder: ModelRef
 ) -> None:
     assert llm.path is not None
@@ -153,7 +152,7 @@ def test_an_encoder_of_no_hub_is_given_by_its_folder_and_checked(
     with pytest.raises(ThroughlineError, match=rf"{llm.id} \({local.revision}\) is neither in .* nor on a hub"):
         _drawn(pipe, gate_shift=False)
     other = write_causal_lm(tmp_path / "other", num_layers=NUM_LAYERS, seed=1)
-    with pytest.raises(ThroughlineError, match=f"trained with {llm.id} at {local.revision}; give the folder"):
+    with pytest.raises(ThroughlineError, match=f"trained with {llm.id} at {local.revision}; pass the folder"):
         pipe.load_text_encoder(other.path)
     pipe.load_text_encoder(llm.path)
     expected = load_sampler(checkpoint, local, autoencoder).latents(PROMPTS, INDICES, 7, SETTINGS)
@@ -161,7 +160,7 @@ def test_an_encoder_of_no_hub_is_given_by_its_folder_and_checked(
 
 
 def test_a_fresh_process_loads_the_folder_both_ways(exported: Path, tmp_path: Path) -> None:
-    """With the folder moved away from what it was made of, by either class."""
+    """By either class, after the folder was moved away from its sources."""
     code = (
         "import sys, torch\nfrom diffusers import DiffusionPipeline\n"
         "loaded = DiffusionPipeline.from_pretrained(sys.argv[1], trust_remote_code=True)\n"
@@ -177,8 +176,8 @@ def test_a_fresh_process_loads_the_folder_both_ways(exported: Path, tmp_path: Pa
     assert first == second and first.startswith("(1, 32, 32, 3)")
 
 
-def test_a_fresh_process_loads_it_by_its_id_of_a_hub(exported: Path, tmp_path: Path) -> None:
-    """From the hub's cache, laid out as a download leaves it."""
+def test_a_fresh_process_loads_it_by_its_hub_id(exported: Path, tmp_path: Path) -> None:
+    """From the hub's cache, with the layout of a download."""
     commit, repository = "c0ffee" * 6 + "beef", tmp_path / "hub" / "models--user--repo"
     shutil.copytree(exported, repository / "snapshots" / commit)
     (repository / "refs").mkdir()
@@ -192,7 +191,7 @@ def test_a_fresh_process_loads_it_by_its_id_of_a_hub(exported: Path, tmp_path: P
     assert lines[-1] == "(1, 32, 32, 3)"
 
 
-def test_without_trust_the_general_class_refuses_the_folders_code(exported: Path) -> None:
+def test_without_trust_remote_code_the_general_class_refuses_the_folder(exported: Path) -> None:
     with pytest.raises(ValueError, match="trust_remote_code"):
         DiffusionPipeline.from_pretrained(exported)
 
@@ -207,7 +206,7 @@ def test_saving_again_gives_the_same_pipeline(pipe: Any, tmp_path: Path) -> None
     assert (tmp_path / "again" / "README.md").read_text().startswith("---\nlibrary_name: diffusers")
 
 
-def test_a_call_draws_several_images_of_several_prompts(pipe: Any) -> None:
+def test_a_call_samples_several_images_of_several_prompts(pipe: Any) -> None:
     prompts = ["a dog", "a blue star"]
     noise = torch.stack([_noise(prompt, index) for prompt in prompts for index in range(2)])
     together = pipe(prompts, num_images_per_prompt=2, latents=noise, output_type="latent").images
@@ -243,7 +242,7 @@ FLOW = {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
         (UniPCMultistepScheduler, FLOW | {"flow_shift": SETTINGS.time_shift}, 8),
     ],
 )
-def test_schedulers_of_flow_matching_can_be_swapped(
+def test_flow_matching_schedulers_can_be_swapped(
     pipe: Any, scheduler: Any, settings: dict[str, Any], num_evaluations: int
 ) -> None:
     noise = _noise("a dog", 0)[None]
@@ -266,7 +265,7 @@ def test_schedulers_of_flow_matching_can_be_swapped(
         (DPMSolverMultistepScheduler(), "DPMSolverMultistepScheduler is not set to flow matching"),
         (DPMSolverMultistepScheduler(use_flow_sigmas=True), "is not set to flow matching"),
         (DPMSolverMultistepScheduler(prediction_type="flow_prediction"), "is not set to flow matching"),
-        (FlowMatchEulerDiscreteScheduler(num_train_timesteps=100), "num_train_timesteps 100, times here run to 1000"),
+        (FlowMatchEulerDiscreteScheduler(num_train_timesteps=100), "num_train_timesteps 100; build it with 1000"),
     ],
 )
 def test_other_schedulers_are_refused(pipe: Any, exported: Path, scheduler: Any, match: str) -> None:
@@ -287,9 +286,7 @@ def test_moving_the_pipeline_moves_all_its_parts(pipe: Any) -> None:
     assert {value.device.type for part in parts.values() for value in part.parameters()} == {"meta"}
 
 
-def test_offloading_brings_each_part_to_the_device_when_its_turn_comes(
-    pipe: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_offloading_moves_each_part_to_the_device_when_needed(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     noise, brought = _noise("a dog", 0)[None], []
     expected = pipe("a dog", latents=noise, output_type="pt").images
     original = CpuOffload.pre_forward
@@ -317,7 +314,7 @@ def test_the_progress_bar_counts_evaluations(pipe: Any) -> None:
     assert shown.getvalue() == before
 
 
-def test_a_prompt_beyond_what_is_read_is_cut_with_a_warning(pipe: Any, caplog: pytest.LogCaptureFixture) -> None:
+def test_an_overlong_prompt_is_truncated_with_a_warning(pipe: Any, caplog: pytest.LogCaptureFixture) -> None:
     noise, prompt = _noise("a dog", 0)[None], "dog " * 600
     with caplog.at_level(logging.WARNING):
         drawn = pipe(prompt, latents=noise, output_type="latent").images
@@ -327,7 +324,7 @@ def test_a_prompt_beyond_what_is_read_is_cut_with_a_warning(pipe: Any, caplog: p
 
 
 @pytest.mark.parametrize("form", ["instruction", "empty"])
-def test_an_empty_prompt_draws_unconditionally_as_the_sampler_does(
+def test_an_empty_prompt_samples_unconditionally_like_the_sampler(
     form: str, tmp_path: Path, llm: ModelRef, autoencoder: ModelRef
 ) -> None:
     checkpoint = write_checkpoint(
@@ -389,17 +386,17 @@ def test_lower_precision_stays_close(
     assert np.isfinite(pipe("a dog", latents=noise, output_type="np").images).all()
 
 
-def test_what_a_call_refuses(pipe: Any) -> None:
+def test_a_call_refuses_invalid_arguments(pipe: Any) -> None:
     refusals: dict[str, dict[str, Any]] = {
-        "height 30 is not a multiple of 8; take 24": {"height": 30},
+        "height 30 is not a multiple of 8; use 24": {"height": 30},
         "1 prompts but 2 negative prompts": {"negative_prompt": ["a", "b"]},
         "output_type 'jpeg'": {"output_type": "jpeg"},
-        r"latents are \(1, 4, 8, 8\), this call draws \(2,": {
+        r"latents are \(1, 4, 8, 8\), this call needs \(2,": {
             "latents": _noise("", 0)[None],
             "num_images_per_prompt": 2,
         },
         "callbacks get": {"callback_on_step_end_tensor_inputs": ["prompt_embeds"]},
-        "there is nothing to draw": {"num_images_per_prompt": 0},
+        "nothing to sample": {"num_images_per_prompt": 0},
         "num_steps": {"num_inference_steps": 0},
     }
     for match, arguments in refusals.items():
@@ -407,7 +404,7 @@ def test_what_a_call_refuses(pipe: Any) -> None:
             pipe("a dog", **arguments)
 
 
-def test_the_card_states_lineage_and_no_path(exported: Path, llm: ModelRef, autoencoder: ModelRef) -> None:
+def test_the_card_states_lineage_without_paths(exported: Path, llm: ModelRef, autoencoder: ModelRef) -> None:
     card = (exported / "README.md").read_text()
     index = json.loads((exported / "model_index.json").read_text())
     for fact in (
@@ -422,11 +419,11 @@ def test_the_card_states_lineage_and_no_path(exported: Path, llm: ModelRef, auto
             assert machine not in text and str(llm.path) not in text and str(autoencoder.path) not in text, path
 
 
-def test_export_refuses_other_models_and_folders_in_use(
+def test_export_refuses_other_models_and_folders_with_files(
     exported: Path, tmp_path: Path, llm: ModelRef, autoencoder: ModelRef
 ) -> None:
     checkpoint = write_checkpoint(tmp_path, Strategy.STATIC, llm, autoencoder)
-    with pytest.raises(ThroughlineError, match="there is something already"):
+    with pytest.raises(ThroughlineError, match="the folder is not empty"):
         export_pipeline(checkpoint, llm, autoencoder, SETTINGS, exported)
     with pytest.raises(ThroughlineError, match="trained on latents of tiny-vae"):
         export_pipeline(

@@ -1,4 +1,4 @@
-"""The stage `pipeline_export`: loads from its own output folder, the same bytes each time, reused, resumed."""
+"""The stage `pipeline_export`: its folder loads, is reproducible, is reused, resumes."""
 
 from pathlib import Path
 
@@ -49,7 +49,7 @@ def test_equal_checkpoints_give_equal_bytes_and_a_second_run_reuses_them(
     }
 
 
-def test_the_manifest_names_what_was_exported(tmp_path: Path, llm: ModelRef, autoencoder: ModelRef) -> None:
+def test_the_manifest_describes_the_export(tmp_path: Path, llm: ModelRef, autoencoder: ModelRef) -> None:
     output = _run(tmp_path, llm, autoencoder)
     (checkpoint,) = output.manifest.inputs["checkpoint"]
     summary = output.manifest.summary
@@ -59,7 +59,7 @@ def test_the_manifest_names_what_was_exported(tmp_path: Path, llm: ModelRef, aut
     assert damaged_files(output.folder, output.manifest, read_bytes=True) == []
 
 
-def test_a_kill_between_two_files_is_made_good(
+def test_a_run_killed_between_two_files_is_resumed(
     tmp_path: Path, llm: ModelRef, autoencoder: ModelRef, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     undisturbed = _run(tmp_path / "undisturbed", llm, autoencoder)
@@ -85,7 +85,7 @@ def test_the_checkpoint_of_another_strategy_is_refused(tmp_path: Path, llm: Mode
 
 
 @pytest.mark.slow
-def test_a_fresh_process_draws_from_the_outputs_folder(tmp_path: Path, llm: ModelRef, autoencoder: ModelRef) -> None:
+def test_a_fresh_process_samples_from_the_outputs_folder(tmp_path: Path, llm: ModelRef, autoencoder: ModelRef) -> None:
     output = _run(tmp_path / "outputs", llm, autoencoder, whole=True)
     code = (
         "import sys, torch\nfrom diffusers import DiffusionPipeline\n"

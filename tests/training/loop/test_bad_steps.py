@@ -1,4 +1,4 @@
-"""Steps that are not taken: judged by loss and gradient, left out without a trace in the weights, never silently."""
+"""Bad steps: detected by loss and gradient, skipped without an effect on the weights, and recorded."""
 
 import logging
 from collections.abc import Callable
@@ -25,7 +25,7 @@ def _judge(**training: Any) -> BadSteps:
     return BadSteps(TINY_TRAINING.model_copy(update={"max_loss_jump": 2.0, "loss_jump_window": 3, **training}))
 
 
-def test_what_is_not_finite_is_named() -> None:
+def test_samples_with_non_finite_losses_are_named() -> None:
     judge = _judge()
     bad = judge.judge(7, torch.tensor([1.0, float("nan"), 1.0, float("inf")]), KEYS, 1.0)
     assert bad is not None
@@ -35,19 +35,19 @@ def test_what_is_not_finite_is_named() -> None:
     assert (bad.reason, bad.sample_keys[:2]) == ("grad_norm_not_finite", (KEYS[1], KEYS[2]))
 
 
-def test_a_jump_is_judged_by_the_median_of_the_last_steps_taken() -> None:
+def test_a_jump_is_measured_against_the_median_of_the_last_good_steps() -> None:
     judge, high = _judge(), torch.full((4,), 2.5)
     for loss in (1.0, 9.0):
-        assert judge.judge(0, high, KEYS, 1.0) is None  # too few steps to judge by
-        judge.take(loss)
-    judge.take(1.0)
+        assert judge.judge(0, high, KEYS, 1.0) is None  # too few steps for a median
+        judge.record_good(loss)
+    judge.record_good(1.0)
     bad = judge.judge(3, high, KEYS, 1.0)
     assert bad is not None and bad.reason == "loss_jump"
     assert judge.judge(3, torch.full((4,), 2.0), KEYS, 1.0) is None
     again = _judge()
-    again.restore(judge.state())
+    again.load_state_dict(judge.state_dict())
     for loss in (2.0, 2.0):
-        again.take(loss)
+        again.record_good(loss)
     assert again.judge(5, high, KEYS, 1.0) is None
     assert _judge(max_loss_jump=None).judge(3, torch.full((4,), 1e9), KEYS, 1.0) is None
 
@@ -59,13 +59,13 @@ def spoil(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     def multiply(steps: set[int], factor: float) -> None:
         original, original_step, at = loop.batch_losses, loop.train_step, [0]
 
-        def counted(state: loop.Run, step: int) -> loop.StepTaken:
+        def counted(state: loop.TrainingRun, step: int) -> loop.StepResult:
             at[0] = step
             return original_step(state, step)
 
         def spoiled(model: torch.nn.Module, batch: loop.Batch) -> tuple[torch.Tensor, torch.Tensor | None]:
-            losses, of_head = original(model, batch)
-            return losses * (factor if at[0] in steps else 1.0), of_head
+            losses, head_loss = original(model, batch)
+            return losses * (factor if at[0] in steps else 1.0), head_loss
 
         monkeypatch.setattr(loop, "train_step", counted)
         monkeypatch.setattr(loop, "batch_losses", spoiled)
@@ -82,7 +82,7 @@ def _keys_at(data: TinyData, step: int) -> list[str]:
 def _stopped(data: TinyData, root: Path, at: int, monkeypatch: pytest.MonkeyPatch, **training: Any) -> None:
     current = loop.train_step
 
-    def stopping(state: loop.Run, step: int) -> loop.StepTaken:
+    def stopping(state: loop.TrainingRun, step: int) -> loop.StepResult:
         if step == at:
             raise KeyboardInterrupt
         return current(state, step)
@@ -93,7 +93,7 @@ def _stopped(data: TinyData, root: Path, at: int, monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.slow
-def test_a_step_left_out_moves_nothing_and_is_on_record(
+def test_a_skipped_step_changes_nothing_and_is_recorded(
     tiny_data: TinyData, tmp_path: Path, spoil: Callable[..., None], monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:  # fmt: skip
@@ -101,7 +101,7 @@ def test_a_step_left_out_moves_nothing_and_is_on_record(
     settings: dict[str, Any] = {"on_bad_step": "skip", "checkpoint_every": 1, "keep_checkpoints": 9}
     with caplog.at_level(logging.WARNING):
         _stopped(tiny_data, tmp_path, 5, monkeypatch, **settings)
-    assert "step 3 is left out: loss of" in caplog.text
+    assert "step 3 is skipped: loss of" in caplog.text
     folders = sorted(tmp_path.glob("checkpoint/unfinished/*/scratch/snapshots/step-*"))
     before, after, later = (load_file(next(folders[place].glob("*.safetensors"))) for place in (2, 3, 4))
     moving = [name for name in before if not name.startswith("ledger.")]
@@ -124,7 +124,7 @@ def test_a_step_left_out_moves_nothing_and_is_on_record(
 
 
 @pytest.mark.slow
-def test_a_jump_stays_judged_alike_after_a_resume(
+def test_a_resumed_run_judges_a_jump_like_an_uninterrupted_one(
     tiny_data: TinyData, tmp_path: Path, spoil: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     spoil({4}, 20.0)
@@ -140,7 +140,7 @@ def test_a_jump_stays_judged_alike_after_a_resume(
         run(tiny_data, tmp_path, Strategy.JOINT, **settings | {"on_bad_step": "stop"})
 
 
-def test_too_many_in_a_row_stop(tiny_data: TinyData, tmp_path: Path, spoil: Callable[..., None]) -> None:
+def test_too_many_in_a_row_stop_the_run(tiny_data: TinyData, tmp_path: Path, spoil: Callable[..., None]) -> None:
     spoil({1, 3, 4}, float("inf"))
-    with pytest.raises(ThroughlineError, match=r"step 4: .*with it 2 steps in a row are bad"):
+    with pytest.raises(ThroughlineError, match=r"step 4: .*this is bad step 2 in a row"):
         run(tiny_data, tmp_path, on_bad_step="skip", max_bad_steps_in_row=2)

@@ -1,4 +1,4 @@
-"""The stage `checkpoint` in one process: its files, its record, reuse, and what stops it."""
+"""The stage `checkpoint` in one process: its files, its record, reuse, and errors."""
 
 import json
 from pathlib import Path
@@ -12,8 +12,8 @@ from pipelines.core.errors import ThroughlineError
 from pipelines.runner.outputs import StageOutput
 from tests.training.conftest import TINY_MODEL, TinyData
 from training.config import Strategy
-from training.export.saved_model import load_model
 from training.loop.checkpoint import STAGE
+from training.models.saved_model import load_model
 
 pytestmark = pytest.mark.slow
 
@@ -27,7 +27,7 @@ def metrics(output: StageOutput) -> list[dict[str, Any]]:
 
 
 def flat(row: dict[str, Any]) -> dict[str, float]:
-    """Lay a row's lists open, for pytest.approx; what is null counts as -1."""
+    """Flatten a row's lists for pytest.approx; null becomes -1."""
     lists = {name: value for name, value in row.items() if isinstance(value, list)}
     opened = {f"{name}.{place}": item for name, items in lists.items() for place, item in enumerate(items)}
     values = {name: value for name, value in row.items() if name not in lists} | opened
@@ -82,19 +82,19 @@ def test_losses_are_summed_by_flow_time(outputs: dict[Strategy, StageOutput]) ->
     assert mean == pytest.approx(metrics(outputs[Strategy.JOINT])[5]["validation_loss"], rel=1e-4)
 
 
-def test_rates_and_memory_are_measured_and_no_part_of_the_result(outputs: dict[Strategy, StageOutput]) -> None:
+def test_rates_and_memory_are_measured_outside_the_result(outputs: dict[Strategy, StageOutput]) -> None:
     output = outputs[Strategy.STATIC]
     measured = output.manifest.measurements
     assert measured["images_per_second"] > 0
     assert measured["peak_memory_bytes"] > 10 << 20
     assert measured["model_flops_per_step"] > 8 * 6 * 2 * 16 * 24 * 48  # more than one matrix of one block
-    assert measured["model_flops_utilisation"] is None  # nothing says what this CPU could do
+    assert measured["model_flops_utilisation"] is None  # the peak of this CPU is unknown
     folder = Path(measured["tensorboard_folder"])
     assert folder.parent == output.folder.parent / "logs"
     assert b"loss_by_t/0.5-0.6" in b"".join(path.read_bytes() for path in folder.iterdir())
 
 
-def test_utilisation_is_the_share_of_a_given_peak(tiny_data: TinyData, tmp_path: Path) -> None:
+def test_utilisation_is_relative_to_the_configured_peak(tiny_data: TinyData, tmp_path: Path) -> None:
     measured = run(tiny_data, tmp_path, peak_flops=1e9, log_every=2).manifest.measurements
     assert measured["model_flops_utilisation"] == pytest.approx(measured["model_flops_per_second"] / 1e9, abs=1e-4)
 
@@ -123,19 +123,19 @@ def test_a_second_run_is_reused_and_a_fresh_one_agrees(
     assert fresh.data_version == first.data_version
 
 
-def test_execution_fields_leave_the_result_alone(
+def test_execution_fields_do_not_change_the_result(
     outputs: dict[Strategy, StageOutput], tiny_data: TinyData, tmp_path: Path
 ) -> None:
     other = run(tiny_data, tmp_path, Strategy.FUSE_DIT, checkpoint_every=1, keep_checkpoints=1, text_memory_bytes=0)
     assert other.data_version == outputs[Strategy.FUSE_DIT].data_version
 
 
-def test_a_finished_run_leaves_no_snapshot_whatever_was_kept(tiny_data: TinyData, tmp_path: Path) -> None:
+def test_a_finished_run_leaves_no_snapshot(tiny_data: TinyData, tmp_path: Path) -> None:
     run(tiny_data, tmp_path, keep_every=2)
     assert not list(tmp_path.rglob("step-*"))
 
 
-def test_accumulation_sees_the_same_samples(
+def test_accumulation_consumes_the_same_samples(
     outputs: dict[Strategy, StageOutput], tiny_data: TinyData, tmp_path: Path
 ) -> None:
     whole, split = outputs[Strategy.STATIC], run(tiny_data, tmp_path, Strategy.STATIC, accumulation_steps=4)
@@ -208,7 +208,7 @@ def test_features_of_another_encoder_are_refused(tiny_data: TinyData, tmp_path: 
 
 def test_features_of_another_template_are_refused(tiny_data: TinyData, tmp_path: Path) -> None:
     other = tiny_data.config(Strategy.STATIC).model_copy(update={"template_version": "released-1"})
-    with pytest.raises(ThroughlineError, match="template_version 'plain-1', training is configured for 'released-1'"):
+    with pytest.raises(ThroughlineError, match="is 'plain-1', training is configured for 'released-1'"):
         STAGE.run(other, tiny_data.inputs, tmp_path, "static")
 
 
@@ -226,20 +226,20 @@ def test_latents_of_another_size_are_named(tiny_data: TinyData, tmp_path: Path) 
         STAGE.run(config, tiny_data.inputs, tmp_path, "static")
 
 
-def test_inputs_that_are_not_the_datasets_are_refused(tiny_data: TinyData, tmp_path: Path) -> None:
+def test_inputs_of_another_dataset_are_refused(tiny_data: TinyData, tmp_path: Path) -> None:
     inputs = dict(tiny_data.inputs) | {"latents": tiny_data.inputs["latents"][:1]}
-    with pytest.raises(ThroughlineError, match="latents: the outputs given are not those of dataset"):
+    with pytest.raises(ThroughlineError, match="latents: the inputs are not the outputs that dataset"):
         STAGE.run(tiny_data.config(Strategy.STATIC), inputs, tmp_path, "static")
 
 
-def test_a_run_stopped_anywhere_goes_on_to_the_same_result(
+def test_a_run_stopped_anywhere_resumes_to_the_same_result(
     outputs: dict[Strategy, StageOutput], tiny_data: TinyData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from training.loop import loop
 
     original = loop.train_step
 
-    def stopped(run: loop.Run, step: int) -> loop.StepTaken:
+    def stopped(run: loop.TrainingRun, step: int) -> loop.StepResult:
         if step == 5:
             raise KeyboardInterrupt
         return original(run, step)

@@ -1,4 +1,4 @@
-"""Layouts of a model for training: same gradients, same parameters, fp32 where it counts."""
+"""Parallelism in training: same gradients, same parameters, fp32 weights, moments and average."""
 
 import shutil
 from collections.abc import Iterator
@@ -17,9 +17,9 @@ from tests.training.models.test_dit import built
 from training.config import Strategy
 from training.data.feature_source import FeatureSource
 from training.loop.loop import train_step
-from training.loop.parallel import lay_out
-from training.loop.run_state import Run
-from training.models.dit import Backbone
+from training.loop.parallel import parallelize
+from training.loop.run_state import TrainingRun
+from training.models.backbone import Backbone
 
 
 @pytest.fixture(autouse=True)
@@ -44,10 +44,10 @@ def test_recomputed_activations_give_the_same_gradients(strategy: Strategy) -> N
     plain, recomputing = (built(strategy).requires_grad_(True) for _ in range(2))
     training = TINY_TRAINING.model_copy(update={"checkpoint_activations": True})
     calls: list[int] = []
-    lay_out(recomputing, training, torch.device("cpu"), 1)
+    parallelize(recomputing, training, torch.device("cpu"), 1)
     recomputing.blocks[0].mlp.register_forward_pre_hook(lambda *_: calls.append(1))
     one, two = _gradients(plain), _gradients(recomputing)
-    assert len(calls) == 2  # forwards, and once more on the way back
+    assert len(calls) == 2  # forward, and again in backward
     assert list(one) == list(two)
     assert all(torch.equal(one[name], two[name]) for name in one)
 
@@ -56,7 +56,7 @@ def test_bfloat16_computes_over_float32_weights_moments_and_average(tiny_data: T
     config = tiny_data.config(Strategy.STATIC, precision="bfloat16")
     model = built(Strategy.STATIC).requires_grad_(True)
     source = FeatureSource(config, tiny_data.inputs, model.prepare_text)
-    state = Run(config, model, source, tmp_path, Accelerator(cpu=True, mixed_precision="bf16"))
+    state = TrainingRun(config, model, source, tmp_path, Accelerator(cpu=True, mixed_precision="bf16"))
     computed: list[torch.dtype] = []
     model.blocks[0].mlp.register_forward_hook(lambda module, inputs, output: computed.append(output.dtype))
     train_step(state, 0)

@@ -1,4 +1,4 @@
-"""Training in processes of its own: killed and resumed, several at once, several strategies in one."""
+"""Training in subprocesses: killed and resumed, several at once, several strategies in one."""
 
 import os
 import shutil
@@ -23,7 +23,7 @@ from tests.training.conftest import TinyData
 from tests.training.loop.test_checkpoint import flat, metrics
 from training.config import CheckpointConfig, Strategy
 from training.loop.checkpoint import STAGE
-from training.models.dit import build_model
+from training.models.build import build_model
 
 pytestmark = pytest.mark.slow
 
@@ -67,11 +67,11 @@ def _command(requests: Sequence[Path], num_processes: int = 1) -> list[str]:
 
 
 def _run(requests: Sequence[Path], num_processes: int = 1) -> list[StageOutput]:
-    return _run_and_hear(requests, num_processes)[0]
+    return _run_with_stderr(requests, num_processes)[0]
 
 
-def _run_and_hear(requests: Sequence[Path], num_processes: int) -> tuple[list[StageOutput], str]:
-    """Run to the end; return the outputs and what was said on standard error."""
+def _run_with_stderr(requests: Sequence[Path], num_processes: int) -> tuple[list[StageOutput], str]:
+    """Run to the end; return the outputs and standard error."""
     done = subprocess.run(
         _command(requests, num_processes),
         cwd=ROOT, env=_environment(), capture_output=True, text=True, timeout=TIMEOUT_SECONDS, check=False,
@@ -81,7 +81,7 @@ def _run_and_hear(requests: Sequence[Path], num_processes: int) -> tuple[list[St
 
 
 def _kill_when(requests: Sequence[Path], work: Path, num_snapshots_made: int, num_processes: int = 1) -> int:
-    """Start training, send SIGKILL to all its processes as soon as that snapshot exists; return its steps."""
+    """Start training, send SIGKILL to all its processes once a snapshot of so many steps exists; return its steps."""
     process = subprocess.Popen(
         _command(requests, num_processes),
         cwd=ROOT, env=_environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
@@ -100,7 +100,7 @@ def _kill_when(requests: Sequence[Path], work: Path, num_snapshots_made: int, nu
 
 
 def _kill(process: "subprocess.Popen[bytes]") -> None:
-    """Send SIGKILL to a process and all it started: the launcher's workers have sessions of their own."""
+    """Send SIGKILL to a process and its descendants: the launcher's workers have sessions of their own."""
     family = [process.pid]
     with suppress(psutil.NoSuchProcess):
         family += [child.pid for child in psutil.Process(process.pid).children(recursive=True)]
@@ -116,13 +116,13 @@ def _config(data: TinyData, strategy: Strategy, **training: object) -> Checkpoin
 
 @pytest.fixture(scope="module")
 def whole(tiny_data: TinyData, tmp_path_factory: pytest.TempPathFactory) -> StageOutput:
-    """The undisturbed run that killed ones must equal."""
+    """The uninterrupted run that killed ones must equal."""
     torch.set_num_threads(1)
     config = _config(tiny_data, Strategy.JOINT)
     return STAGE.run(config, tiny_data.inputs, tmp_path_factory.mktemp("whole"), "joint")
 
 
-def test_killed_twice_and_resumed_equals_undisturbed(tiny_data: TinyData, whole: StageOutput, tmp_path: Path) -> None:
+def test_killed_twice_and_resumed_equals_uninterrupted(tiny_data: TinyData, whole: StageOutput, tmp_path: Path) -> None:
     request = _request(tiny_data, _config(tiny_data, Strategy.JOINT), tmp_path, "joint", "joint")
     work = tmp_path / "out" / "checkpoint" / "unfinished"
     first = _kill_when([request], work, 6)
@@ -153,7 +153,9 @@ def test_a_corrupt_newest_snapshot_falls_back_and_ends_the_same(
     assert resumed.data_version == whole.data_version
 
 
-def test_two_processes_see_what_one_sees(tiny_data: TinyData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_processes_consume_what_one_does(
+    tiny_data: TinyData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     strategies = (Strategy.DEPTH_WISE, Strategy.FUSE_DIT)
     configs = [_config(tiny_data, strategy, steps=8) for strategy in strategies]
     singles = [STAGE.run(config, tiny_data.inputs, tmp_path / "one", config.strategy.value) for config in configs]
@@ -163,7 +165,7 @@ def test_two_processes_see_what_one_sees(tiny_data: TinyData, tmp_path: Path, mo
         for s in strategies
     ]
     first, second, first_again = _run([*two, two[0]], num_processes=2)
-    assert first_again == first  # the follower heard that there was nothing left to do
+    assert first_again == first  # the follower received that nothing was left to do
     assert second.manifest.measurements["resumed_at_step"] == 3
     for single, double in zip(singles, (first, second), strict=True):
         assert double.manifest.partition == single.manifest.partition
@@ -202,8 +204,8 @@ def test_sharded_processes_give_the_losses_of_one_and_resume(
 _SHARDED = {"num_processes": 2, "sharded": True}
 
 
-def test_sharded_processes_killed_and_resumed_equal_undisturbed_ones(tiny_data: TinyData, tmp_path: Path) -> None:
-    """From the newest snapshot, and, where a piece of that is missing, from the one before."""
+def test_sharded_processes_killed_and_resumed_equal_uninterrupted_ones(tiny_data: TinyData, tmp_path: Path) -> None:
+    """From the newest snapshot, and, where one of its files is missing, from the one before."""
     config = _config(tiny_data, Strategy.JOINT, steps=24, max_shard_bytes=100_000, **_SHARDED)
     killed, damaged, undisturbed = (tmp_path / name for name in ("killed", "damaged", "undisturbed"))
     requests = [_request(tiny_data, config, folder, "joint", "joint") for folder in (killed, damaged, undisturbed)]
@@ -214,7 +216,7 @@ def test_sharded_processes_killed_and_resumed_equal_undisturbed_ones(tiny_data: 
     pieces = sorted(newest.glob("tensors-*.safetensors"))
     assert len(pieces) > 2
     pieces[1].unlink()
-    outputs, said = _run_and_hear(requests, num_processes=2)
+    outputs, said = _run_with_stderr(requests, num_processes=2)
     resumed, from_before, whole = outputs
     newest_steps = int(newest.name.removeprefix("step-"))
     assert resumed.manifest.measurements["resumed_at_step"] == newest_steps
@@ -268,12 +270,12 @@ def test_sharded_bfloat16_stays_close_to_unsharded(compiled: bool, tiny_data: Ti
 def _interrupt_at(
     monkeypatch: pytest.MonkeyPatch, step: int, config: CheckpointConfig, data: TinyData, root: Path
 ) -> None:
-    """Leave behind a run of one process that was stopped at a step."""
+    """Run in one process and stop at a step, leaving the unfinished run."""
     from training.loop import loop
 
     original = loop.train_step
 
-    def interrupted(run: loop.Run, at_step: int) -> loop.StepTaken:
+    def interrupted(run: loop.TrainingRun, at_step: int) -> loop.StepResult:
         if at_step == step:
             raise KeyboardInterrupt
         return original(run, at_step)
@@ -284,7 +286,7 @@ def _interrupt_at(
     monkeypatch.undo()
 
 
-def test_an_error_stops_all_processes_with_one_sentence(tiny_data: TinyData, tmp_path: Path) -> None:
+def test_an_error_stops_all_processes_with_one_message(tiny_data: TinyData, tmp_path: Path) -> None:
     config = _config(tiny_data, Strategy.STATIC, num_processes=2).model_copy(update={"template_version": "released-1"})
     request = _request(tiny_data, config, tmp_path, "static", "static")
     done = subprocess.run(

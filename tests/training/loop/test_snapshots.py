@@ -1,4 +1,4 @@
-"""Snapshots of unfinished runs: whole or not at all."""
+"""Snapshots of unfinished runs are written atomically and verified."""
 
 import logging
 from pathlib import Path
@@ -14,7 +14,7 @@ def _save(snapshots: Snapshots, *steps: int) -> None:
         snapshots.save(step, {"weights": torch.full((100,), float(step))}, {"consumption_digest": f"{step:02x}"})
 
 
-def test_the_newest_is_loaded_and_the_last_few_are_kept(tmp_path: Path) -> None:
+def test_the_newest_is_loaded_and_the_last_few_are_retained(tmp_path: Path) -> None:
     snapshots = Snapshots(tmp_path, keep=2)
     assert snapshots.load_newest() is None
     _save(snapshots, 5, 10, 15)
@@ -54,7 +54,7 @@ def test_a_damaged_newest_falls_back_to_the_one_before(
     assert snapshots.load_newest() is not None
 
 
-def test_snapshots_of_some_steps_outlast_newer_ones_while_the_run_is_under_way(tmp_path: Path) -> None:
+def test_snapshots_at_multiples_of_keep_every_outlast_newer_ones(tmp_path: Path) -> None:
     snapshots = Snapshots(tmp_path, keep=2, keep_every=10)
     _save(snapshots, 5, 10, 15, 20, 25, 30, 35)
     assert [int(path.name[-2:]) for path in sorted(tmp_path.iterdir())] == [10, 20, 30, 35]

@@ -1,4 +1,4 @@
-"""The backbones: padding, positions, caching, starting values, timestep conditioning."""
+"""The backbones: padding, positions, caching, initial values, timestep conditioning."""
 
 import pytest
 import torch
@@ -8,8 +8,11 @@ from pipelines.core.config import ModelRef
 from tests.training.conftest import HEAD_DIM, KV_HEADS, NUM_LAYERS, TEXT_WIDTH, TINY_MODEL, pad_texts
 from training.config import ModelConfig, Strategy
 from training.data.feature_source import prepare_text
-from training.models.dit import Backbone, DiT, build_model
-from training.models.layers import attend, grid_angles, rms_norm, rotary_tables, rotate
+from training.models.backbone import Backbone
+from training.models.build import build_model
+from training.models.dit import DiT
+from training.models.kernels.ops import rms_norm
+from training.models.layers import attend, grid_angles, rotary_tables, rotate
 from training.models.shared_attention import SharedAttention, SharedLayer
 
 
@@ -26,7 +29,7 @@ def _random_shared(config: ModelConfig) -> SharedAttention:
 
 
 def built(strategy: Strategy, config: ModelConfig = TINY_MODEL) -> Backbone:
-    """A model whose every parameter was moved away from its starting value, so that nothing hides behind a zero."""
+    """A model with every parameter moved away from its initial value, so that no zero hides an error."""
     from training.models.fuse_dit import FuseDiT
 
     model = build_model(config, strategy, seed=0)
@@ -53,7 +56,7 @@ def latents(batch: int, size: int = 8) -> Tensor:
 
 
 @pytest.mark.parametrize("strategy", Strategy)
-def test_padding_does_not_show(strategy: Strategy) -> None:
+def test_padding_does_not_change_the_output(strategy: Strategy) -> None:
     model = built(strategy)
     prepared = texts(model, 3, 7)
     stacked, lengths, mask = pad_texts(prepared)
@@ -67,7 +70,7 @@ def test_padding_does_not_show(strategy: Strategy) -> None:
 
 
 @pytest.mark.parametrize("strategy", Strategy)
-def test_texts_one_by_one_give_what_a_stack_gives(strategy: Strategy) -> None:
+def test_texts_one_by_one_give_the_result_of_a_stack(strategy: Strategy) -> None:
     model = built(strategy).requires_grad_(True)
     prepared = texts(model, 3, 7, 5)
     stacked, lengths, mask = pad_texts(prepared)
@@ -81,7 +84,7 @@ def test_texts_one_by_one_give_what_a_stack_gives(strategy: Strategy) -> None:
 
 @pytest.mark.parametrize("timestep_conditioning", ["none", "adaln"])
 @pytest.mark.parametrize("strategy", Strategy)
-def test_several_texts_for_an_image_give_what_each_gives_alone(strategy: Strategy, timestep_conditioning: str) -> None:
+def test_several_texts_for_an_image_give_the_result_of_each(strategy: Strategy, timestep_conditioning: str) -> None:
     config = TINY_MODEL.model_copy(update={"timestep_conditioning": timestep_conditioning})
     model = built(strategy, config)
     stacked, lengths, mask = pad_texts(texts(model, 4, 6, 3, 6))
@@ -136,7 +139,7 @@ def test_keys_and_values_follow_the_text_path_in_either_order_of_products(strate
 def test_outputs_and_gradients_are_finite_in_every_precision(
     strategy: Strategy, timestep_conditioning: str, dtype: torch.dtype
 ) -> None:
-    """With hidden states as large as an LLM's outliers, which float16 would not hold squared."""
+    """With hidden states as large as an LLM's outliers, whose squares overflow float16."""
     model = built(strategy, TINY_MODEL.model_copy(update={"timestep_conditioning": timestep_conditioning}))
     generator = torch.Generator().manual_seed(4)
     shapes = [(NUM_LAYERS, length, TEXT_WIDTH) for length in (3, 7)]
@@ -166,7 +169,7 @@ def test_text_reaches_the_output(strategy: Strategy) -> None:
 
 
 @pytest.mark.parametrize("strategy", [s for s in Strategy if not s.has_time_gate])
-def test_without_conditioning_on_time_the_backbone_does_not_see_it(strategy: Strategy) -> None:
+def test_without_timestep_conditioning_the_backbone_does_not_see_time(strategy: Strategy) -> None:
     model = built(strategy)
     text = pad_texts(texts(model, 4))
     outputs = [model(latents(1), torch.tensor([time]), *text) for time in (0.001, 0.999)]
@@ -205,13 +208,13 @@ def test_a_model_starts_by_predicting_zero() -> None:
     assert not model(latents(1), torch.tensor([0.5]), *pad_texts(texts(model, 3))).any()
 
 
-def test_patches_are_put_back_where_they_came_from() -> None:
+def test_patches_return_to_their_positions() -> None:
     model = built(Strategy.UNIFORM)
     x = latents(2)
     assert torch.equal(model._to_latents(model._to_patches(x), 8, 8), x)
 
 
-def test_rotary_attention_depends_on_relative_positions_alone() -> None:
+def test_rotary_attention_depends_only_on_relative_positions() -> None:
     angles = grid_angles(6, 6, HEAD_DIM, 100.0, torch.device("cpu"))[:, None]
     q, k = (torch.randn(1, 1, 1, HEAD_DIM, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
 
@@ -265,7 +268,7 @@ def test_fuse_dit_names_layers_the_encoder_does_not_have() -> None:
         build_model(config, Strategy.FUSE_DIT)
 
 
-def test_fuse_dit_names_heads_unlike_the_encoder() -> None:
+def test_fuse_dit_names_heads_unlike_the_encoders() -> None:
     model = build_model(TINY_MODEL, Strategy.FUSE_DIT)
     other = _random_shared(TINY_MODEL.model_copy(update={"num_kv_heads": 4}))
     with pytest.raises(ValueError, match=f"4 key and value heads of 8 channels, the model {KV_HEADS} of {HEAD_DIM}"):
@@ -292,7 +295,7 @@ def test_sizes_of_the_tiny_model_are_those_of_the_tiny_llm(llm: ModelRef) -> Non
     assert isinstance(built(Strategy.STATIC), DiT)
 
 
-def test_patches_start_by_an_orthogonal_map_and_residual_scale_shrinks_what_blocks_add() -> None:
+def test_patches_start_orthogonal_and_residual_scale_shrinks_residual_branches() -> None:
     config = TINY_MODEL.model_copy(update={"residual_scale": 0.5})
     plain, scaled = (build_model(item, Strategy.UNIFORM).state_dict() for item in (TINY_MODEL, config))
     weight = plain["patch_in.weight"]

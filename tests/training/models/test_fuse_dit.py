@@ -13,7 +13,7 @@ from pipelines.core.errors import ThroughlineError
 from tests.tiny_models import write_causal_lm
 from tests.training.conftest import HEAD_DIM, KV_HEADS, NUM_LAYERS, TINY_MODEL, pad_texts
 from training.config import Strategy
-from training.models.dit import build_model
+from training.models.build import build_model
 from training.models.fuse_dit import FuseDiT
 from training.models.layers import rotary_tables, rotate
 from training.models.shared_attention import load_shared_attention, shared_attention_of

@@ -9,8 +9,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from training.config import ModelConfig, Strategy
-from training.models.dit import DiT, build_model
-from training.models.fusion import Fusion, normalise, shift_gate_time, stack_texts
+from training.models.build import build_model
+from training.models.dit import DiT
+from training.models.fusion import Fusion, normalise, shift_gate_time
+from training.models.kernels.ragged_texts import stack_texts
 from training.models.layers import initialise
 
 L, D = 5, 3
@@ -188,14 +190,14 @@ def test_prepare_names_a_wrong_number_of_layers() -> None:
         _fusion(Strategy.STATIC, num_layers=7).prepare(_hidden_states())
 
 
-def test_weights_name_a_block_that_is_not_there() -> None:
+def test_weights_name_an_unknown_block() -> None:
     with pytest.raises(ValueError, match="block_index 3"):
         _fusion(Strategy.STATIC).weights(torch.zeros(1), 3)
 
 
-def test_texts_are_stacked_where_an_accelerator_holds_any() -> None:
-    of_none, drawn = torch.ones(2, 3, 4), torch.ones(2, 5, 4, device="meta")
-    stacked = stack_texts((of_none, drawn))
+def test_texts_are_stacked_on_the_accelerator_that_holds_any() -> None:
+    unconditional, prompt = torch.ones(2, 3, 4), torch.ones(2, 5, 4, device="meta")
+    stacked = stack_texts((unconditional, prompt))
     assert (stacked.device.type, stacked.shape) == ("meta", (2, 2, 5, 4))
-    on_cpu = stack_texts((of_none, torch.ones(2, 5, 4)))
+    on_cpu = stack_texts((unconditional, torch.ones(2, 5, 4)))
     assert on_cpu[:, 0].sum() == 2 * 3 * 4 and not on_cpu[:, 0, 3:].any()

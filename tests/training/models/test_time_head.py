@@ -1,4 +1,4 @@
-"""Gates that follow a time read off the latents."""
+"""Gates that follow a time estimated from the latents."""
 
 import json
 from pathlib import Path
@@ -13,13 +13,14 @@ from tests.training.models.test_dit import built, latents, texts
 from training.config import CheckpointConfig, ModelConfig, SamplerConfig, Strategy
 from training.cost.params import count_parameters
 from training.data.feature_source import VALIDATION, Batch, LatentReader, Split, read_splits
-from training.export.saved_model import load_model
 from training.loop.checkpoint import STAGE
-from training.loop.flow import interpolate, sample_losses, validation_noise, velocity_target
 from training.loop.loop import batch_losses
-from training.models.dit import DiT, build_model
+from training.models.build import build_model
+from training.models.dit import DiT
+from training.models.flow import interpolate, sample_losses, validation_noise, velocity_target
 from training.models.fusion import shift_gate_time
 from training.models.layers import initialise
+from training.models.saved_model import load_model
 from training.models.time_head import TimeHead, time_losses
 from training.sampling.sampler import sample_latents
 from training.sampling.schedule import build_scheduler, euler_step, flow_time
@@ -42,7 +43,7 @@ def _batch(model: DiT) -> Batch:
 
 
 @pytest.mark.parametrize("strategy", [s for s in Strategy if not s.has_time_gate])
-def test_an_estimated_time_is_refused_where_there_is_no_gate(strategy: Strategy, tiny_data: TinyData) -> None:
+def test_an_estimated_time_is_refused_without_a_gate(strategy: Strategy, tiny_data: TinyData) -> None:
     with pytest.raises(ValueError, match=f"{strategy}: gate_signal = estimated needs a time gate"):
         build_model(ESTIMATED, strategy, seed=None)
     values = tiny_data.config(strategy).model_dump()
@@ -85,7 +86,7 @@ def test_time_losses_are_zero_at_the_truth_and_finite_at_the_ends() -> None:
 
 
 @pytest.mark.parametrize("strategy", GATED)
-def test_the_gate_sees_the_estimate_and_the_given_time_does_not_matter(strategy: Strategy) -> None:
+def test_the_gate_sees_the_estimate_and_not_the_given_time(strategy: Strategy) -> None:
     model = _estimating(strategy)
     text = pad_texts(texts(model, 4))
     first, second = (model(latents(1), torch.tensor([time]), *text) for time in (0.1, 0.9))
@@ -97,7 +98,7 @@ def test_the_gate_sees_the_estimate_and_the_given_time_does_not_matter(strategy:
 
 
 @pytest.mark.parametrize("strategy", GATED)
-def test_the_two_losses_reach_their_own_parameters_alone(strategy: Strategy) -> None:
+def test_each_loss_reaches_only_its_own_parameters(strategy: Strategy) -> None:
     model = _estimating(strategy).requires_grad_(True)
     batch = _batch(model)
     x_t = interpolate(batch.noise, batch.latents, batch.t)
@@ -122,7 +123,7 @@ def test_the_two_losses_reach_their_own_parameters_alone(strategy: Strategy) -> 
 @pytest.mark.parametrize("gate_shift", [False, True])
 @pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
 @pytest.mark.parametrize("strategy", GATED)
-def test_sampling_reads_the_time_of_each_image_and_shares_it_between_branches(
+def test_sampling_estimates_the_time_of_each_image_for_both_branches(
     strategy: Strategy, guidance_scale: float, gate_shift: bool
 ) -> None:
     model = _estimating(strategy)

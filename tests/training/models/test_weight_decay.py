@@ -1,4 +1,4 @@
-"""Which parameters weight decay shrinks: matrices alone, in every strategy's model."""
+"""Weight decay shrinks only matrices, in every strategy's model."""
 
 import re
 
@@ -8,7 +8,8 @@ import torch
 from tests.training.conftest import TINY_MODEL, TINY_TRAINING
 from training.config import ModelConfig, Strategy
 from training.loop.run_state import build_optimizer
-from training.models.dit import Backbone, build_model
+from training.models.backbone import Backbone
+from training.models.build import build_model
 
 MATRICES = {
     "patch_in.weight", "patch_out.weight", "blocks.*.attention.qkv.weight", "blocks.*.attention.out.weight",
@@ -34,7 +35,7 @@ BACKBONES = [TINY_MODEL, TINY_MODEL.model_copy(update={"timestep_conditioning": 
 
 
 def _model(config: ModelConfig, strategy: Strategy) -> Backbone:
-    """A model none of whose parameters holds a zero, which would hide whether it shrinks."""
+    """A model without zeros, which would hide whether a parameter shrinks."""
     model = build_model(config, strategy, seed=0)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -47,7 +48,7 @@ def _general(name: str) -> str:
 
 
 def _expected(config: ModelConfig, strategy: Strategy) -> tuple[set[str], set[str]]:
-    """Names with decay and names without it, all blocks under one."""
+    """Names with and without decay, the same for all blocks."""
     matrices, others = set(MATRICES), set(OTHERS)
     if strategy is not Strategy.FUSE_DIT:
         matrices |= CROSS_MATRICES
@@ -65,7 +66,7 @@ def _expected(config: ModelConfig, strategy: Strategy) -> tuple[set[str], set[st
 
 @pytest.mark.parametrize("config", BACKBONES, ids=lambda config: config.timestep_conditioning)
 @pytest.mark.parametrize("strategy", Strategy)
-def test_matrices_alone_are_in_the_group_with_decay(strategy: Strategy, config: ModelConfig) -> None:
+def test_only_matrices_are_in_the_group_with_decay(strategy: Strategy, config: ModelConfig) -> None:
     model = _model(config, strategy)
     names = {parameter: name for name, parameter in model.named_parameters()}
     groups = build_optimizer(model, TINY_TRAINING.model_copy(update={"weight_decay": 0.1})).param_groups
@@ -77,7 +78,7 @@ def test_matrices_alone_are_in_the_group_with_decay(strategy: Strategy, config: 
 
 @pytest.mark.parametrize("config", BACKBONES, ids=lambda config: config.timestep_conditioning)
 @pytest.mark.parametrize("strategy", Strategy)
-def test_a_step_without_gradient_shrinks_matrices_alone(strategy: Strategy, config: ModelConfig) -> None:
+def test_a_step_without_gradient_shrinks_only_matrices(strategy: Strategy, config: ModelConfig) -> None:
     model = _model(config, strategy)
     optimizer = build_optimizer(model, TINY_TRAINING.model_copy(update={"weight_decay": 0.1, "learning_rate": 0.2}))
     for parameter in model.parameters():
@@ -89,7 +90,7 @@ def test_a_step_without_gradient_shrinks_matrices_alone(strategy: Strategy, conf
         torch.testing.assert_close(parameter, torch.full_like(parameter, 0.5 * factor), msg=name)
 
 
-def test_the_time_head_decays_as_the_rest() -> None:
+def test_the_time_head_decays_like_the_rest() -> None:
     model = _model(TINY_MODEL.model_copy(update={"gate_signal": "estimated"}), Strategy.JOINT)
     decayed, kept = (set(map(id, group["params"])) for group in build_optimizer(model, TINY_TRAINING).param_groups)
     head = {name: parameter for name, parameter in model.named_parameters() if name.startswith("time_head.")}

@@ -1,4 +1,4 @@
-"""Sampling: the text side computed once, guidance, and what an image depends on."""
+"""Sampling: text computed once, guidance, and the inputs that an image depends on."""
 
 from pathlib import Path
 
@@ -12,16 +12,18 @@ from tests.tiny_models import write_autoencoder
 from tests.training.conftest import TINY_MODEL, TinyData, pad_texts
 from tests.training.models.test_dit import built, texts
 from training.config import SamplerConfig, Strategy
-from training.export.saved_model import ConditioningRecord, SavedModel
 from training.loop.checkpoint import STAGE
-from training.loop.flow import sampling_noise
-from training.models.dit import Backbone, DiT
-from training.models.fusion import Prepared, shift_gate_time
+from training.models.backbone import Backbone
+from training.models.dit import DiT
+from training.models.flow import sampling_noise
+from training.models.fusion import shift_gate_time
+from training.models.kernels.ragged_texts import Prepared
 from training.models.layers import KeysValues
+from training.models.saved_model import ConditioningRecord, SavedModel
 from training.sampling.sampler import Sampler, load_sampler, sample_latents
 from training.sampling.schedule import build_scheduler, euler_step, flow_time
 from training.sampling.step_conditioning import TextBatch
-from training.sampling.text_over_time import TimeBasis
+from training.sampling.text_over_time import TimeBasis, text_over_time
 
 LENGTHS = {"": 1, "a red dog": 5, "two blue houses": 7, "one": 2}
 
@@ -49,7 +51,7 @@ def _hidden_states(prompt: str) -> Tensor:
 
 
 def _sample_plainly(model: Backbone, prompt: str, index: int, seed: int, settings: SamplerConfig) -> Tensor:
-    """One image, both branches apart, everything computed anew at every step, no padding."""
+    """One image without padding, both branches apart, everything computed again at every step."""
     shape = (TINY_MODEL.latent_channels, TINY_MODEL.latent_size, TINY_MODEL.latent_size)
     x_t = sampling_noise(seed, prompt, index, shape)[None]
     scheduler = build_scheduler(settings.num_steps, settings.time_shift)
@@ -70,7 +72,7 @@ def _sample_plainly(model: Backbone, prompt: str, index: int, seed: int, setting
 @pytest.mark.parametrize("strategy", Strategy)
 @pytest.mark.parametrize("guidance_scale", [1.0, 3.0, 6.0])
 def test_cached_sampling_equals_computing_everything_at_every_step(strategy: Strategy, guidance_scale: float) -> None:
-    """To 1e-5 of the image's largest value; small values have the rounding of the large ones they are sums of."""
+    """To 1e-5 of the largest value; small values are sums of large ones and share their rounding."""
     sampler = _sampler(strategy)
     settings = SamplerConfig(num_steps=12, guidance_scale=guidance_scale, gate_shift=strategy.has_time_gate)
     prompts, indices = ["a red dog", "two blue houses", "a red dog"], [0, 0, 3]
@@ -80,32 +82,30 @@ def test_cached_sampling_equals_computing_everything_at_every_step(strategy: Str
         assert (drawn[row] - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
-@pytest.mark.parametrize("kept_values", [0, 2**20], ids=["one time at once", "all times at once"])
+@pytest.mark.parametrize("max_values", [0, 2**20], ids=["one time at once", "all times at once"])
 @pytest.mark.parametrize("strategy", Strategy)
 def test_text_is_computed_once_per_prompt_or_once_per_time(
-    strategy: Strategy, kept_values: int, monkeypatch: pytest.MonkeyPatch
+    strategy: Strategy, max_values: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("training.sampling.step_conditioning._KEPT_VALUES", kept_values)
+    monkeypatch.setattr("training.sampling.step_conditioning._MAX_PROJECTED_VALUES", max_values)
     sampler, calls = _sampler(strategy), []
     model = sampler.saved.model
     once = model.text_keys_values
 
-    def counted(prepared: Prepared, t: Tensor, projections: object) -> object:
+    def counted(prepared: Prepared, t: Tensor, folded: object) -> object:
         calls.append((len(prepared), 1))
-        return once(prepared, t, projections)  # type: ignore[arg-type]
+        return once(prepared, t, folded)  # type: ignore[arg-type]
 
     model.text_keys_values = counted  # type: ignore[method-assign, assignment]
-    if isinstance(model, DiT):
-        over_time = model.text_over_time
 
-        def counted_over_time(prepared: Prepared, bases: list[TimeBasis], projections: object) -> object:
-            calls.append((len(prepared), len(bases[0].coefficients)))
-            return over_time(prepared, bases, projections)  # type: ignore[arg-type]
+    def counted_over_time(model: DiT, prepared: Prepared, bases: list[TimeBasis], folded: object) -> object:
+        calls.append((len(prepared), len(bases[0].coefficients)))
+        return text_over_time(model, prepared, bases, folded)  # type: ignore[arg-type]
 
-        model.text_over_time = counted_over_time  # type: ignore[method-assign, assignment]
+    monkeypatch.setattr("training.sampling.step_conditioning.text_over_time", counted_over_time)
     settings = SamplerConfig(num_steps=3)
     sampler.latents(["a red dog", "one", "a red dog"], [0, 0, 1], 0, settings)
-    all_steps = [1] if not strategy.has_time_gate else [3] if kept_values else [1, 1, 1]
+    all_steps = [1] if not strategy.has_time_gate else [3] if max_values else [1, 1, 1]
     # The unconditional text, and two distinct prompts.
     assert sorted(calls) == [(1, steps) for steps in all_steps] + [(2, steps) for steps in all_steps]
     calls.clear()
@@ -154,7 +154,7 @@ def test_prompts_without_index_are_refused() -> None:
         _sampler(Strategy.UNIFORM).generate(["one", "one"], [0], 0, SamplerConfig())
 
 
-def test_unguided_sampling_leaves_the_unconditional_branch_out() -> None:
+def test_unguided_sampling_omits_the_unconditional_branch() -> None:
     model, rows = built(Strategy.UNIFORM), []
     original = model.velocity
 
@@ -172,7 +172,7 @@ def test_unguided_sampling_leaves_the_unconditional_branch_out() -> None:
     assert rows == [(2, 2, 2), (2, 4, 4)]
 
 
-def test_a_trained_checkpoint_draws_images(tiny_data: TinyData, tmp_path: Path) -> None:
+def test_a_trained_checkpoint_samples_images(tiny_data: TinyData, tmp_path: Path) -> None:
     autoencoder = write_autoencoder(tmp_path / "vae").model_copy(update={"revision": "1"})
     for strategy in (Strategy.DEPTH_WISE, Strategy.FUSE_DIT):
         config = tiny_data.config(strategy, steps=3, warmup_steps=0)

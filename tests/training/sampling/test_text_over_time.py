@@ -1,4 +1,4 @@
-"""Texts at many times from few directions: the same keys and values as at each time alone."""
+"""Texts at many times from few directions have the keys and values of each time alone."""
 
 import pytest
 import torch
@@ -7,8 +7,8 @@ from tests.training.conftest import TINY_MODEL
 from tests.training.models.test_dit import built, texts
 from training.config import Strategy
 from training.models.dit import DiT
-from training.models.fusion import stack_texts
-from training.sampling.text_over_time import TimeBasis, inverse_rms
+from training.models.kernels.ragged_texts import stack_texts
+from training.sampling.text_over_time import TimeBasis, inverse_rms, text_over_time, time_bases
 
 TIMES = torch.linspace(0.01, 0.99, 50)
 
@@ -26,11 +26,10 @@ def gated(strategy: Strategy, time_scale: float = 1.0) -> DiT:
 def test_keys_and_values_are_those_of_each_time(
     strategy: Strategy, time_scale: float, fused_values: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("training.models.fusion._FUSED_VALUES", fused_values)
+    monkeypatch.setattr("training.sampling.text_over_time._MAX_FUSED_VALUES", fused_values)
     model = gated(strategy, time_scale)
     prepared = tuple(texts(model, 3, 5))
-    bases = model.fusion.time_bases(TIMES)
-    timed = model.text_over_time(prepared, bases, model.text_projections())
+    timed = text_over_time(model, prepared, time_bases(model.fusion, TIMES), model.fold_text_projection())
     for place in (0, 17, 49):
         alone = model.text_keys_values(prepared, TIMES[place].expand(2))
         for block, expected in zip(timed, alone, strict=True):
@@ -44,7 +43,7 @@ def test_bf16_loses_no_more_than_at_each_time_alone() -> None:
     exact = model.text_keys_values(tuple(texts(model, 3, 5)), TIMES[17].expand(2))
     prepared = stack_texts(tuple(texts(model, 3, 5))).bfloat16()
     with torch.autocast("cpu", torch.bfloat16):
-        timed = model.text_over_time(prepared, model.fusion.time_bases(TIMES), model.text_projections())
+        timed = text_over_time(model, prepared, time_bases(model.fusion, TIMES), model.fold_text_projection())
         alone = model.text_keys_values(prepared, TIMES[17].expand(2))
     for block, of_time, expected in zip(timed, alone, exact, strict=True):
         for found, other, value in zip(block.at(17), of_time, expected, strict=True):
@@ -55,7 +54,7 @@ def test_bf16_loses_no_more_than_at_each_time_alone() -> None:
 @torch.no_grad()
 def test_smooth_gates_span_few_directions(strategy: Strategy) -> None:
     fusion = gated(strategy).fusion
-    for basis, alpha in zip(fusion.time_bases(TIMES), fusion.all_weights(TIMES), strict=True):
+    for basis, alpha in zip(time_bases(fusion, TIMES), fusion.all_weights(TIMES), strict=True):
         assert len(basis.directions) < 10
         distance = (basis.coefficients @ basis.directions - alpha).norm(dim=-1)
         assert (distance / alpha.norm(dim=-1)).max() < 5e-7

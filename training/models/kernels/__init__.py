@@ -1,1 +1,1 @@
-"""What makes the models faster on a particular machine; nothing here changes what is computed."""
+"""The seam between the models' equations and what makes them fast on a particular machine."""

@@ -1,4 +1,4 @@
-"""Freed memory stays with the process."""
+"""The process retains freed memory."""
 
 import subprocess
 import sys
@@ -29,5 +29,5 @@ def _resident_pages(mode: str) -> int:
 
 
 @pytest.mark.slow
-def test_a_freed_tensor_stays_with_the_process() -> None:
+def test_the_process_retains_the_memory_of_a_freed_tensor() -> None:
     assert _resident_pages("keep") - _resident_pages("leave") > _SIZE_PAGES // 2

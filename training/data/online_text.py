@@ -1,4 +1,4 @@
-"""Hidden states of captions that no stage stored: the encoder runs on what a batch draws."""
+"""Hidden states of captions without stored features: the encoder runs on the captions of each batch."""
 
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
@@ -14,27 +14,26 @@ if TYPE_CHECKING:
 _MAX_BATCH_TOKENS = 8192
 
 
-class EncodedText:
-    """Text features of one split, (L, S, C) each, on the device that they are encoded on."""
+class OnlineText:
+    """Text features of one split, (L, S, C) each, on the device of their encoder."""
 
     def __init__(self, samples: ShardSamples, load_encoder: "Callable[[], TextEncoder]", device: torch.device) -> None:
         self._samples, self._load_encoder = samples, load_encoder
-        self._batches = device.type != "cpu"
-        """On a CPU every text is encoded by itself: rounding depends on batch mates, and a resumed run draws others."""
-        self._waiting: dict[int, Tensor] = {}
+        self._encodes_in_batches = device.type != "cpu"
+        """A CPU encodes each text alone: rounding depends on the batch, and a resumed run has other batches."""
+        self._prefetched: dict[int, Tensor] = {}
         self.truncated: set[int] = set()
-        """Samples whose captions were read here and cut, because they are longer than the encoder reads."""
+        """Samples whose captions were encoded here and are longer than the encoder reads."""
 
-    def ask_for(self, indices: Sequence[int]) -> None:
-        """Say which samples are read next, so that an accelerator encodes them together."""
-        if self._batches and indices:
-            encoded = self._encode(list(dict.fromkeys(indices)))
-            self._waiting.update(encoded)
+    def prefetch(self, indices: Sequence[int]) -> None:
+        """Encode the samples that are read next, together on an accelerator."""
+        if self._encodes_in_batches and indices:
+            self._prefetched.update(self._encode(list(dict.fromkeys(indices))))
 
     def hidden_states(self, index: int) -> Tensor:
         """Return (L, S, C) of a sample."""
-        waiting = self._waiting.pop(index, None)
-        return waiting if waiting is not None else self._encode([index])[index]
+        prefetched = self._prefetched.pop(index, None)
+        return prefetched if prefetched is not None else self._encode([index])[index]
 
     def _encode(self, indices: Sequence[int]) -> dict[int, Tensor]:
         captions = [self._samples[index].caption for index in indices]

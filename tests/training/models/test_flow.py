@@ -1,4 +1,4 @@
-"""Draws, flow matching, and the meeting with diffusers' conventions."""
+"""Random draws, flow matching, and the conversion to diffusers' conventions."""
 
 import math
 
@@ -8,16 +8,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from training.loop.flow import (
+from training.models.flow import (
     interpolate,
     logit_normal_time,
     sample_losses,
     sampling_noise,
+    shift_time,
     training_draw,
     validation_noise,
     velocity_target,
 )
-from training.sampling.schedule import build_scheduler, euler_step, flow_time, shift_time
+from training.sampling.schedule import build_scheduler, euler_step, flow_time
 
 SHAPE = (2, 3, 3)
 
@@ -47,7 +48,7 @@ def test_euler_steps_along_a_straight_path_arrive_at_the_data(shift: float) -> N
     torch.testing.assert_close(x_t, data, atol=1e-5, rtol=1e-5)
 
 
-def test_shift_of_time_is_that_of_the_scheduler() -> None:
+def test_the_time_shift_is_the_schedulers() -> None:
     plain, shifted = build_scheduler(7, 1.0), build_scheduler(7, 3.0)
     sigma = plain.sigmas[:-1]
     torch.testing.assert_close(shift_time(1 - sigma, 3.0), 1 - 3.0 * sigma / (1 + 2.0 * sigma))
@@ -59,7 +60,7 @@ def test_shift_of_time_is_that_of_the_scheduler() -> None:
 
 @settings(max_examples=30, deadline=None)
 @given(seed=st.integers(0, 9), step=st.integers(0, 10**6), position=st.integers(0, 4096))
-def test_a_draw_depends_on_seed_step_and_position_alone(seed: int, step: int, position: int) -> None:
+def test_a_draw_depends_only_on_seed_step_and_position(seed: int, step: int, position: int) -> None:
     first, second = (training_draw(seed, step, position, SHAPE, 0.1) for _ in range(2))
     np.testing.assert_array_equal(first.noise, second.noise)
     np.testing.assert_array_equal(first.posterior_noise, second.posterior_noise)

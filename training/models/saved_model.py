@@ -1,4 +1,4 @@
-"""Reading a finished checkpoint back: its model, its strategy, and what its features were made with."""
+"""Reads a finished checkpoint: its model, its strategy, and how its text and latents were made."""
 
 import json
 from dataclasses import dataclass
@@ -13,21 +13,21 @@ from pipelines.runner.outputs import StageOutput
 from training.config import ModelConfig, Strategy
 
 if TYPE_CHECKING:
-    from training.models.dit import Backbone
+    from training.models.backbone import Backbone
 
 MODEL_CONFIG_NAME = "config.json"
 CONDITIONING_NAME = "conditioning.json"
 
 
 class ConditioningRecord(FrozenConfig):
-    """What a checkpoint needs beside its weights to be sampled from: how its text and latents were made."""
+    """How a checkpoint's text and latents were made, which sampling needs beside the weights."""
 
     strategy: Strategy
     text_encoder_id: str
     text_encoder_revision: str
     template_version: str
     prompt_drop_form: PromptDropForm = "instruction"
-    """What the unconditional branch reads; checkpoints that don't say were trained with the instruction."""
+    """The unconditional text; older checkpoints without this field were trained with the instruction."""
     autoencoder_id: str
     autoencoder_revision: str
     autoencoder_subfolder: str | None
@@ -68,29 +68,29 @@ def read_conditioning(checkpoint: StageOutput) -> ConditioningRecord:
 def check_models(
     checkpoint: StageOutput, text_encoder: ModelRef | None = None, autoencoder: ModelRef | None = None
 ) -> None:
-    """Raise ThroughlineError where the encoder or the autoencoder is not the one a checkpoint was trained with."""
-    made_with = read_conditioning(checkpoint)
-    if text_encoder is not None and text_encoder.revision != made_with.text_encoder_revision:
+    """Raise ThroughlineError where the encoder or the autoencoder is not the one of training."""
+    conditioning = read_conditioning(checkpoint)
+    if text_encoder is not None and text_encoder.revision != conditioning.text_encoder_revision:
         raise ThroughlineError(
-            f"checkpoint {checkpoint.data_version}: trained with {made_with.text_encoder_id} at "
-            f"{made_with.text_encoder_revision}, given {text_encoder.id} at {text_encoder.revision}; name the former"
+            f"checkpoint {checkpoint.data_version}: trained with {conditioning.text_encoder_id} at "
+            f"{conditioning.text_encoder_revision}, given {text_encoder.id} at {text_encoder.revision}; use the former"
         )
-    if autoencoder is not None and autoencoder.revision != made_with.autoencoder_revision:
+    if autoencoder is not None and autoencoder.revision != conditioning.autoencoder_revision:
         raise ThroughlineError(
-            f"checkpoint {checkpoint.data_version}: trained on latents of {made_with.autoencoder_id} at "
-            f"{made_with.autoencoder_revision}, given {autoencoder.id} at {autoencoder.revision}; name the former"
+            f"checkpoint {checkpoint.data_version}: trained on latents of {conditioning.autoencoder_id} at "
+            f"{conditioning.autoencoder_revision}, given {autoencoder.id} at {autoencoder.revision}; use the former"
         )
 
 
 def load_model(checkpoint: StageOutput, text_encoder: ModelRef | None = None, device: str = "cpu") -> SavedModel:
     """Build a checkpoint's model and load its weights, in fp32, for sampling or analysis.
 
-    `text_encoder` gives fuse_dit the layers it shares; without it that strategy can be looked at, not run. Raises
-    ThroughlineError where the encoder is not the one trained with, a file of weights is missing, or weights do not fit
-    the configuration.
+    `text_encoder` provides the layers that fuse_dit shares; without it that strategy can be inspected but not run.
+    Raises ThroughlineError where the encoder is not the one of training, a file of weights is missing, or weights do
+    not fit the configuration.
     """
-    from training.export.weight_files import read_weights
-    from training.models.dit import build_model
+    from training.models.build import build_model
+    from training.models.weight_files import read_weights
 
     check_models(checkpoint, text_encoder)
     config, conditioning = read_model_config(checkpoint), read_conditioning(checkpoint)
@@ -106,7 +106,7 @@ def load_model(checkpoint: StageOutput, text_encoder: ModelRef | None = None, de
 
 
 def connect_text_encoder(model: "Backbone", text_encoder: ModelRef) -> None:
-    """Give a fuse_dit model the layers it shares with the encoder; other models need nothing of it."""
+    """Load the layers that a fuse_dit model shares with the encoder; do nothing for other models."""
     from training.models.fuse_dit import FuseDiT
     from training.models.shared_attention import load_shared_attention
 

@@ -1,4 +1,4 @@
-"""A finished checkpoint's weights in several files: read like one, and a missing piece is named."""
+"""A finished checkpoint's weights in several files: read like one, and a missing file is named."""
 
 from pathlib import Path
 
@@ -10,8 +10,8 @@ from pipelines.runner.outputs import StageOutput
 from tests.training.conftest import TinyData
 from tests.training.loop.test_checkpoint import run
 from training.config import Strategy
-from training.export.saved_model import load_model
-from training.export.weight_files import INDEX_NAME, read_weights
+from training.models.saved_model import load_model
+from training.models.weight_files import INDEX_NAME, read_weights
 
 
 @pytest.fixture
@@ -32,18 +32,18 @@ def test_split_weights_are_those_of_one_file(split: StageOutput, tiny_data: Tiny
 
 
 @pytest.mark.parametrize("damage", ["missing", "cut", "swapped", "no index"])
-def test_a_missing_piece_is_named(split: StageOutput, damage: str) -> None:
+def test_a_missing_file_is_named(split: StageOutput, damage: str) -> None:
     first, second = split.files(".safetensors")[:2]
     match damage:
         case "missing":
             second.unlink()
-            said = f"{second}: this piece of .* of the weights is missing; re-run checkpoint joint"
+            said = f"{second}: missing, one of .* files of weights; re-run checkpoint joint"
         case "cut":
             second.write_bytes(second.read_bytes()[:-100])
             said = f"{second}: not a readable safetensors file .*; re-run checkpoint joint"
         case "swapped":
             second.write_bytes(first.read_bytes())
-            said = f"{second}: it has no tensor .*, which model.safetensors.index.json puts there; re-run"
+            said = f"{second}: tensor .* is missing, which model.safetensors.index.json places here; re-run"
         case _:
             split.path(INDEX_NAME).write_text("{}")
             said = "not a readable index of weights"

@@ -1,4 +1,4 @@
-"""Tensors in one safetensors file, or in several beside an index where they are larger than one may be.
+"""Weights in one safetensors file, or in several with an index.
 
 Names and index are those of the Hugging Face hub: ``model.safetensors``, or ``model-00001-of-00003.safetensors`` and
 ``model.safetensors.index.json``.
@@ -25,12 +25,12 @@ def split_tensors(tensors: Mapping[str, Tensor], stem: str, max_bytes: int) -> d
     from huggingface_hub import split_torch_state_dict_into_shards
 
     pattern = stem + "{suffix}.safetensors"
-    found = split_torch_state_dict_into_shards(dict(tensors), filename_pattern=pattern, max_shard_size=max_bytes)
-    return {name: list(names) for name, names in found.filename_to_tensors.items()}
+    split = split_torch_state_dict_into_shards(dict(tensors), filename_pattern=pattern, max_shard_size=max_bytes)
+    return {name: list(names) for name, names in split.filename_to_tensors.items()}
 
 
 def write_weights(unit: "Unit", weights: Mapping[str, Tensor], max_bytes: int) -> None:
-    """Write a model's weights as files of a stage's output, no more than one of them in memory at a time."""
+    """Write a model's weights as files of a stage's output, with one serialised file in memory at a time."""
     from safetensors.torch import save
 
     files = split_tensors(weights, WEIGHTS_NAME.removesuffix(".safetensors"), max_bytes)
@@ -44,44 +44,44 @@ def write_weights(unit: "Unit", weights: Mapping[str, Tensor], max_bytes: int) -
 
 
 def read_weights(checkpoint: StageOutput, prefix: str = "") -> dict[str, Tensor]:
-    """Return a checkpoint's tensors whose names begin with `prefix`, whether they lie in one file or in several.
+    """Return a checkpoint's tensors whose names begin with `prefix`, from one file or several.
 
-    Raises ThroughlineError that names the piece which is missing or can't be read.
+    Raises ThroughlineError that names a missing or unreadable file.
     """
     from safetensors import SafetensorError, safe_open
 
-    names_of = _files_of(checkpoint)
+    names_by_file = _files_of(checkpoint)
     weights: dict[str, Tensor] = {}
-    for file, names in names_of.items():
+    for file, names in names_by_file.items():
         path = checkpoint.folder / file
         checkpoint.fetch([file])
         try:
             with safe_open(path, framework="pt") as tensors:
-                held = set(tensors.keys())
-                absent = sorted(set(names or ()) - held)
+                stored = set(tensors.keys())
+                absent = sorted(set(names or ()) - stored)
                 if absent:
-                    raise _spoiled(checkpoint, file, f"it has no tensor {absent[0]}, which {INDEX_NAME} puts there")
-                wanted = sorted(name for name in held if name.startswith(prefix))
+                    raise _damaged(checkpoint, file, f"tensor {absent[0]} is missing, which {INDEX_NAME} places here")
+                wanted = sorted(name for name in stored if name.startswith(prefix))
                 weights |= {name: tensors.get_tensor(name) for name in wanted}
         except FileNotFoundError as error:
-            raise _spoiled(checkpoint, file, f"this piece of {len(names_of)} of the weights is missing") from error
+            raise _damaged(checkpoint, file, f"missing, one of {len(names_by_file)} files of weights") from error
         except (SafetensorError, OSError) as error:
-            raise _spoiled(checkpoint, file, f"not a readable safetensors file ({error})") from error
+            raise _damaged(checkpoint, file, f"not a readable safetensors file ({error})") from error
     return weights
 
 
 def _files_of(checkpoint: StageOutput) -> dict[str, list[str] | None]:
-    """Return file -> tensors it must hold, or None where no index says so."""
+    """Return file -> the tensors that the index places there, None without an index."""
     listed = {entry.path for entry in checkpoint.manifest.files}
     if INDEX_NAME not in listed:
         return {checkpoint.manifest.file(WEIGHTS_NAME).path: None}
     try:
         place: dict[str, str] = json.loads(checkpoint.path(INDEX_NAME).read_bytes())["weight_map"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise _spoiled(checkpoint, INDEX_NAME, f"not a readable index of weights ({error})") from error
+        raise _damaged(checkpoint, INDEX_NAME, f"not a readable index of weights ({error})") from error
     return {file: [name for name in place if place[name] == file] for file in sorted(set(place.values()))}
 
 
-def _spoiled(checkpoint: StageOutput, file: str, what: str) -> ThroughlineError:
+def _damaged(checkpoint: StageOutput, file: str, problem: str) -> ThroughlineError:
     stage = f"{checkpoint.manifest.stage} {checkpoint.manifest.partition or ''}".rstrip()
-    return ThroughlineError(f"{checkpoint.folder / file}: {what}; re-run {stage}")
+    return ThroughlineError(f"{checkpoint.folder / file}: {problem}; re-run {stage}")

@@ -1,4 +1,4 @@
-"""The model card of an exported checkpoint: a README.md that states where it comes from and how it is used."""
+"""The model card of an exported checkpoint: a README.md with its origin and its use."""
 
 import json
 from collections.abc import Mapping
@@ -62,7 +62,7 @@ see {text_encoder_id} and {autoencoder_id}. The code is Apache-2.0.
 
 
 def model_card(lineage: Mapping[str, Any]) -> str:
-    """Return the card's text; `lineage` is what `training.export.export.lineage_of` gives."""
+    """Return the card's text for the result of `training.export.export.lineage_of`."""
     encoder, autoencoder = lineage["text_encoder"], lineage["autoencoder"]
     sampler, summary = lineage["sampler"], lineage["summary"]
     facts = {

@@ -1,4 +1,4 @@
-"""Flow matching: what is random about one training sample, the point x_t, the target, the loss.
+"""Flow matching: the random draws of a training sample, the point x_t, the target, the loss.
 
 Shapes: B batch, C channels, h and w latent height and width. Time: t = 0 is noise, t = 1 is data.
 """
@@ -11,12 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from training.sampling.schedule import shift_time
-
 
 @dataclass(frozen=True)
 class Draw:
-    """The random part of one training sample: numbers alone, shared by every strategy."""
+    """The random numbers of one training sample, the same for every strategy."""
 
     drops_prompt: bool
     time_normal: float
@@ -33,7 +31,7 @@ def _generator(*words: object) -> np.random.Generator:
 
 
 def training_draw(seed: int, step: int, position: int, shape: Sequence[int], prompt_drop: float) -> Draw:
-    """Return the draw of one place in the global batch: a function of (seed, step, position), never of the process."""
+    """Return the draw at one position of the global batch: a function of (seed, step, position), not of the process."""
     generator = _generator("training", seed, step, position)
     return Draw(
         drops_prompt=bool(generator.random() < prompt_drop),
@@ -54,8 +52,13 @@ def sampling_noise(seed: int, prompt: str, sample_index: int, shape: Sequence[in
     return torch.from_numpy(values)
 
 
+def shift_time(t: Tensor, shift: float) -> Tensor:
+    """Static shift of the noise schedule, sigma' = shift * sigma / (1 + (shift - 1) * sigma), in t = 1 - sigma."""
+    return t / (t + shift * (1 - t))
+
+
 def logit_normal_time(time_normal: Tensor, mean: float, std: float, shift: float) -> Tensor:
-    """Return t = sigmoid(mean + std * normal), moved by the static shift; (B,) -> (B,) in (0, 1)."""
+    """Return t = sigmoid(mean + std * normal) with the static shift applied; (B,) -> (B,) in (0, 1)."""
     return shift_time(torch.sigmoid(mean + std * time_normal), shift)
 
 
