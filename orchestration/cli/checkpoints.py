@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 from pipelines.core.errors import ThroughlineError
 from pipelines.core.manifest import MANIFEST_NAME, damaged_files
 from pipelines.runner.outputs import StageOutput
-from pipelines.storage.mirror import know_outputs, location_of
+from pipelines.storage.mirror import location_of, sync_manifests
 from training.config import Strategy
 from training.export.saved_model import read_conditioning
 
@@ -33,7 +33,7 @@ def newest_checkpoint(profile: "Profile", strategy: Strategy, profile_argument: 
     """
     found = []
     root = profile.open_output_root()
-    know_outputs(root, _STAGE)
+    sync_manifests(root, _STAGE)
     for path in (root / _STAGE).glob(f"*/{MANIFEST_NAME}"):
         checkpoint = StageOutput.load(path)
         made_with = read_conditioning(checkpoint) if checkpoint.manifest.partition == strategy.value else None

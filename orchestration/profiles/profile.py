@@ -30,8 +30,8 @@ from pipelines.download.config import ImagesConfig
 from pipelines.laion.config import LaionSelectionConfig, LaionSubsetConfig
 from pipelines.runner.outputs import Verify
 from pipelines.shards.config import ShardsConfig
+from pipelines.storage.config import StoreConfig, TransferConfig
 from pipelines.storage.mirror import bind, working_folder
-from pipelines.storage.s3 import StoreConfig, TransferConfig
 from recaption.config import CaptionsConfig
 from training.config import Arm, ModelConfig, Strategy, TrainingConfig
 

@@ -78,7 +78,7 @@ def test_a_part_whose_server_lied_about_its_digest_is_refused(laion: Path, web: 
     (place,) = find_sources([web.url("part-0.parquet")]).values()
     path = laion / "part-0.parquet"
     lying = type(place)(place.url, place.num_bytes, place.etag, "0" * 64)  # type: ignore[call-arg, union-attr]
-    with pytest.raises(ThroughlineError, match=r"part-0.parquet: \d+ bytes of SHA-256 .*the server announced"):
+    with pytest.raises(ThroughlineError, match=r"part-0.parquet: \d+ bytes of SHA-256 .*the server stated"):
         local_path(lying, tmp_path / "digests.json")
     assert not list((tmp_path / "sources").rglob("*.parquet"))
     path.write_bytes(path.read_bytes() + b"x")
