@@ -47,7 +47,7 @@ class S3Server:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.port = _free_port()
+        self.port = free_port()
         self._buckets = 0
         # All before the start: the server caches its list of buckets.
         for number in range(1, _MAX_BUCKETS + 1):
@@ -249,7 +249,7 @@ def _read_head(side: socket.socket) -> tuple[bytes, bytes]:
     return head, body
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
@@ -273,14 +273,19 @@ def object_store(bucket: str, **changes: Any) -> ObjectStore:
     return ObjectStore(config_of(bucket, **changes))
 
 
-def unfinished_uploads(server: S3Server, bucket: str) -> list[str]:
-    """Return the keys of the multipart uploads that were neither completed nor aborted, asking the server directly."""
+def boto_client(server: S3Server) -> Any:
+    """Return another client, which asks the server directly."""
     from boto3.session import Session
+
+    return Session(ACCESS_KEY, SECRET_KEY, region_name="us-east-1").client("s3", endpoint_url=server.endpoint)
+
+
+def unfinished_uploads(server: S3Server, bucket: str) -> list[str]:
+    """Return the keys of the multipart uploads that were neither completed nor aborted."""
     from botocore.exceptions import ClientError
 
-    session = Session(ACCESS_KEY, SECRET_KEY, region_name="us-east-1")
     try:
-        answer = session.client("s3", endpoint_url=server.endpoint).list_multipart_uploads(Bucket=bucket)
+        answer = boto_client(server).list_multipart_uploads(Bucket=bucket)
     except ClientError as error:
         assert error.response["Error"]["Code"] == "NoSuchUpload"  # how rclone answers for an empty list
         return []

@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         required=True,
         metavar="PATH|URL",
-        help="folders, globs or parquet files, on disk, by s3:// (prefixes and globs too) or by https://",
+        help="folders, globs or parquet files, on disk, in object stores (s3://, gs://, az://) or by https://",
     )
     parser.add_argument(
         "--out", required=True, metavar="FOLDER|s3://BUCKET/PREFIX", help="output root; finished parts are reused"

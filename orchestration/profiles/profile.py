@@ -68,12 +68,12 @@ class Profile(FrozenConfig):
     home: str
     """Folder for outputs, logs and Dagster's storage."""
     outputs: str | None = None
-    """Where outputs are kept: a folder, or ``s3://bucket/prefix``, whose working folder is under `home`; None:
+    """Output root: a folder, or an ``s3://``, ``gs://`` or ``az://`` URL, whose working folder is under `home`; None:
     ``outputs`` under `home`."""
     transfer: TransferConfig = TransferConfig()
     """How files travel to and from an object store."""
     source: tuple[str, ...] = Field(min_length=1)
-    """LAION metadata: folders, globs or parquet files, on disk, by ``s3://``, or files by ``https://``."""
+    """LAION metadata: folders, globs or parquet files, on disk, in object stores, or files by ``https://``."""
     world: DemoWorld | None = None
 
     laion_subset: LaionSubsetConfig

@@ -21,7 +21,7 @@ class LaionIndexConfig(FrozenConfig):
     """Which LAION metadata files there are. `pipelines.laion.sources.scan_index` builds it."""
 
     source: tuple[str, ...] = execution_field(min_length=1)
-    """Folders (searched for ``*.parquet`` at any depth), globs, or files; on disk, by ``s3://``, or files by
+    """Folders (searched for ``*.parquet`` at any depth), globs, or files; on disk, in object stores, or files by
     ``https://``."""
     content: tuple[SourceContent, ...] = Field(min_length=1)
     """The files by name and digest, sorted by name; a file's name says which part it is."""

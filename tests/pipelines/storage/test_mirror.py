@@ -24,7 +24,7 @@ from pipelines.runner.units import StageRun
 from pipelines.shards import shards
 from pipelines.shards.config import ShardsConfig
 from pipelines.storage.config import StoreConfig
-from pipelines.storage.mirror import OutputStore, bind, location_of, store_of
+from pipelines.storage.mirror import OutputStore, bind, location_of, store_of, working_folder
 from pipelines.storage.store_errors import StorageError
 from tests.pipelines.dataset.test_stream import NUM_SAMPLES, write_shards
 from tests.pipelines.download.hostile_server import HostileServer
@@ -254,6 +254,27 @@ def test_a_reader_fetches_a_shard_when_it_opens_it(
     captions = [text for batch in DataLoader(stream, batch_size=None, num_workers=num_workers) for text in batch.items]
     assert captions == [str(index) for index in stream.order.take(0, NUM_SAMPLES).tolist()]
     assert sorted(fetched()) == ["shard-00000.tar", "shard-00001.tar", "shard-00002.tar"]
+
+
+def test_a_working_folder_of_an_earlier_version_stays_readable(tmp_path: Path) -> None:
+    root = tmp_path / "outputs"
+    root.mkdir()
+    (root / "store.json").write_text(
+        """{
+ "transfer": {
+  "attempts": 6,
+  "connect_seconds": 10.0,
+  "part_bytes": 16777216,
+  "read_seconds": 60.0,
+  "stale_upload_hours": 24.0,
+  "threads": 8
+ },
+ "url": "s3://bucket/team/runs"
+}
+"""
+    )
+    assert store_at(root).config == StoreConfig(url="s3://bucket/team/runs")
+    assert working_folder(tmp_path, store_at(root).config) == tmp_path / "stores" / "bucket-team-runs-5f9ce66b"
 
 
 def test_a_folder_belongs_to_one_store(tmp_path: Path) -> None:

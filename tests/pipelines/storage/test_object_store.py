@@ -25,6 +25,7 @@ from tests.s3_server import (
     Fault,
     FaultyProxy,
     S3Server,
+    boto_client,
     object_store,
     unfinished_uploads,
 )  # fmt: skip
@@ -211,6 +212,18 @@ def test_a_failing_file_stops_the_others(
     with pytest.raises(StorageError, match="the file was changed"):
         store.upload([large, other])
     assert store.info("other.bin") is None and unfinished() == []
+
+
+def test_objects_uploaded_by_the_earlier_client_are_recognised(
+    s3: FaultyProxy, s3_server: S3Server, bucket: str, tmp_path: Path
+) -> None:
+    """Earlier versions used boto3; the noted digest kept its place."""
+    store, file = object_store(bucket), file_of(tmp_path / "small", 1000)
+    boto_client(s3_server).put_object(
+        Bucket=bucket, Key=f"team/runs/{file.key}", Body=file.path.read_bytes(), Metadata={"sha256": file.sha256}
+    )
+    assert store.holds(file)
+    assert store.holds(file, read_bytes=True)
 
 
 def test_encrypted_objects_whose_etag_is_no_md5_are_accepted(
