@@ -26,15 +26,10 @@ _DAMAGED = frozenset(
 _UPLOAD_LOST = frozenset({"NoSuchUpload", "InvalidPart", "InvalidBlockList"})
 _METADATA_HOSTS = ("169.254.169.254", "169.254.170.2", "metadata.google.internal", "token request")
 
-_VARIABLES = {
+_CREDENTIALS = {
     "s3": "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE for a profile of ~/.aws/credentials",
-    "gs": "GOOGLE_APPLICATION_CREDENTIALS to the file of an account",
+    "gs": "GOOGLE_APPLICATION_CREDENTIALS, the file of an account",
     "az": "AZURE_STORAGE_ACCOUNT_NAME and AZURE_STORAGE_ACCOUNT_KEY, or another credential of Azure",
-}
-_KEYS = {
-    "s3": "AWS_ACCESS_KEY_ID, its secret and the clock",
-    "gs": "GOOGLE_APPLICATION_CREDENTIALS and the clock",
-    "az": "AZURE_STORAGE_ACCOUNT_NAME, its key and the clock",
 }
 _ENDPOINTS = {
     "s3": "AWS_ENDPOINT_URL_S3 (or AWS_ENDPOINT_URL)",
@@ -109,7 +104,7 @@ def parse_error(error: BaseException) -> Answer:
 
 
 def no_credentials(scheme: Scheme, bucket_url: str) -> str:
-    return f"{bucket_url}: no credentials; set {_VARIABLES[scheme]}"
+    return f"{bucket_url}: no credentials; set {_CREDENTIALS[scheme]}"
 
 
 def sentence(scheme: Scheme, object_url: str, bucket_url: str, answer: Answer) -> str:
@@ -122,7 +117,8 @@ def sentence(scheme: Scheme, object_url: str, bucket_url: str, answer: Answer) -
     if any(name in answer.text for name in _METADATA_HOSTS) and answer.code not in _REFUSED:
         return no_credentials(scheme, bucket_url)
     if answer.code in _REFUSED or answer.status == 401:
-        return f"{bucket_url}: the credentials were refused ({reply or answer.status}); check {_KEYS[scheme]}"
+        reason = reply or answer.status
+        return f"{bucket_url}: the credentials were refused ({reason}); check the clock, {_CREDENTIALS[scheme]}"
     if answer.code in _OTHER_REGION or answer.status == 301 or "configured region" in answer.text:
         return f"{bucket_url}: the bucket is in another region ({reply or 'redirected'}); set AWS_DEFAULT_REGION"
     if answer.status == 403:
@@ -144,4 +140,4 @@ def sentence(scheme: Scheme, object_url: str, bucket_url: str, answer: Answer) -
     if answer.status:
         return f"{object_url}: {f'the server answered {answer.status} {reply}'.rstrip()}; check URL and endpoint"
     reason = answer.text.partition(" error: ")[2] or answer.text
-    return f"{object_url}: {reason[:300].rstrip('.')}; check the URL, {_KEYS[scheme]}"
+    return f"{object_url}: {reason[:300].rstrip('.')}; check the URL, {_CREDENTIALS[scheme]}"

@@ -204,10 +204,10 @@ def test_the_data_stages_run_on_an_object_store(
         from pipelines.dataset import dataset
 
         subset = run_subset(source, root)
-        pictures = run_images(server, subset, root)
-        captions = run_captions(pictures, root)
-        tars = shards.STAGE.run(ShardsConfig(), {"images": [pictures], "captions": [captions]}, root, "00000")
-        return [subset, pictures, captions, tars, dataset.STAGE.run(DatasetConfig(), {"shards": [tars]}, root)]
+        images = run_images(server, subset, root)
+        captions = run_captions(images, root)
+        tars = shards.STAGE.run(ShardsConfig(), {"images": [images], "captions": [captions]}, root, "00000")
+        return [subset, images, captions, tars, dataset.STAGE.run(DatasetConfig(), {"shards": [tars]}, root)]
 
     local = chain(tmp_path / "folder")
     first = chain(mirrored(tmp_path / "here", bucket))
