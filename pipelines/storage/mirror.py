@@ -135,11 +135,10 @@ class OutputStore:
             return self.root / stage / version
         if time.monotonic() < self._absent_until.get((stage, fingerprint), 0.0):
             return None
-        target = self.objects.read(f"{stage}/{POINTERS}/{fingerprint}")
-        if target is None or not self.fetch_manifest(stage, target.decode().strip()):
+        version = (self.objects.read(f"{stage}/{POINTERS}/{fingerprint}") or b"").decode().strip()
+        if not version or not self.fetch_manifest(stage, version):
             self._absent_until[stage, fingerprint] = time.monotonic() + self.absence_seconds
             return None
-        version = target.decode().strip()
         pointer.parent.mkdir(parents=True, exist_ok=True)
         write_bytes(pointer, version.encode())
         return self.root / stage / version

@@ -253,18 +253,19 @@ class ObjectStore:
         def attempt() -> None:
             nonlocal mode
             attributes = {SHA256_ATTRIBUTE: sha256}
-            self._writer.put(self._path(key), data, attributes=attributes, mode=mode, use_multipart=False)
-            mode = "overwrite"  # the object is ours now, also where its content has to be sent again
-            self._verify(key, sha256, len(data), md5)
+            result = self._writer.put(self._path(key), data, attributes=attributes, mode=mode, use_multipart=False)
+            mode = "overwrite"  # the object is ours now, even if its content has to be sent again
+            if not self._is_intact(key, _bare(result["e_tag"]), md5, sha256, len(data)):
+                raise _CorruptedError(f"sent bytes of MD5 {md5}, the server received {_bare(result['e_tag'])}")
 
         self._retry(key, attempt, retry_unanswered=mode == "create")  # which obstore does not
 
     def _upload(self, file: ObjectFile, stop: threading.Event) -> None:
         part_bytes = max(self._transfer.part_bytes, -(-file.num_bytes // _MAX_PARTS))
+        in_parts = file.num_bytes > part_bytes
 
         def attempt() -> None:
             parts = _CheckedParts(file, part_bytes, stop)
-            in_parts = file.num_bytes > part_bytes
             try:
                 self._writer.put(
                     self._path(file.key),
@@ -278,26 +279,34 @@ class ObjectStore:
                 # The answer to the last request got lost: the upload is gone because it is the object now.
                 if error.errno is not None or not self.holds(file):
                     raise
-            self._verify(file.key, file.sha256, file.num_bytes, parts.md5)
+            self._verify(file, parts.md5)
 
         self._retry(file.key, attempt)
 
-    def _verify(self, key: str, sha256: str, num_bytes: int, md5: str) -> None:
-        """Compare the object with what was sent: its size, and the MD5 that many servers return as its ETag.
+    def _verify(self, file: ObjectFile, md5: str) -> None:
+        """Compare the object with its file; empty one that differs, so that `holds` never takes it for the file."""
+        info = self.info(file.key)
+        if info is None or info.num_bytes != file.num_bytes:
+            found = "nothing" if info is None else f"{info.num_bytes} bytes"
+        elif self._is_intact(file.key, info.etag, md5, file.sha256, file.num_bytes):
+            return
+        else:
+            found = f"MD5 {info.etag}"
+        self._writer.put(self._path(file.key), b"", use_multipart=False)
+        raise _CorruptedError(f"sent {file.num_bytes} bytes of MD5 {md5}, the store has {found}")
 
-        An object that differs is emptied, so that `holds` never mistakes it for the file. ETags of encrypted objects
-        look like an MD5 and are none: after one such object, which is read back, ETags are no longer compared.
+    def _is_intact(self, key: str, etag: str, md5: str, sha256: str, num_bytes: int) -> bool:
+        """Return whether an ETag, which many servers make of the MD5 of the content, fits what was sent.
+
+        ETags of encrypted objects look like an MD5 and are none: the first such object is read back, and from then on
+        ETags are not compared.
         """
-        info = self.info(key)
-        if info is not None and info.num_bytes == num_bytes:
-            if not (self._etags_are_md5 and _MD5.fullmatch(info.etag)) or info.etag == md5:
-                return
-            if self.digest(key) == (sha256, num_bytes):
-                self._etags_are_md5 = False
-                return
-        found = "nothing" if info is None else f"{info.num_bytes} bytes of MD5 {info.etag}"
-        self._writer.put(self._path(key), b"", use_multipart=False)
-        raise _CorruptedError(f"sent {num_bytes} bytes of MD5 {md5}, the store has {found}")
+        if not (self._etags_are_md5 and _MD5.fullmatch(etag)) or etag == md5:
+            return True
+        if self.digest(key) != (sha256, num_bytes):
+            return False
+        self._etags_are_md5 = False
+        return True
 
     def _retry(
         self, key: str, attempt: Callable[[], _ResultT], next_step: str = AGAIN, *, retry_unanswered: bool = False
