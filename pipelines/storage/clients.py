@@ -6,6 +6,7 @@ profile files of AWS: those are read by boto3, where it is installed.
 
 import os
 from datetime import timedelta
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,14 @@ def is_forked() -> bool:
     return _process is not None and _process != os.getpid()
 
 
+def require_obstore(config: StoreConfig) -> None:
+    """Raise ThroughlineError where obstore is not installed."""
+    if find_spec("obstore") is None:
+        raise ThroughlineError(
+            f"{config.url}: the package obstore is not installed; install the extra 'store' of this project"
+        )
+
+
 def connect(config: StoreConfig, request_seconds: float) -> Any:
     """Return an obstore store over a whole bucket.
 
@@ -40,13 +49,10 @@ def connect(config: StoreConfig, request_seconds: float) -> Any:
     variable or a profile is missing.
     """
     global _process
-    try:
-        from obstore.exceptions import BaseError
-        from obstore.store import AzureStore, GCSStore, S3Store
-    except ModuleNotFoundError as error:
-        raise ThroughlineError(
-            f"{config.url}: the package obstore is not installed; install the extra 'store' of this project"
-        ) from error
+    require_obstore(config)
+    from obstore.exceptions import BaseError
+    from obstore.store import AzureStore, GCSStore, S3Store
+
     if _process is None:
         _process = os.getpid()
     transfer = config.transfer

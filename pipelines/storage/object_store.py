@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Self, TypeVar
 
 from pipelines.core.atomic import atomic_writer
-from pipelines.storage.clients import connect, is_forked
+from pipelines.storage.clients import connect, is_forked, require_obstore
 from pipelines.storage.config import StoreConfig
 from pipelines.storage.store_errors import AGAIN, StorageError, parse_error, sentence
 
@@ -167,11 +167,11 @@ class ObjectStore:
         On a server without conditional writes the write is unconditional: of two writers the last one wins. An attempt
         whose answer got lost counts as another writer's.
         """
-        from obstore.exceptions import AlreadyExistsError, NotSupportedError, PreconditionError
-
         try:
             self._put(key, data, "create")
         except StorageError as error:
+            from obstore.exceptions import AlreadyExistsError, NotSupportedError, PreconditionError
+
             cause = error.__cause__
             if isinstance(cause, (AlreadyExistsError, PreconditionError)):
                 return False
@@ -337,6 +337,7 @@ class ObjectStore:
             raise StorageError(
                 f"{self.url(key)}: this process was forked from one that used the store; start it with 'spawn'"
             )
+        require_obstore(self.config)
         from obstore.exceptions import BaseError
 
         try:

@@ -45,7 +45,7 @@ def test_run_status_and_audit_on_an_s3_url(
     message = capfd.readouterr().err
     assert f"outputs in s3://{bucket}/runs (working folder {tmp_path}/one/stores/" in message
     assert "2 computed, 0 reused" in message
-    assert sum("fingerprints" in line for line in s3.seen) < 60, "an unfinished output is not asked for over and over"
+    assert sum("fingerprints" in line for line in s3.seen) < 60, "an unfinished output is not looked up repeatedly"
 
     capfd.readouterr()
     on_machine("two")

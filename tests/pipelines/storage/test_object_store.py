@@ -350,6 +350,12 @@ def test_profile_files_of_aws_give_credentials_endpoint_and_region(
         object_store(bucket).check()
 
 
+def test_a_missing_package_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipelines.storage.clients.find_spec", lambda name: None)
+    with pytest.raises(ThroughlineError, match=r"gs://bucket: the package obstore is not installed; install the extra"):
+        ObjectStore(StoreConfig(url="gs://bucket")).write_new("key", b"")
+
+
 def test_urls_of_stores() -> None:
     assert StoreConfig(url="s3://bucket").prefix == ""
     assert StoreConfig(url="s3://bucket/a/b/").prefix == "a/b/"
