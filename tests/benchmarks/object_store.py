@@ -11,7 +11,6 @@ import argparse
 import hashlib
 import importlib
 import os
-import random
 import shutil
 import statistics
 import subprocess
@@ -57,7 +56,7 @@ def _write_files(folder: Path) -> dict[str, list[tuple[str, Path, str, int]]]:
     for label, (count, num_bytes) in _SIZES.items():
         files[label] = []
         for number in range(count):
-            data = random.Random(number).randbytes(num_bytes)
+            data = os.urandom(num_bytes)
             path = folder / f"{num_bytes}-{number}"
             path.write_bytes(data)
             files[label].append((path.name, path, hashlib.sha256(data).hexdigest(), num_bytes))
