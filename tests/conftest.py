@@ -1,5 +1,6 @@
-"""An S3 server for every package's tests; it starts when the first test asks for it."""
+"""An S3 server for all tests, started by the first test that uses it."""
 
+import os
 from collections.abc import Iterator
 
 import pytest
@@ -21,9 +22,9 @@ def s3_proxy(s3_server: S3Server) -> Iterator[FaultyProxy]:
 
 @pytest.fixture
 def s3(s3_server: S3Server, s3_proxy: FaultyProxy, monkeypatch: pytest.MonkeyPatch) -> FaultyProxy:
-    """The way to the server, without faults yet, and the environment that leads there."""
+    """The proxy in front of the server, without faults, with the environment pointing at it."""
     s3_proxy.reset()
-    for name in ("AWS_PROFILE", "AWS_ENDPOINT_URL", "AWS_DEFAULT_REGION", "AWS_SESSION_TOKEN"):
+    for name in [name for name in os.environ if name.startswith("AWS_")]:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", ACCESS_KEY)
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET_KEY)

@@ -1,4 +1,4 @@
-"""What servers of the tests have in common: they serve from a thread while a block runs."""
+"""Base of the test servers: serve from a thread inside a with block."""
 
 import socketserver
 import threading
@@ -6,7 +6,7 @@ from typing import Self
 
 
 class LoopbackServer:
-    """Serves as a context; a subclass makes the server."""
+    """A context manager that serves; subclasses create the server."""
 
     _server: socketserver.TCPServer
 

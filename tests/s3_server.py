@@ -1,4 +1,4 @@
-"""A real S3 server over a folder (rclone), and a proxy in front of it that breaks connections as networks do."""
+"""A real S3 server over a folder (rclone), and a proxy in front of it that injects network faults."""
 
 import re
 import socket
@@ -16,22 +16,30 @@ from pathlib import Path
 from typing import Any, Self
 
 from pipelines.core.errors import ThroughlineError
-from pipelines.storage.s3 import ObjectStore, StoreConfig, TransferConfig
+from pipelines.storage.config import StoreConfig, TransferConfig
+from pipelines.storage.object_store import ObjectStore
 from tests.loopback_server import LoopbackServer
 
 ACCESS_KEY, SECRET_KEY = "THROUGHLINETEST", "a-secret-of-the-tests"
 PART_BYTES = 5 << 20
-TRANSFER = TransferConfig(connect_seconds=2, read_seconds=15, attempts=3, part_bytes=PART_BYTES, threads=3)
-_MOST_BUCKETS = 200
-_REMEMBERS_SECONDS = 1
-"""How long rclone trusts its list of a folder; with 0 its locks block each other and it stops answering."""
+TRANSFER = TransferConfig(
+    connect_seconds=2, read_seconds=15, upload_seconds=15, attempts=3, part_bytes=PART_BYTES, threads=3
+)
+_MAX_BUCKETS = 200
+_CACHE_SECONDS = 1
+"""How long rclone caches the list of a folder; with 0 it deadlocks."""
 _DRIPS, _DRIP_SECONDS = 20, 0.25
-"""How many pieces a slow transfer comes in for a while, and the silence before each: together more than a time-out
-of the tests of the client, each alone far less."""
+"""Number of chunks that a slow transfer delays, and the delay of each: in total longer than the timeouts in the tests,
+each far shorter."""
 _RECEIVE_BYTES = 1 << 18
-"""The proxy's receive buffer, fixed. One that grows, to tens of MiB where the kernel allows it, lets a client whose
-buffers are full send again only when a sixteenth of it is free: a slow reader then looks like one that stalls."""
-_BUSY = b"<?xml version='1.0'?><Error><Code>SlowDown</Code><Message>Reduce your request rate</Message></Error>"
+"""Fixed receive buffer of the proxy. If it grows, to tens of MiB where the kernel allows that, a client whose own
+buffers are full can send again only when a sixteenth of it is free, and a slow reader looks like a stalled one."""
+_ERROR = "<?xml version='1.0'?><Error><Code>{}</Code><Message>{}</Message></Error>"
+_ANSWERS = {
+    "busy": ("503 Slow Down", _ERROR.format("SlowDown", "Reduce your request rate")),
+    "exists": ("412 Precondition Failed", _ERROR.format("PreconditionFailed", "The key exists")),
+    "no conditions": ("501 Not Implemented", _ERROR.format("NotImplemented", "A header is not implemented")),
+}
 
 
 class S3Server:
@@ -39,10 +47,10 @@ class S3Server:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.port = _free_port()
+        self.port = free_port()
         self._buckets = 0
-        # All before the start: the server looks at a folder once, and then not for a while.
-        for number in range(1, _MOST_BUCKETS + 1):
+        # All before the start: the server caches its list of buckets.
+        for number in range(1, _MAX_BUCKETS + 1):
             (folder / f"bucket-{number}").mkdir()
         self._health = self.new_bucket()
 
@@ -58,7 +66,7 @@ class S3Server:
             "--addr",
             f"127.0.0.1:{self.port}",
             "--dir-cache-time",
-            f"{_REMEMBERS_SECONDS}s",
+            f"{_CACHE_SECONDS}s",
             "--log-level",
             "ERROR",
         ]
@@ -69,7 +77,7 @@ class S3Server:
             time.sleep(0.05)
 
     def revive(self) -> None:
-        """Start anew where the server has stopped answering."""
+        """Restart the server if it no longer answers."""
         try:
             object_store(self._health, read_seconds=5, attempts=1).check()
         except ThroughlineError:
@@ -77,7 +85,7 @@ class S3Server:
             self._start()
 
     def __exit__(self, *_: object) -> None:
-        self._process.kill()  # asked to end, it would wait for its clients
+        self._process.kill()  # SIGTERM would wait for its clients
         self._process.wait()
 
     @property
@@ -85,42 +93,44 @@ class S3Server:
         return f"http://127.0.0.1:{self.port}"
 
     def new_bucket(self) -> str:
-        """Return the name of a bucket that nobody has used."""
+        """Return the name of an unused bucket."""
         self._buckets += 1
-        assert self._buckets <= _MOST_BUCKETS, "more buckets are needed"
+        assert self._buckets <= _MAX_BUCKETS, "more buckets are needed"
         return f"bucket-{self._buckets}"
 
-    def notice(self) -> None:
-        """Wait until the server knows what was changed in its folder behind its back."""
-        time.sleep(1.5 * _REMEMBERS_SECONDS)
+    def wait_for_changes(self) -> None:
+        """Wait until the server sees files that were changed in its folder directly."""
+        time.sleep(1.5 * _CACHE_SECONDS)
 
 
 @dataclass
 class Fault:
-    """What to do to requests whose first line matches `where`, such as ``PUT .*partNumber=2``."""
+    """A fault for requests whose first line matches `where`, such as ``PUT .*partNumber=2``."""
 
     where: str
     kind: str
-    """busy, stall, reset upload, corrupt upload, lose answer, reset download, cut download, corrupt download; drip
-    upload and drip download, which move slowly for a while and do no harm."""
+    """busy, exists, stall, reset upload, corrupt upload, lose answer, reset download, cut download, corrupt download;
+    drip upload and drip download are slow for a while and harmless."""
     times: int = 1
     after_bytes: int = 100_000
 
 
 class FaultyProxy(LoopbackServer):
-    """Passes requests on to the server, one a connection, and does to each what the next matching fault says."""
+    """Forwards requests to the server, one per connection, and applies the next matching fault to each."""
 
     def __init__(self, port: int) -> None:
         self._upstream = port
         self.faults: list[Fault] = []
         self.seen: list[str] = []
         """First lines of all requests, in order."""
+        self.heads: list[str] = []
+        """Request lines and headers of all requests, in order."""
         self._lock = threading.Lock()
         proxy = self
 
         class Handler(socketserver.BaseRequestHandler):
             def handle(self) -> None:
-                with suppress(OSError):  # one side hangs up, as half of the faults want
+                with suppress(OSError):  # many faults close a connection
                     proxy._serve(self.request)
 
         class Server(socketserver.ThreadingTCPServer):
@@ -128,7 +138,7 @@ class FaultyProxy(LoopbackServer):
             allow_reuse_address = True
 
             def server_bind(self) -> None:
-                self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _RECEIVE_BYTES)  # connections inherit it
+                self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _RECEIVE_BYTES)  # inherited
                 super().server_bind()
 
         self._server = Server(("127.0.0.1", 0), Handler)
@@ -139,7 +149,7 @@ class FaultyProxy(LoopbackServer):
 
     def reset(self) -> None:
         with self._lock:
-            self.faults, self.seen = [], []
+            self.faults, self.seen, self.heads = [], [], []
 
     def _next_fault(self, line: str) -> Fault | None:
         with self._lock:
@@ -154,40 +164,43 @@ class FaultyProxy(LoopbackServer):
         head, body = _read_head(client)
         if not head:
             return
+        self.heads.append(head.decode())
         fault = self._next_fault(head.split(b"\r\n", 1)[0].decode())
         kind = fault.kind if fault else ""
-        if kind == "busy":
+        if kind in _ANSWERS:
+            status, body = _ANSWERS[kind]
             client.sendall(
-                b"HTTP/1.1 503 Slow Down\r\nContent-Type: application/xml\r\nConnection: close\r\n"
-                + f"Content-Length: {len(_BUSY)}\r\n\r\n".encode()
-                + _BUSY
+                f"HTTP/1.1 {status}\r\nContent-Type: application/xml\r\nConnection: close\r\n"
+                f"Content-Length: {len(body)}\r\n\r\n{body}".encode()
             )
             client.shutdown(socket.SHUT_WR)
-        if kind in ("busy", "stall"):
+        if kind in _ANSWERS or kind == "stall":
             while client.recv(1 << 16):
                 pass
             return
         with socket.create_connection(("127.0.0.1", self._upstream)) as server:
             server.sendall(head.replace(b"\r\n", b"\r\nConnection: close\r\n", 1) + b"\r\n\r\n")
             upload = _Pipe(client, server, fault if kind.endswith("upload") else None)
-            threading.Thread(target=upload.carry, args=(body,), daemon=True).start()
+            threading.Thread(target=upload.forward, args=(body,), daemon=True).start()
             answer, rest = _read_head(server)
             if kind == "lose answer":
                 while server.recv(1 << 16):
                     pass
                 return
+            if b"\r\ncontent-range:" in answer.lower():
+                answer = answer.replace(b" 200 OK", b" 206 Partial Content", 1)  # rclone answers ranges with 200
             client.sendall(answer + b"\r\n\r\n")
-            _Pipe(server, client, fault if kind.endswith("download") else None).carry(rest)
+            _Pipe(server, client, fault if kind.endswith("download") else None).forward(rest)
 
 
 class _Pipe:
-    """Carries bytes one way until the sender is done, or until the fault's place is reached."""
+    """Forwards bytes in one direction until the sender is done or the fault strikes."""
 
     def __init__(self, source: socket.socket, target: socket.socket, fault: Fault | None) -> None:
         self._source, self._target, self._fault = source, target, fault
-        self._carried = self._num_drips = 0
+        self._forwarded = self._num_drips = 0
 
-    def carry(self, first: bytes) -> None:
+    def forward(self, first: bytes) -> None:
         data = first
         with suppress(OSError):  # the other direction closes the sockets
             while True:
@@ -196,17 +209,17 @@ class _Pipe:
                 data = self._source.recv(1 << 16)
                 if not data:
                     break
-        with suppress(OSError):  # who hung up is not waited for
+        with suppress(OSError):  # the target may have closed already
             self._target.shutdown(socket.SHUT_RDWR)
 
     def _pass(self, data: bytearray) -> bool:
-        fault, start = self._fault, self._carried
-        self._carried += len(data)
+        fault, start = self._fault, self._forwarded
+        self._forwarded += len(data)
         if fault is not None and fault.kind.startswith("drip"):
-            if self._carried > fault.after_bytes and self._num_drips < _DRIPS:
+            if self._forwarded > fault.after_bytes and self._num_drips < _DRIPS:
                 self._num_drips += 1
                 time.sleep(_DRIP_SECONDS)
-        elif fault is not None and start <= fault.after_bytes < self._carried:
+        elif fault is not None and start <= fault.after_bytes < self._forwarded:
             offset = fault.after_bytes - start
             if fault.kind.startswith("corrupt"):
                 data[offset] ^= 1
@@ -215,7 +228,7 @@ class _Pipe:
                 for side in (self._source, self._target):
                     if fault.kind.startswith("reset"):
                         side.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-                        side.shutdown(socket.SHUT_RD)  # wakes who reads there, so that closing it really does
+                        side.shutdown(socket.SHUT_RD)  # wakes its reader, so that close takes effect
                     else:
                         side.shutdown(socket.SHUT_RDWR)
                     side.close()
@@ -225,18 +238,18 @@ class _Pipe:
 
 
 def _read_head(side: socket.socket) -> tuple[bytes, bytes]:
-    """Return the head of a message without its blank line, and what of the body came with it."""
+    """Return a message's head without its blank line, and the part of the body that was received with it."""
     data = b""
     while b"\r\n\r\n" not in data:
-        piece = side.recv(1 << 16)
-        if not piece:
+        chunk = side.recv(1 << 16)
+        if not chunk:
             return b"", b""
-        data += piece
+        data += chunk
     head, _, body = data.partition(b"\r\n\r\n")
     return head, body
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
@@ -258,3 +271,22 @@ def config_of(bucket: str, **changes: Any) -> StoreConfig:
 
 def object_store(bucket: str, **changes: Any) -> ObjectStore:
     return ObjectStore(config_of(bucket, **changes))
+
+
+def boto_client(server: S3Server) -> Any:
+    """Return another client, which asks the server directly."""
+    from boto3.session import Session
+
+    return Session(ACCESS_KEY, SECRET_KEY, region_name="us-east-1").client("s3", endpoint_url=server.endpoint)
+
+
+def unfinished_uploads(server: S3Server, bucket: str) -> list[str]:
+    """Return the keys of the multipart uploads that were neither completed nor aborted."""
+    from botocore.exceptions import ClientError
+
+    try:
+        answer = boto_client(server).list_multipart_uploads(Bucket=bucket)
+    except ClientError as error:
+        assert error.response["Error"]["Code"] == "NoSuchUpload"  # how rclone answers for an empty list
+        return []
+    return [upload["Key"] for upload in answer.get("Uploads", [])]

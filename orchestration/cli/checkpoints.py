@@ -67,12 +67,12 @@ def newest_checkpoint(profile: "Profile", strategy: "Strategy", profile_argument
     """
     from pipelines.core.manifest import MANIFEST_NAME
     from pipelines.runner.outputs import StageOutput
-    from pipelines.storage.mirror import know_outputs, location_of
+    from pipelines.storage.mirror import location_of, sync_manifests
     from training.models.saved_model import read_conditioning
 
     candidates = []
     root = profile.open_output_root()
-    know_outputs(root, _STAGE)
+    sync_manifests(root, _STAGE)
     for path in (root / _STAGE).glob(f"*/{MANIFEST_NAME}"):
         checkpoint = StageOutput.load(path)
         conditioning = read_conditioning(checkpoint) if checkpoint.manifest.partition == strategy.value else None

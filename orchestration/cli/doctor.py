@@ -25,7 +25,7 @@ from pipelines.cluster.session import LOCAL_RAY
 from pipelines.core.config import ModelRef
 from pipelines.core.environment import POSTGRES_URL
 from pipelines.core.errors import ThroughlineError
-from pipelines.storage.s3 import ObjectStore
+from pipelines.storage.object_store import ObjectStore
 
 _IMPORT_SECONDS = 180
 _GIB = 1 << 30

@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         required=True,
         metavar="PATH|URL",
-        help="folders, globs or parquet files on disk, s3:// URLs (prefixes and globs too) or https:// URLs",
+        help="folders, globs or parquet files, on disk, in object stores (s3://, gs://, az://) or by https://",
     )
     parser.add_argument(
         "--out", required=True, metavar="FOLDER|s3://BUCKET/PREFIX", help="output root; finished parts are reused"

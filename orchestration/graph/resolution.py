@@ -28,7 +28,7 @@ from pipelines.core.manifest import EARLIER, MANIFEST_NAME
 from pipelines.laion.index import part_names
 from pipelines.runner.outputs import StageOutput, sound_outputs
 from pipelines.runner.request import StageRequest
-from pipelines.storage.mirror import know_outputs, store_of
+from pipelines.storage.mirror import store_of, sync_manifests
 
 INDEX = "laion_index"
 _ABSENCE_SECONDS = 2.0
@@ -236,7 +236,7 @@ class Plan:
 
     def _has_other_output(self, task: Task) -> bool:
         if task.node.name not in self._listed:
-            know_outputs(self.output_root, task.node.name)
+            sync_manifests(self.output_root, task.node.name)
             self._listed.add(task.node.name)
         for path in (self.output_root / task.node.name).glob(f"*/{MANIFEST_NAME}"):
             try:

@@ -16,7 +16,7 @@ from pipelines.core.errors import ThroughlineError
 from pipelines.core.manifest import MANIFEST_NAME, InputRef, Manifest
 from pipelines.runner.checks import conservation_problems
 from pipelines.runner.outputs import StageOutput, find_input
-from pipelines.storage.mirror import know_outputs, location_of, store_of
+from pipelines.storage.mirror import location_of, store_of, sync_manifests
 
 _MIN_PREFIX = 4
 
@@ -202,7 +202,7 @@ def find_output(output_root: Path, prefix: str) -> list[InputRef]:
         raise ThroughlineError(f"{prefix!r}: give at least {_MIN_PREFIX} digits of a data version")
     store = store_of(output_root)
     for stage in store.stages() if store is not None else ():
-        know_outputs(output_root, stage, prefix)
+        sync_manifests(output_root, stage, prefix)
     found = sorted(output_root.glob(f"*/{prefix}*/{MANIFEST_NAME}"))
     if not found:
         raise ThroughlineError(

@@ -28,8 +28,8 @@ from pipelines.download.config import ImagesConfig
 from pipelines.laion.config import LaionSelectionConfig, LaionSubsetConfig
 from pipelines.runner.outputs import Verify
 from pipelines.shards.config import ShardsConfig
+from pipelines.storage.config import StoreConfig, TransferConfig
 from pipelines.storage.mirror import bind, working_folder
-from pipelines.storage.s3 import StoreConfig, TransferConfig
 from recaption.config import CaptionsConfig
 from training.config import Arm, ModelConfig, Strategy, TrainingConfig
 
@@ -64,12 +64,12 @@ class Profile(FrozenConfig):
     home: str
     """Folder for outputs, logs and Dagster's storage."""
     outputs: str | None = None
-    """Output root: a folder, or ``s3://bucket/prefix`` with a working folder under `home`; None: ``outputs`` under
-    `home`."""
+    """Output root: a folder, or an ``s3://``, ``gs://`` or ``az://`` URL, whose working folder is under `home`; None:
+    ``outputs`` under `home`."""
     transfer: TransferConfig = TransferConfig()
     """Transfers to and from an object store."""
     source: tuple[str, ...] = Field(min_length=1)
-    """LAION metadata: folders, globs or parquet files on disk, ``s3://`` URLs, or ``https://`` URLs of files."""
+    """LAION metadata: folders, globs or parquet files, on disk, in object stores, or files by ``https://``."""
     world: DemoWorld | None = None
 
     laion_subset: LaionSubsetConfig

@@ -21,7 +21,7 @@ class LaionIndexConfig(FrozenConfig):
     """The LAION metadata files. `pipelines.laion.sources.scan_index` builds it."""
 
     source: tuple[str, ...] = execution_field(min_length=1)
-    """Folders (searched recursively for ``*.parquet``), globs or files, local or ``s3://``; or files by
+    """Folders (searched for ``*.parquet`` at any depth), globs, or files; on disk, in object stores, or files by
     ``https://``."""
     content: tuple[SourceContent, ...] = Field(min_length=1)
     """The files by name and digest, sorted by name; the name determines the part."""

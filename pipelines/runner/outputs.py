@@ -7,7 +7,7 @@ from typing import Literal
 
 from pipelines.core.errors import ThroughlineError
 from pipelines.core.manifest import MANIFEST_NAME, InputRef, Manifest, damaged_files, read_manifest
-from pipelines.storage.mirror import OutputStore, know_outputs, store_of
+from pipelines.storage.mirror import OutputStore, store_of, sync_manifests
 
 Verify = Literal["size", "digest"]
 
@@ -149,7 +149,7 @@ def sound_outputs(
 
     For each of the others calls `on_broken` with the data version that its folder names, and the problem.
     """
-    know_outputs(output_root, stage)
+    sync_manifests(output_root, stage)
     for path in sorted((output_root / stage).glob(f"*/{MANIFEST_NAME}")):
         try:
             output = StageOutput.load(path)

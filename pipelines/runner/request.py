@@ -9,7 +9,7 @@ from pipelines.core.atomic import write_json
 from pipelines.core.config import FrozenConfig
 from pipelines.core.errors import ThroughlineError
 from pipelines.runner.outputs import Verify
-from pipelines.storage.s3 import StoreConfig
+from pipelines.storage.config import StoreConfig
 
 
 class StageRequest(FrozenConfig):

@@ -104,7 +104,7 @@ class Stage(Generic[ConfigT]):
             output = None if folder is None else StageOutput.load(folder / MANIFEST_NAME)
             if output is None or verify == "size":
                 return output
-            store.forget_damaged_copies(output.folder, output.manifest)
+            store.delete_damaged_copies(output.folder, output.manifest)
             return None if store.damaged(output.manifest) else output
         return self._find_in_folder(fingerprint, output_root, verify)
 

@@ -10,8 +10,8 @@ from orchestration.graph.execution import Execution
 from orchestration.graph.resolution import Plan, State
 from orchestration.profiles.loading import load_profile
 from pipelines.core.errors import ThroughlineError
+from pipelines.storage.config import StoreConfig
 from pipelines.storage.mirror import bind
-from pipelines.storage.s3 import StoreConfig
 from tests.orchestration.conftest import NUMBERS, Recorder
 from tests.orchestration.small.stages import SMALL_GRAPH, IndexConfig, KeepConfig, SmallProfile
 from tests.pipelines.laion.laion_world import laion_row, write_laion
@@ -42,10 +42,10 @@ def test_run_status_and_audit_on_an_s3_url(
 
     on_machine("one")
     assert throughline("run", *options, "--select", "+laion_subset") == 0
-    said = capfd.readouterr().err
-    assert f"outputs in s3://{bucket}/runs (working folder {tmp_path}/one/stores/" in said
-    assert "2 computed, 0 reused" in said
-    assert sum("fingerprints" in line for line in s3.seen) < 60, "an unfinished output is not asked for over and over"
+    message = capfd.readouterr().err
+    assert f"outputs in s3://{bucket}/runs (working folder {tmp_path}/one/stores/" in message
+    assert "2 computed, 0 reused" in message
+    assert sum("fingerprints" in line for line in s3.seen) < 60, "an unfinished output is not looked up repeatedly"
 
     capfd.readouterr()
     on_machine("two")
@@ -64,12 +64,12 @@ def test_run_status_and_audit_on_an_s3_url(
     data = bytearray(rows.read_bytes())
     data[100] ^= 1
     rows.write_bytes(data)
-    s3_server.notice()
+    s3_server.wait_for_changes()
     capfd.readouterr()
     on_machine("three")
     assert throughline("audit", *options, version[:10]) == 1
-    said = capfd.readouterr().out
-    assert f"s3://{bucket}/runs/laion_subset/{version}/rows.parquet: SHA-256" in said
+    message = capfd.readouterr().out
+    assert f"s3://{bucket}/runs/laion_subset/{version}/rows.parquet: SHA-256" in message
     on_machine("one")
     assert throughline("run", *options, "--select", "laion_subset", "--set", "verify=digest") == 0
     assert throughline("audit", *options, version[:10]) == 0
@@ -81,17 +81,17 @@ def test_a_wrong_url_or_setting_is_one_sentence(
 ) -> None:
     monkeypatch.setenv("THROUGHLINE_HOME", str(tmp_path))
 
-    def said(url: str, command: str = "status") -> str:
+    def message(url: str, command: str = "status") -> str:
         return str(throughline(command, "--profile", "single_gpu", "--output-root", url))
 
-    assert said("s3://absent/x") == "error: s3://absent: no such bucket; create it, or correct the URL"
-    assert "gs://bucket: expected s3://bucket or s3://bucket/prefix" in said("gs://bucket", "run")
+    assert message("s3://absent/x") == "error: s3://absent: no such bucket; create it, or correct the URL"
+    assert "hdfs://bucket: expected s3://bucket, gs://bucket or az://container" in message("hdfs://bucket", "run")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
-    assert f"error: s3://{bucket}: the credentials were refused" in said(f"s3://{bucket}", "audit")
+    assert f"error: s3://{bucket}: the credentials were refused" in message(f"s3://{bucket}", "audit")
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.delenv(name)
     other = s3_server.new_bucket()
-    assert said(f"s3://{other}").startswith(f"error: s3://{other}: no credentials; set AWS_ACCESS_KEY_ID")
+    assert message(f"s3://{other}").startswith(f"error: s3://{other}: no credentials; set AWS_ACCESS_KEY_ID")
 
 
 @pytest.mark.slow

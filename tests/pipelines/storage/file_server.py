@@ -1,4 +1,4 @@
-"""A web server that hands out the files of a folder, in ranges, with the habits that real ones have."""
+"""A web server for the files of a folder, with range requests and the quirks of real servers."""
 
 import hashlib
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -8,17 +8,17 @@ from tests.loopback_server import LoopbackServer
 
 
 class FileServer(LoopbackServer):
-    """Serves `folder`; the fields say how it behaves."""
+    """Serves `folder`; the other fields set its quirks."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.knows_head = True
+        self.supports_head = True
         self.states_digest = False
-        """Whether it answers as the Hugging Face hub does: a redirect that states the digest."""
+        """Answer as the Hugging Face hub does, with a redirect that states the digest."""
         self.cut_after: int | None = None
-        """Bytes of a body after which the next connection breaks."""
+        """Break the next connection after so many bytes of the body."""
         self.busy = 0
-        """Answers of 503 to come."""
+        """Answer 503 to so many requests."""
         self.requests: list[str] = []
         self.bytes_sent = 0
         server = self
@@ -47,7 +47,7 @@ class FileServer(LoopbackServer):
             return self._plain(request, 503)
         if not path.is_file():
             return self._plain(request, 404)
-        if not with_body and not self.knows_head:
+        if not with_body and not self.supports_head:
             return self._plain(request, 405)
         data = path.read_bytes()
         if self.states_digest and not name.startswith("cdn/"):
@@ -57,8 +57,8 @@ class FileServer(LoopbackServer):
             request.send_header("Content-Length", "0")
             return request.end_headers()
         start, end = 0, len(data)
-        if (wanted := request.headers.get("Range")) is not None:
-            first, _, last = wanted.removeprefix("bytes=").partition("-")
+        if (requested := request.headers.get("Range")) is not None:
+            first, _, last = requested.removeprefix("bytes=").partition("-")
             start, end = int(first), min(int(last) + 1 if last else end, end)
             request.send_response(206)
             request.send_header("Content-Range", f"bytes {start}-{end - 1}/{len(data)}")

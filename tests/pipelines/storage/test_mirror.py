@@ -22,16 +22,16 @@ from pipelines.runner.outputs import StageOutput
 from pipelines.runner.units import StageRun
 from pipelines.shards import shards
 from pipelines.shards.config import ShardsConfig
-from pipelines.storage.mirror import OutputStore, bind, location_of, store_of
-from pipelines.storage.s3 import StoreConfig
-from pipelines.storage.s3_errors import StorageError
+from pipelines.storage.config import StoreConfig
+from pipelines.storage.mirror import OutputStore, bind, location_of, store_of, working_folder
+from pipelines.storage.store_errors import StorageError
 from tests.pipelines.dataset.test_stream import NUM_SAMPLES, write_shards
 from tests.pipelines.download.hostile_server import HostileServer
 from tests.pipelines.laion.laion_world import laion_row, run_captions, run_images, run_subset, write_laion
 from tests.pipelines.runner.toy_stage import ToyConfig
 from tests.pipelines.storage.store_stage import STAGE, mirrored
 from tests.plain_stage import plain_stage
-from tests.s3_server import TRANSFER, Fault, FaultyProxy, S3Server
+from tests.s3_server import TRANSFER, Fault, FaultyProxy, S3Server, unfinished_uploads
 
 REPOSITORY = Path(__file__).parents[3]
 FOREVER = 1_000_000
@@ -52,9 +52,7 @@ def times_computed(tmp_path: Path) -> int:
 
 
 @pytest.mark.slow
-def test_another_machine_finds_everything_and_fetches_what_it_asks_for(
-    s3: FaultyProxy, bucket: str, tmp_path: Path
-) -> None:
+def test_another_machine_finds_everything_and_fetches_on_demand(s3: FaultyProxy, bucket: str, tmp_path: Path) -> None:
     here, there = mirrored(tmp_path / "here", bucket), mirrored(tmp_path / "there", bucket)
     made = STAGE.run(counting(tmp_path), {}, here)
     puts = [line.split()[1].rpartition("/")[2] for line in s3.seen if line.startswith("PUT ") and "part" not in line]
@@ -70,18 +68,18 @@ def test_another_machine_finds_everything_and_fetches_what_it_asks_for(
     assert sorted(path.name for path in found.folder.iterdir()) == ["first.index.json", MANIFEST_NAME]
     (found.folder / "first.index.json").unlink()
     assert found.path("first.bin").read_bytes() == b"first"
-    assert (found.folder / "first.index.json").exists(), "a sidecar comes along"
+    assert (found.folder / "first.index.json").exists(), "a sidecar is fetched too"
     assert not (found.folder / "large.bin").exists()
     assert [path.name for path in found.files(".bin")] == ["first.bin", "large.bin"]
     assert found.is_here
     assert damaged_files(found.folder, found.manifest, read_bytes=True) == []
     s3.seen.clear()
     assert STAGE.find_finished(counting(tmp_path), {}, there) is not None
-    assert s3.seen == [], "what is known to be stored is not asked for again"
+    assert s3.seen == [], "no request for an output recorded as stored"
 
 
 @pytest.mark.slow
-def test_half_an_output_is_never_found(s3: FaultyProxy, bucket: str, tmp_path: Path) -> None:
+def test_half_an_output_is_never_found(s3: FaultyProxy, s3_server: S3Server, bucket: str, tmp_path: Path) -> None:
     here, there = (mirrored(tmp_path / name, bucket, attempts=2) for name in ("here", "there"))
     for where in ("PUT .*first.bin", "PUT .*partNumber=3", "POST .*uploadId", "PUT .*fingerprints", "PUT .*manifest"):
         s3.faults = [Fault(where, "busy", FOREVER)]
@@ -90,18 +88,18 @@ def test_half_an_output_is_never_found(s3: FaultyProxy, bucket: str, tmp_path: P
         s3.faults = []
         for root in (here, there):
             assert STAGE.find_finished(ToyConfig(), {}, root) is None
-        assert store_at(here).objects.unfinished_uploads("") == []
+        assert unfinished_uploads(s3_server, bucket) == []
     s3.seen.clear()
     output = STAGE.run(counting(tmp_path), {}, here)
-    assert times_computed(tmp_path) == 1, "what was finished is uploaded and not computed again"
-    assert not any("large.bin" in line and line.startswith("PUT") for line in s3.seen), "it was there already"
+    assert times_computed(tmp_path) == 1, "a finished output is uploaded, not computed again"
+    assert not any("large.bin" in line and line.startswith("PUT") for line in s3.seen), "it had been uploaded"
     found = STAGE.find_finished(ToyConfig(), {}, there)
     assert found is not None and found.data_version == output.data_version
     assert store_at(there).damaged(found.manifest) == []
 
 
 @pytest.mark.slow
-def test_a_machine_killed_while_it_uploads_goes_on(s3: FaultyProxy, bucket: str, tmp_path: Path) -> None:
+def test_a_machine_killed_during_an_upload_resumes(s3: FaultyProxy, bucket: str, tmp_path: Path) -> None:
     here, there = mirrored(tmp_path / "here", bucket), mirrored(tmp_path / "there", bucket)
     s3.faults = [Fault("PUT .*partNumber=3", "stall", FOREVER)]
     process = subprocess.Popen(
@@ -116,13 +114,10 @@ def test_a_machine_killed_while_it_uploads_goes_on(s3: FaultyProxy, bucket: str,
     process.send_signal(signal.SIGKILL)
     process.wait()
     s3.faults = []
-    objects = store_at(here).objects
-    assert len(objects.unfinished_uploads("")) == 1, "a killed process can't tidy up"
     assert STAGE.find_finished(ToyConfig(), {}, there) is None
 
     output = STAGE.run(counting(tmp_path), {}, here)
     assert times_computed(tmp_path) == 1
-    assert objects.unfinished_uploads("") == []
     found = STAGE.run(counting(tmp_path), {}, there)
     assert times_computed(tmp_path) == 1
     assert store_at(there).damaged(found.manifest) == [] and found.data_version == output.data_version
@@ -131,7 +126,7 @@ def test_a_machine_killed_while_it_uploads_goes_on(s3: FaultyProxy, bucket: str,
 @pytest.mark.slow
 @pytest.mark.parametrize("harm", ["flip", "shorten", "remove", "alter the manifest"])
 @pytest.mark.parametrize("copy_here", [True, False])
-def test_damage_in_the_store_is_named_never_fetched_and_mended(
+def test_damage_in_the_store_is_reported_never_fetched_and_repaired(
     s3: FaultyProxy, s3_server: S3Server, bucket: str, tmp_path: Path, harm: str, copy_here: bool
 ) -> None:
     here, there = mirrored(tmp_path / "here", bucket), mirrored(tmp_path / "there", bucket)
@@ -144,7 +139,7 @@ def test_damage_in_the_store_is_named_never_fetched_and_mended(
     else:
         data[1] ^= 1
         (folder / name).write_bytes(data[:-1] if harm == "shorten" else data)
-    s3_server.notice()
+    s3_server.wait_for_changes()
     (problem,) = store_at(here).damaged(output.manifest)
     assert problem.startswith(f"s3://{bucket}/team/runs/stored/{output.data_version}/{name}: ")
 
@@ -153,16 +148,16 @@ def test_damage_in_the_store_is_named_never_fetched_and_mended(
         assert found is None
     else:
         assert found is not None
-        with pytest.raises(StorageError, match=r"first.bin: .*`throughline run --set verify=digest` mends it"):
+        with pytest.raises(StorageError, match=r"first.bin: .*fix: throughline run --set verify=digest"):
             found.path("first.bin")
         assert not (found.folder / "first.bin").exists()
 
     if not copy_here:
         shutil.rmtree(output.folder)
-    mended = STAGE.run(counting(tmp_path), {}, here, verify="digest")
+    repaired = STAGE.run(counting(tmp_path), {}, here, verify="digest")
     assert times_computed(tmp_path) == (1 if copy_here else 2)
-    assert mended.data_version == output.data_version
-    assert store_at(here).damaged(mended.manifest) == []
+    assert repaired.data_version == output.data_version
+    assert store_at(here).damaged(repaired.manifest) == []
 
 
 @pytest.mark.slow
@@ -170,7 +165,7 @@ def test_a_damaged_copy_is_fetched_again(s3: FaultyProxy, bucket: str, tmp_path:
     root = mirrored(tmp_path / "here", bucket)
     output = STAGE.run(counting(tmp_path), {}, root)
     (output.folder / "first.bin").write_bytes(b"fir")
-    assert output.path("first.bin").read_bytes() == b"first", "a copy cut short is seen at once"
+    assert output.path("first.bin").read_bytes() == b"first", "a truncated copy is noticed at once"
     (output.folder / "first.bin").write_bytes(b"FIRST")
     assert len(output.damaged(read_bytes=True)) == 1
     again = STAGE.run(counting(tmp_path), {}, root, verify="digest")
@@ -182,8 +177,8 @@ def test_a_damaged_copy_is_fetched_again(s3: FaultyProxy, bucket: str, tmp_path:
 
 
 @pytest.mark.slow
-def test_of_two_machines_that_differ_the_first_one_stands(s3: FaultyProxy, bucket: str, tmp_path: Path) -> None:
-    """As when a model on another GPU gives other bytes for the same fingerprint."""
+def test_of_two_machines_with_different_bytes_the_first_wins(s3: FaultyProxy, bucket: str, tmp_path: Path) -> None:
+    """As when a model on another GPU gives different bytes for the same fingerprint."""
     roots = [mirrored(tmp_path / name, bucket) for name in ("one", "two")]
 
     def late(run: StageRun[ToyConfig]) -> None:
@@ -211,10 +206,10 @@ def test_the_data_stages_run_on_an_object_store(
         from pipelines.dataset import dataset
 
         subset = run_subset(source, root)
-        pictures = run_images(server, subset, root)
-        captions = run_captions(pictures, root)
-        tars = shards.STAGE.run(ShardsConfig(), {"images": [pictures], "captions": [captions]}, root, "00000")
-        return [subset, pictures, captions, tars, dataset.STAGE.run(DatasetConfig(), {"shards": [tars]}, root)]
+        images = run_images(server, subset, root)
+        captions = run_captions(images, root)
+        tars = shards.STAGE.run(ShardsConfig(), {"images": [images], "captions": [captions]}, root, "00000")
+        return [subset, images, captions, tars, dataset.STAGE.run(DatasetConfig(), {"shards": [tars]}, root)]
 
     local = chain(tmp_path / "folder")
     first = chain(mirrored(tmp_path / "here", bucket))
@@ -261,6 +256,27 @@ def test_a_reader_fetches_a_shard_when_it_opens_it(
     captions = [text for batch in DataLoader(stream, batch_size=None, num_workers=num_workers) for text in batch.items]
     assert captions == [str(index) for index in stream.order.take(0, NUM_SAMPLES).tolist()]
     assert sorted(fetched()) == ["shard-00000.tar", "shard-00001.tar", "shard-00002.tar"]
+
+
+def test_a_working_folder_of_an_earlier_version_stays_readable(tmp_path: Path) -> None:
+    root = tmp_path / "outputs"
+    root.mkdir()
+    (root / "store.json").write_text(
+        """{
+ "transfer": {
+  "attempts": 6,
+  "connect_seconds": 10.0,
+  "part_bytes": 16777216,
+  "read_seconds": 60.0,
+  "stale_upload_hours": 24.0,
+  "threads": 8
+ },
+ "url": "s3://bucket/team/runs"
+}
+"""
+    )
+    assert store_at(root).config == StoreConfig(url="s3://bucket/team/runs")
+    assert working_folder(tmp_path, store_at(root).config) == tmp_path / "stores" / "bucket-team-runs-5f9ce66b"
 
 
 def test_a_folder_belongs_to_one_store(tmp_path: Path) -> None:

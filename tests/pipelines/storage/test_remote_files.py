@@ -1,4 +1,4 @@
-"""LAION metadata by URL: on a web server and in an object store, beside the same files on disk."""
+"""LAION metadata by URL, on a web server and in an object store, compared with the same files on disk."""
 
 import json
 import random
@@ -7,16 +7,18 @@ from pathlib import Path
 
 import pytest
 
+from pipelines.core.digest import file_sha256
 from pipelines.core.errors import ThroughlineError
 from pipelines.laion import subset as laion_subset
 from pipelines.laion.config import LaionSubsetConfig
 from pipelines.laion.index import entry_of, read_parts
 from pipelines.laion.sources import find_sources, local_path
 from pipelines.runner.outputs import StageOutput
+from pipelines.storage.object_store import ObjectFile
 from tests.pipelines.laion import laion_world
 from tests.pipelines.laion.laion_world import kept_rows, laion_row, write_laion
 from tests.pipelines.storage.file_server import FileServer
-from tests.s3_server import FaultyProxy, S3Server
+from tests.s3_server import FaultyProxy, S3Server, object_store
 
 
 @pytest.fixture
@@ -61,25 +63,25 @@ def test_files_by_url_give_the_data_versions_of_the_same_files_on_disk(
     assert web.bytes_sent == sent, "an unchanged file is not read again"
 
 
-def test_a_digest_that_the_server_vouches_for_spares_the_reading(laion: Path, web: FileServer, tmp_path: Path) -> None:
+def test_a_digest_stated_by_the_server_saves_reading_the_file(laion: Path, web: FileServer, tmp_path: Path) -> None:
     web.states_digest = True
     urls = [web.url(f"part-{part}.parquet?download=true") for part in range(2)]
     index = index_of(tmp_path / "b", *urls)
     assert index.data_version == index_of(tmp_path / "a", str(laion)).data_version
-    whole = sum(path.stat().st_size for path in laion.iterdir())
-    assert web.bytes_sent < whole / 2, "the footers alone"
+    total_bytes = sum(path.stat().st_size for path in laion.iterdir())
+    assert web.bytes_sent < total_bytes / 2, "only footers were read"
     assert not (tmp_path / "b" / "sources").exists()
     assert len(kept_rows(subset_of(index, tmp_path / "b"))) == 2000
     assert [path.name for path in (tmp_path / "b" / "sources").rglob("*.parquet")] == ["part-1.parquet"]
 
 
-def test_a_part_whose_server_lied_about_its_digest_is_refused(laion: Path, web: FileServer, tmp_path: Path) -> None:
+def test_a_part_with_a_wrong_stated_digest_is_rejected(laion: Path, web: FileServer, tmp_path: Path) -> None:
     web.states_digest = True
     (place,) = find_sources([web.url("part-0.parquet")]).values()
     path = laion / "part-0.parquet"
-    lying = type(place)(place.url, place.num_bytes, place.etag, "0" * 64)  # type: ignore[call-arg, union-attr]
-    with pytest.raises(ThroughlineError, match=r"part-0.parquet: \d+ bytes of SHA-256 .*the server announced"):
-        local_path(lying, tmp_path / "digests.json")
+    wrong = type(place)(place.url, place.num_bytes, place.etag, "0" * 64)  # type: ignore[call-arg, union-attr]
+    with pytest.raises(ThroughlineError, match=r"part-0.parquet: \d+ bytes of SHA-256 .*the server stated"):
+        local_path(wrong, tmp_path / "digests.json")
     assert not list((tmp_path / "sources").rglob("*.parquet"))
     path.write_bytes(path.read_bytes() + b"x")
     with pytest.raises(ThroughlineError, match="was replaced while it was read"):
@@ -87,7 +89,7 @@ def test_a_part_whose_server_lied_about_its_digest_is_refused(laion: Path, web: 
 
 
 @pytest.mark.slow
-def test_broken_and_busy_answers_heal(laion: Path, web: FileServer, tmp_path: Path) -> None:
+def test_broken_and_busy_answers_are_retried(laion: Path, web: FileServer, tmp_path: Path) -> None:
     (place,) = find_sources([web.url("part-0.parquet")]).values()
     web.busy, web.cut_after = 1, 1_000_000
     web.requests.clear()
@@ -99,8 +101,8 @@ def test_broken_and_busy_answers_heal(laion: Path, web: FileServer, tmp_path: Pa
         find_sources([web.url("part-1.parquet")])
 
 
-def test_servers_that_know_get_alone_and_wrong_urls(web: FileServer) -> None:
-    web.knows_head = False
+def test_servers_without_head_and_wrong_urls(web: FileServer) -> None:
+    web.supports_head = False
     (place,) = find_sources([web.url("part-0.parquet")]).values()
     assert local_size(place) == (web.folder / "part-0.parquet").stat().st_size
     with pytest.raises(ThroughlineError, match=r"absent.parquet: the server answered 404; check the URL"):
@@ -144,3 +146,18 @@ def test_objects_by_url_prefix_and_pattern(
     digests = json.loads((tmp_path / "b" / "digests.json").read_bytes())
     assert f"{base}/part-0.parquet" in digests
     assert laion_world.run_index(laion, tmp_path / "c").data_version == index.data_version
+
+
+@pytest.mark.slow
+def test_a_digest_in_an_objects_metadata_saves_reading_it(
+    s3: FaultyProxy, bucket: str, laion: Path, tmp_path: Path
+) -> None:
+    store = object_store(bucket)
+    files = [ObjectFile(f"laion/{path.name}", path, file_sha256(path), path.stat().st_size) for path in laion.iterdir()]
+    store.upload(files)
+    s3.heads.clear()
+    index = index_of(tmp_path / "b", store.url("laion"))
+    assert index.data_version == index_of(tmp_path / "a", str(laion)).data_version
+    reads = [head.lower() for head in s3.heads if head.startswith("GET ") and ".parquet" in head.split()[1]]
+    assert reads and all("range: bytes=" in head for head in reads), "only footers were read"
+    assert len(kept_rows(subset_of(index, tmp_path / "b"))) == 2000, "the digest was verified"
