@@ -16,14 +16,13 @@ from pipelines.cluster.units import ray_tasks, run_units
 from pipelines.core.config import identity_of
 from pipelines.core.errors import ThroughlineError
 from pipelines.core.manifest import EARLIER, Conservation
-from pipelines.download.circuit_breaker import FailureWatch
 from pipelines.download.config import ImagesConfig
 from pipelines.download.cost import images_cost
 from pipelines.download.inspection import find_image_rows, preview_images
+from pipelines.download.monitoring import CircuitBreaker, DownloadProgress
 from pipelines.download.outcomes import Row, RowOutcome, write_tables
 from pipelines.download.passes import PartShards, PassStore, ShardTask
 from pipelines.download.status import RETRYABLE, FetchStatus
-from pipelines.download.tally import Tally
 from pipelines.laion.selection import rows_name
 from pipelines.laion.subset import ROWS_FILE
 from pipelines.runner.outputs import StageOutput
@@ -127,13 +126,15 @@ async def _download(part: PartShards) -> int:
                 await asyncio.sleep(config.retry_pass_seconds)
             progress, counts = part.progress(number)
             with progress:
-                tally = Tally(progress, counts)
+                tally = DownloadProgress(progress, counts)
                 await _make_pass(part, number, fetcher, pool, tally)
             num_requested += tally.num_requested
     return num_requested
 
 
-async def _make_pass(part: PartShards, number: int, fetcher: "Fetcher", pool: "DecodePool", tally: Tally) -> None:
+async def _make_pass(
+    part: PartShards, number: int, fetcher: "Fetcher", pool: "DecodePool", tally: DownloadProgress
+) -> None:
     run = part.run
     in_flight = asyncio.Semaphore(run.config.shards_in_flight)
 
@@ -172,7 +173,7 @@ def _download_on_ray(part: PartShards) -> int:
                 submitted[task.name] = task
                 yield task.name, task
 
-        tally = Tally(progress, counts)
+        tally = DownloadProgress(progress, counts)
         for unit in run_units(run, tasks, shards(), partial(_download_unit, connections)):
             task = submitted.pop(unit.name)
             before = Counter(item.status.value for item in task.previous.outcomes) if task.previous else Counter[str]()
@@ -211,12 +212,12 @@ def _download_unit(connections_per_host: int, run: StageRun[ImagesConfig], name:
 
 
 async def _download_shard(
-    run: StageRun[ImagesConfig], task: ShardTask, fetcher: "Fetcher", pool: "DecodePool", tally: Tally | None
+    run: StageRun[ImagesConfig], task: ShardTask, fetcher: "Fetcher", pool: "DecodePool", tally: DownloadProgress | None
 ) -> list[RowOutcome]:
     """Download the requested rows of a shard; return the outcomes of all its rows."""
     previous = task.previous.outcomes if task.previous is not None else None
     # In a later pass only rows that failed before are requested, so that their failures say nothing about the network.
-    watch = FailureWatch(f"{run.label} shard {task.name}", len(task.rows), run.config) if previous is None else None
+    watch = CircuitBreaker(f"{run.label} shard {task.name}", len(task.rows), run.config) if previous is None else None
 
     async def download(index: int) -> RowOutcome:
         outcome, num_bytes = await _download_row(task.rows[index], fetcher, pool, run.config)
