@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 from pipelines.core.config import FrozenConfig, execution_field
+from pipelines.runner.rows import NO_ROWS
 from pipelines.runner.stage import Stage
 from pipelines.runner.units import StageResult, StageRun
 
@@ -36,7 +37,18 @@ def produce(run: StageRun[LengthsConfig]) -> StageResult:
     return StageResult(summary={"num_texts": len(run.config.texts)})
 
 
-STAGE = Stage(name="lengths", code_version="1", config_type=LengthsConfig, produce=produce)
+STAGE = Stage(
+    name="lengths",
+    code_version="1",  # raised by hand when the same inputs would give other bytes
+    config_type=LengthsConfig,
+    produce=produce,
+    description="The length of each text.",
+    rows=NO_ROWS,  # no tables with sample keys, so a trace need not search it
+    checks=(),
+    preview=None,
+    funnel_label=None,
+    cost=None,
+)
 
 config = LengthsConfig(texts=("a cat", "a very long caption about a cat"))
 output = STAGE.run(config, {}, Path(sys.argv[1]))

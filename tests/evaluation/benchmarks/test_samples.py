@@ -131,7 +131,7 @@ def test_the_shifted_arm_gives_other_images_from_the_same_checkpoint(
     [
         ("joint|geneval", "got the checkpoint of static"),
         ("static+shift|geneval", "needs a time gate"),
-        ("mean|geneval", "no such strategy"),
+        ("mean|geneval", "unknown strategy"),
         ("static|imagenet", "expected '<arm>|<benchmark>'"),
         (None, "expected '<arm>|<benchmark>'"),
     ],

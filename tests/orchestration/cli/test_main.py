@@ -99,7 +99,7 @@ def test_an_empty_selection_is_refused_not_taken_for_the_whole_graph(selection: 
     message = _main("run", "--profile", "single_gpu", "--select", selection)
     assert message == (
         f"error: selection {selection!r}: expected names of assets, found none; name some, such as images or "
-        "group:training, or leave the selection out to take them all"
+        "group:training, or leave the selection out to take all"
     )
 
 

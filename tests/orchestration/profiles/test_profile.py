@@ -123,7 +123,7 @@ def test_the_subsets_deny_lists_apply_to_the_download(tmp_path: Path) -> None:
         ("training.steps=0", r"training\.steps: Input should be greater than 0, found 0$"),
         ("laion_subset.where=width >", r"laion_subset\.where: position 7: incomplete at >"),
         ("training.steps", "expected field.field=value"),
-        ('arms=["uniform","jointt"]', "no such strategy"),
+        ('arms=["uniform","jointt"]', "unknown strategy"),
         ('strategies=["uniform"]', "arm penultimate needs strategy penultimate, which is not trained"),
         ('arms=["joint"]', "^profile single_gpu: results.baseline penultimate is not among the arms"),
         ("latents.autoencoder.revision=main", r"latents\.autoencoder is .*, the profile's is"),

@@ -318,7 +318,7 @@ def test_an_overlong_prompt_is_truncated_with_a_warning(pipe: Any, caplog: pytes
     noise, prompt = _noise("a dog", 0)[None], "dog " * 600
     with caplog.at_level(logging.WARNING):
         drawn = pipe(prompt, latents=noise, output_type="latent").images
-    (message,) = [record.message for record in caplog.records if "tokens that are read" in record.message]
+    (message,) = [record.message for record in caplog.records if "is truncated" in record.message]
     assert "longer than the 512 tokens" in message and "shorten it: 'dog dog" in message
     assert torch.equal(pipe(prompt + "house", latents=noise, output_type="latent").images, drawn)
 
