@@ -12,7 +12,7 @@ from recaption.config import CaptionsConfig, EngineConfig, PoolConfig
 
 
 @dataclass(frozen=True)
-class EnginePool:
+class PoolSize:
     """Engines that answer in parallel: on GPUs, or in CPU processes where there are no GPUs."""
 
     gpus: Quantity
@@ -45,20 +45,20 @@ def captions_cost(inputs: CostInputs, workload: Workload) -> StageEstimate:
     )
 
 
-def engine_pool(inputs: CostInputs, path: str, engine: EngineConfig, pool: PoolConfig) -> EnginePool:
+def engine_pool(inputs: CostInputs, path: str, engine: EngineConfig, pool: PoolConfig) -> PoolSize:
     """Return the pool of an engine; `path` is the profile's field that holds ``pool``."""
     if engine.kind == "openai":
         gpus = inputs.assumed("gpus")
-        return EnginePool(gpus, gpus, engine.model)
+        return PoolSize(gpus, gpus, engine.model)
     actors = inputs.from_profile(f"{path}.pool.max_actors")
     if not pool.num_gpus_per_actor:
-        return EnginePool(ZERO, actors, engine.model)
+        return PoolSize(ZERO, actors, engine.model)
     gpus = inputs.derived("gpus", actors * inputs.from_profile(f"{path}.pool.num_gpus_per_actor"))
-    return EnginePool(gpus, gpus, engine.model)
+    return PoolSize(gpus, gpus, engine.model)
 
 
 def answer_seconds(
-    inputs: CostInputs, pool: EnginePool, parameters: Quantity, tokens_read: Quantity, tokens_written: Quantity
+    inputs: CostInputs, pool: PoolSize, parameters: Quantity, tokens_read: Quantity, tokens_written: Quantity
 ) -> Quantity:
     """Return the seconds of a request to a saturated pool: a parallel prefill, then one decoding step a token."""
     prefill = 2 * parameters * tokens_read / inputs.flops_per_second(pool.on_gpu, "prefill_mfu")
@@ -77,7 +77,7 @@ def text_tokens(inputs: CostInputs, text: str, path: str) -> Quantity:
     return inputs.implied(len(text), path) / inputs.assumed("chars_per_token")
 
 
-def _caption_seconds(inputs: CostInputs, config: CaptionsConfig, pool: EnginePool) -> Quantity:
+def _caption_seconds(inputs: CostInputs, config: CaptionsConfig, pool: PoolSize) -> Quantity:
     parameters = inputs.derived("captioner_params", inputs.active_parameters(pool.model))
     question = text_tokens(inputs, caption_prompt(config.prompt_version), "captions.prompt_version")
     image = image_tokens(inputs, inputs.from_profile("images.transform.size_px"))

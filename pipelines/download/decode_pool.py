@@ -35,7 +35,7 @@ _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class _Work:
+class _DecodeJob:
     """Settings that a worker receives once, so that afterwards only bodies are sent to it."""
 
     decoder: Decoder
@@ -43,10 +43,10 @@ class _Work:
     seconds: float
 
 
-_work: _Work | None = None
+_work: _DecodeJob | None = None
 
 
-def _start_worker(work: _Work) -> None:
+def _start_worker(work: _DecodeJob) -> None:
     """Import everything before the time limit of an image starts, and end this worker when its parent dies.
 
     Ignores interrupts from the terminal, which the parent handles.
@@ -74,7 +74,7 @@ class DecodePool:
     """
 
     def __init__(self, workers: int, seconds: float, transform: ImageTransform, decoder: Decoder = decode) -> None:
-        self._work = _Work(decoder, transform, seconds)
+        self._work = _DecodeJob(decoder, transform, seconds)
         self._workers = workers
         self._slots = asyncio.Semaphore(2 * workers)
         self._starting = asyncio.Lock()
@@ -165,7 +165,7 @@ def _decode_in_time(body: bytes) -> DecodeOutcome:
         signal.setitimer(signal.ITIMER_REAL, 0)
 
 
-def _new_pool(workers: int, work: _Work) -> ProcessPoolExecutor:
+def _new_pool(workers: int, work: _DecodeJob) -> ProcessPoolExecutor:
     """Return a pool with one running worker; starting the fork server and importing libraries takes over a second."""
     deadline = time.monotonic() + _SERVER_SECONDS
     ended = 0
@@ -201,7 +201,7 @@ def _cannot_start(error: OSError) -> ThroughlineError:
     return ThroughlineError(message)
 
 
-def _start_pool(workers: int, work: _Work) -> ProcessPoolExecutor:
+def _start_pool(workers: int, work: _DecodeJob) -> ProcessPoolExecutor:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["pipelines.download.decode_pool", "pipelines.download.resize"])
     pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=(work,))

@@ -47,7 +47,7 @@ def rows_name(part: str) -> str:
 
 
 @dataclass(frozen=True)
-class _Work:
+class _SelectionWork:
     """What every task needs, on any node."""
 
     config: LaionSelectionConfig
@@ -80,7 +80,7 @@ def produce(run: StageRun[LaionSelectionConfig]) -> StageResult:
         shutil.rmtree(run.scratch, ignore_errors=True)
         run.scratch.mkdir(parents=True)
         bits = max((-(-sum(counts) // run.config.bucket_rows) - 1).bit_length(), 0)
-        work = _Work(run.config, bits, len(parts), run.scratch.absolute())
+        work = _SelectionWork(run.config, bits, len(parts), run.scratch.absolute())
         with ray_tasks(run, run.config.workers) as tasks, run.progress(2 * sum(counts), "rows") as progress:
             if tasks is None:
                 resolution = _resolve_local(work, subsets, progress)
@@ -107,7 +107,7 @@ def _in_order(run: StageRun[LaionSelectionConfig]) -> list[StageOutput]:
     return sorted(run.inputs.get("subset", ()), key=lambda item: item.manifest.partition or "")
 
 
-def _resolve_local(work: _Work, subsets: list[StageOutput], progress: Progress) -> _Resolution:
+def _resolve_local(work: _SelectionWork, subsets: list[StageOutput], progress: Progress) -> _Resolution:
     """Find the duplicates and the threshold in this process."""
     for number, subset in enumerate(subsets):
         _partition(work, number, subset.path(ROWS_FILE), work.folder)
@@ -123,7 +123,9 @@ def _resolve_local(work: _Work, subsets: list[StageOutput], progress: Progress) 
     return _Resolution((work.folder,), _threshold([_candidates(work.folder, bin_number, work.config)], position))
 
 
-def _resolve_on_cluster(work: _Work, subsets: list[StageOutput], tasks: RayTasks, progress: Progress) -> _Resolution:
+def _resolve_on_cluster(
+    work: _SelectionWork, subsets: list[StageOutput], tasks: RayTasks, progress: Progress
+) -> _Resolution:
     """Find them on a cluster: all parts are partitioned in parallel, then all buckets are deduplicated in parallel."""
     paths = [subset.path(ROWS_FILE).absolute() for subset in subsets]
     names = [f"part {subset.manifest.partition}" for subset in subsets]
@@ -153,13 +155,13 @@ def _sum(one: "np.ndarray | None", other: "np.ndarray | None") -> "np.ndarray | 
     return other if one is None or other is None else one + other
 
 
-def _partition_task(work: _Work, numbered: tuple[int, Path]) -> Path:
+def _partition_task(work: _SelectionWork, numbered: tuple[int, Path]) -> Path:
     folder = fresh_folder(work.folder, "partitioned")
     _partition(work, *numbered, folder)
     return folder
 
 
-def _dedup_task(work: _Work, buckets: range) -> "tuple[Path, np.ndarray | None]":
+def _dedup_task(work: _SelectionWork, buckets: range) -> "tuple[Path, np.ndarray | None]":
     folder = fresh_folder(work.folder, "deduplicated")
     return folder, _dedup_buckets(work, buckets, folder)
 
@@ -168,7 +170,7 @@ def _candidates_task(chosen: tuple[int, LaionSelectionConfig], folder: Path) -> 
     return _candidates(folder, *chosen)
 
 
-def _partition(work: _Work, number: int, path: Path, folder: Path) -> None:
+def _partition(work: _SelectionWork, number: int, path: Path, folder: Path) -> None:
     """Append the entries of one part to the bucket files in `folder`."""
     import numpy as np
     import pyarrow.parquet as pq
@@ -213,7 +215,7 @@ def _append(path: Path, rows: "np.ndarray") -> None:
         stream.write(rows.tobytes())
 
 
-def _dedup_buckets(work: _Work, buckets: range, folder: Path) -> "np.ndarray | None":
+def _dedup_buckets(work: _SelectionWork, buckets: range, folder: Path) -> "np.ndarray | None":
     """Write the duplicates in some buckets to `folder`, one file per part; with a limit also the keys of unique rows.
 
     With a limit, return a histogram of the high 16 bits of the unique rows' ranks, int64 [65536].

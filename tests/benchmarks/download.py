@@ -382,9 +382,7 @@ def _of_decoders(
     whole, *others = transforms
     raw = [np.asarray(Image.open(io.BytesIO(body)).resize((_SIZE_PX, _SIZE_PX))) for body in bodies]
     encoded = [Image.open(io.BytesIO(_encoded(Image.fromarray(pixels)))) for pixels in raw]
-    measured[f"pixels: JPEG of quality {_QUALITY} against what it encodes, dB"] = _psnr(
-        np.stack(encoded), np.stack(raw)
-    )
+    measured[f"pixels: JPEG quality {_QUALITY} against its input, dB"] = _psnr(np.stack(encoded), np.stack(raw))
     expected = _squares(folder, bodies, transforms[whole])
     for name in others:
         measured[f"pixels: {name} against {whole}, dB"] = _psnr(_squares(folder, bodies, transforms[name]), expected)

@@ -302,8 +302,8 @@ def train_step(run: TrainingRun, step: int) -> StepResult:
     if bad is not None:
         _skip_or_stop(run, bad)
     run.ledger.record(step, indices)
-    losses, t, text_lengths, head_losses, is_truncated = gathered.unbind(1)
-    _record_truncated(run, indices[is_truncated.bool().numpy()])
+    losses, t, text_lengths, head_losses, truncated_flags = gathered.unbind(1)
+    _record_truncated(run, indices[truncated_flags.bool().numpy()])
     mean_loss = float(losses.mean())
     if bad is None:
         run.bad_steps.record_good(mean_loss)

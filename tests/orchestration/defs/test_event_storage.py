@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from orchestration.cli.doctor import Severity, _storage
+from orchestration.cli.doctor import Level, _storage
 from orchestration.defs.event_storage import describe_storage
 from orchestration.defs.instance import open_instance, prepare_dagster_home
 from pipelines.core.environment import POSTGRES_URL
@@ -142,12 +142,12 @@ def test_doctor_reports_the_storage_and_whether_it_responds(
     )
     monkeypatch.setenv(POSTGRES_URL, server.url())
     diagnostic = _storage(profile)
-    assert diagnostic.severity is Severity.GOOD
+    assert diagnostic.level is Level.GOOD
     assert (
         f"in PostgreSQL, database postgres of user {USER} at 127.0.0.1:{server.port}; the server" in diagnostic.message
     )
     monkeypatch.setenv(POSTGRES_URL, NOWHERE)
-    assert _storage(profile).severity is Severity.BAD
+    assert _storage(profile).level is Level.BAD
     (home / "dagster" / "history" / "runs.db").write_bytes(b"not a database" * 100)
     monkeypatch.delenv(POSTGRES_URL)
     assert "SQLite is not readable" in _storage(profile).message

@@ -27,7 +27,7 @@ _packed = WeakTensorKeyDictionary()
 
 def uses_onednn(x: Tensor, weight: Tensor) -> bool:
     """Return whether `onednn_linear` calls oneDNN for these two."""
-    return (
+    return bool(
         not torch.compiler.is_compiling()  # inductor chooses for itself
         and x.device.type == "cpu"
         and x.dtype == weight.dtype == torch.float32
