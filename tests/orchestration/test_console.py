@@ -19,6 +19,7 @@ from pipelines.core.environment import PROGRESS_JSON
 from pipelines.core.progress import Progress, progress_text
 
 RECORD = {"label": "images 00000", "done": 30, "total": 90, "noun": "images", "rate": 2.0, "details": {"failed": 3}}
+_END = b"\x00"
 PLAIN = "images 00000  30/90 images  2.0/s  0:30 left  failed 3"
 
 
@@ -28,7 +29,16 @@ def terminal(columns: int) -> Iterator[tuple[TextIO, Callable[[], str]]]:
     reader, writer = pty.openpty()
     fcntl.ioctl(writer, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
     with os.fdopen(writer, "w", buffering=1) as stream:
-        yield stream, lambda: re.sub(r"\x1b\[[0-9;]*m", "", os.read(reader, 1 << 16).decode())
+
+        def written() -> str:
+            stream.flush()
+            os.write(writer, _END)  # the kernel hands text over in pieces: read up to a mark of our own
+            text = b""
+            while not text.endswith(_END):
+                text += os.read(reader, 1 << 16)
+            return re.sub(r"\x1b\[[0-9;]*m", "", text.removesuffix(_END).decode())
+
+        yield stream, written
     os.close(reader)
 
 

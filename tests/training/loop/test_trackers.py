@@ -1,6 +1,7 @@
 """Trackers write the curves of a run, and name the extra that a missing package needs."""
 
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,7 @@ def test_tensorboard_discards_steps_that_a_resumed_run_repeats(tmp_path: Path) -
         for step, value in values.items():
             trackers.log(step, {"loss": value})
         trackers.close()
+        time.sleep(1.1)  # TensorBoard reads files in the order of the second in their names
     assert dict(_read(tmp_path / "run")["loss"]) == pytest.approx({0: 1.0, 1: 0.9, 2: 0.7, 3: 0.6})
 
 
