@@ -3,8 +3,8 @@
 import ast
 import json
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -37,14 +37,16 @@ def read_promises(page: str) -> list[Promise]:
 PROMISES = read_promises(PAGE.read_text())
 
 
-def _tests_in(path: Path) -> Iterator[str]:
-    """Yield the names of a file's tests that pytest would collect and not skip outright."""
-    tree = ast.parse(path.read_text())
-    for node in ast.walk(tree):
+@cache
+def _tests_in(path: Path) -> frozenset[str]:
+    """Return the names of a file's tests that pytest would collect and not skip outright."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.name.startswith("test_"):
             marks = " ".join(ast.unparse(decorator) for decorator in node.decorator_list)
             if "mark.skip(" not in marks and "mark.xfail" not in marks:
-                yield node.name
+                names.add(node.name)
+    return frozenset(names)
 
 
 def missing_proof(proof: str) -> str | None:
@@ -59,7 +61,7 @@ def missing_proof(proof: str) -> str | None:
     path = ROOT / file
     if not path.is_file() or not path.name.startswith("test_"):
         return "no such test file"
-    return None if name in set(_tests_in(path)) else f"no test {name!r} in it"
+    return None if name in _tests_in(path) else f"no test {name!r} in it"
 
 
 def test_the_page_has_promises() -> None:
