@@ -1,1 +1,1 @@
-"""A checkpoint as a diffusers pipeline: stage `pipeline_export`, model card."""
+"""A checkpoint as a diffusers pipeline: stage `pipeline_export`."""
