@@ -233,7 +233,7 @@ EVALUATION_NODES = (
         configure=lambda profile, _: profile.fusion_analysis,
         partition=PartitionKind.STRATEGY,
         inputs=(Input(name="checkpoint", asset="checkpoint"),),
-        kinds=frozenset({"matplotlib"}),
+        kinds=frozenset({"svg"}),
     ),
     Node(
         name="trajectory_analysis",
